@@ -1,0 +1,67 @@
+"""The error tree: every fault of an input or of the world that callers may meet.
+
+    ReloraError
+    ├── ConfigError              fleet.toml: unknown key, bad value, missing file
+    ├── InvalidRequestError      a request that can never be served: malformed, too long, bad name
+    ├── NotFoundError            no such base model, adapter or version
+    ├── ConflictError            the name is taken, or a compare-and-swap was lost
+    ├── OverloadedError          a queue is full; try again after `retry_after_s`
+    ├── InvalidAdapterError      adapter files that cannot be used: shape, NaN, rank, missing file, pickle
+    ├── InvalidCheckpointError   base-model files that cannot be used: missing shard, wrong shape, wrong architecture
+    ├── InvalidDataError         task rows that cannot be used; names the file and the line
+    ├── StorageError             blob store or registry out of reach, or the disk is full
+    └── TrainingError            a training run that cannot go on (NaN loss)
+
+A typed error means "their input"; an `assert` means "our bug". Errors pickle, because Ray carries them between processes.
+"""
+
+
+class ReloraError(Exception):
+    """Root of all errors that ReLoRA raises on purpose; `str(error)` is a full sentence for the user."""
+
+
+class ConfigError(ReloraError):
+    """The fleet file has an unknown key or a bad value."""
+
+
+class InvalidRequestError(ReloraError):
+    """The request can never be served as it stands."""
+
+
+class NotFoundError(ReloraError):
+    """No base model, adapter or version of that name exists."""
+
+
+class ConflictError(ReloraError):
+    """Somebody else holds the name or changed the status first."""
+
+
+class OverloadedError(ReloraError):
+    """A queue is full; the caller may try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0):
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class InvalidAdapterError(ReloraError):
+    """The adapter's files cannot be used."""
+
+
+class InvalidCheckpointError(ReloraError):
+    """The base model's files cannot be used."""
+
+
+class InvalidDataError(ReloraError):
+    """A task's rows cannot be used."""
+
+
+class StorageError(ReloraError):
+    """The blob store or the registry failed, or the disk is full."""
+
+
+class TrainingError(ReloraError):
+    """A training run cannot go on."""

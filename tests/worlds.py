@@ -1,0 +1,117 @@
+"""Tiny real checkpoints and adapters for tests: random weights, real formats.
+
+Sizes avoid powers of two where the architecture allows, so that masks and tails are exercised. The spread of the
+random weights is large enough that greedy outputs vary from prompt to prompt.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from cluster.checkpoints import open_checkpoint
+
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+BOS, EOS, PAD = 256, 257, 258
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: token i is byte i of the byte-level alphabet, then `<s>`, `</s>`, `<pad>`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_checkpoint(
+    folder: Path, architecture: str = "LlamaForCausalLM", *, seed: int = 0, std: float = 0.12, **overrides: Any
+) -> Path:
+    """Writes a random checkpoint with its tokenizer and returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer) + 2,
+        "hidden_size": 60,
+        "intermediate_size": 92,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": 512,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "initializer_range": std,
+        "tie_word_embeddings": False,
+    }
+    config = AutoConfig.for_model(MODEL_TYPES[architecture], **{**settings, **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32)
+    model.generation_config.eos_token_id = EOS
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    folder: Path,
+    checkpoint: Path,
+    *,
+    rank: int = 8,
+    alpha: float = 16.0,
+    rslora: bool = False,
+    modules: Sequence[str] = KINDS,
+    seed: int = 0,
+    scale: float = 0.15,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+) -> Path:
+    """Writes a random PEFT adapter, strong enough to change greedy outputs, and returns its folder.
+
+    Written by hand in PEFT's file format, so that tests of our own reader and writer do not depend on themselves.
+    `rank_pattern` keys are module kinds here ("q_proj"), which PEFT matches as suffixes.
+    """
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (num_out, num_in) in sorted(open_checkpoint(checkpoint).linear_shapes().items()):
+        kind = module.rsplit(".", 1)[-1]
+        if kind not in modules:
+            continue
+        r = (rank_pattern or {}).get(kind, rank)
+        prefix = f"base_model.model.{module}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(r, num_in, generator=generator) * scale
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(num_out, r, generator=generator) * scale
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(checkpoint),
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "target_modules": list(modules),
+        "rank_pattern": rank_pattern or {},
+        "alpha_pattern": alpha_pattern or {},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    return folder
