@@ -1,0 +1,1 @@
+"""What exists and which version is live: names, files, blobs, configuration, the registry and the rollout rule."""

@@ -7,12 +7,13 @@
     ├── ConflictError            the name is taken, or a compare-and-swap was lost
     ├── OverloadedError          a queue is full; try again after `retry_after_s`
     ├── InvalidAdapterError      adapter files that cannot be used: shape, NaN, rank, missing file, pickle
-    ├── InvalidCheckpointError   base-model files that cannot be used: missing shard, wrong shape, wrong architecture
+    ├── InvalidCheckpointError   base-model files that cannot be used: missing shard, wrong shape or architecture
     ├── InvalidDataError         task rows that cannot be used; names the file and the line
     ├── StorageError             blob store or registry out of reach, or the disk is full
     └── TrainingError            a training run that cannot go on (NaN loss)
 
-A typed error means "their input"; an `assert` means "our bug". Errors pickle, because Ray carries them between processes.
+A typed error means "their input"; an `assert` means "our bug". Errors pickle, because Ray carries them between
+processes.
 """
 
 

@@ -1,0 +1,146 @@
+"""Adapter files by content, on a local disk or in an object store.
+
+A blob is one folder, stored as one tar file named by the hash of the folder's content: one object appears whole or not
+at all on every kind of store, the same content is stored once, and whoever fetches it can check what arrived.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tarfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from cluster.errors import NotFoundError, StorageError
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+class BlobStore:
+    """Folders by content key. Safe under many threads and processes, on both sides.
+
+    `url` is a local path or anything that fsspec opens (`s3://bucket/prefix`, `gs://...`, given that package).
+    `cache_dir` keeps fetched folders; it may be shared by processes of one machine and is never cleaned here.
+    """
+
+    def __init__(self, url: str, cache_dir: Path):
+        try:
+            filesystem, root = url_to_fs(url)
+        except (ImportError, ValueError, OSError) as error:
+            raise StorageError(f"Blob store {url!r} cannot be opened: {error}") from error
+        self._fs: AbstractFileSystem = filesystem
+        self._root: str = root.rstrip("/")
+        self._url = url
+        self._cache_dir = cache_dir
+
+    def put_folder(self, folder: Path) -> str:
+        """Store a folder and return its content key; storing the same content again costs only the hashing.
+
+        StorageError when the folder cannot be read, or when the store is out of reach or full: then nothing of it is
+        left there.
+        """
+        with self._storage_errors(f"storing {folder}"):
+            key = content_hash(folder)
+            if not self.exists(key):
+                self._write_aside_then_rename(folder, key)
+        return key
+
+    def fetch_folder(self, key: str) -> Path:
+        """Return a local folder with the blob's content, read-only by agreement; fetched once, then cached.
+
+        NotFoundError when the store has no such blob, StorageError when it is out of reach, the local disk is full, or
+        what arrived is not what the key promises.
+        """
+        _check_key(key)
+        cached = self._cache_dir / key
+        if cached.is_dir():
+            return cached
+        aside = self._cache_dir / f".{key}.{uuid.uuid4().hex}"
+        try:
+            with self._storage_errors(f"fetching blob {key}"):
+                aside.mkdir(parents=True)
+                self._extract(key, aside)
+                if content_hash(aside) != key:
+                    raise StorageError(f"Blob store {self._url!r}: blob {key} is corrupt. Delete it and store it anew.")
+                _publish(aside, cached)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return cached
+
+    def exists(self, key: str) -> bool:
+        """Say whether the store has the blob."""
+        with self._storage_errors(f"looking for blob {key}"):
+            return _KEY.fullmatch(key) is not None and bool(self._fs.exists(self._path(key)))
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}.tar"
+
+    def _write_aside_then_rename(self, folder: Path, key: str) -> None:
+        part = f"{self._root}/.{key}.{uuid.uuid4().hex}.part"
+        self._fs.makedirs(self._root, exist_ok=True)
+        try:
+            with self._fs.open(part, "wb") as stream, tarfile.open(fileobj=stream, mode="w|", dereference=True) as tar:
+                for file in _files(folder):
+                    tar.add(file, arcname=file.relative_to(folder).as_posix(), recursive=False)
+            self._fs.mv(part, self._path(key))
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                self._fs.rm_file(part)
+            raise
+
+    def _extract(self, key: str, folder: Path) -> None:
+        try:
+            with self._fs.open(self._path(key), "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+                tar.extractall(folder, filter="data")
+        except FileNotFoundError as error:
+            raise NotFoundError(f"Blob store {self._url!r} has no blob {key}.") from error
+        except tarfile.TarError as error:
+            raise StorageError(f"Blob store {self._url!r}: blob {key} is corrupt: {error}") from error
+
+    @contextmanager
+    def _storage_errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"Blob store {self._url!r}: {doing} failed: {error}") from error
+
+
+def content_hash(folder: Path) -> str:
+    """Return a sha256 over the relative names and the bytes of all files in a folder, at any depth.
+
+    StorageError when it is no folder or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise StorageError(f"{folder}: no such folder.")
+    digest = hashlib.sha256()
+    try:
+        for file in _files(folder):
+            with file.open("rb") as stream:
+                digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be read: {error}") from error
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _check_key(key: str) -> None:
+    if _KEY.fullmatch(key) is None:
+        raise NotFoundError(f"{key[:80]!r} is not a blob key.")
+
+
+def _publish(aside: Path, cached: Path) -> None:
+    try:
+        os.rename(aside, cached)
+    except OSError:
+        if not cached.is_dir():  # else somebody else fetched the same content first
+            raise

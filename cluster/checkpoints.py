@@ -1,0 +1,155 @@
+"""A base model's checkpoint as Hugging Face lays it out, read one tensor at a time.
+
+Only safetensors files are opened: pickled weights can run code.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cluster.errors import InvalidCheckpointError
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_LINEAR = re.compile(r"(.*\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj))\.weight")
+# The files that decide token ids when there is no tokenizer.json (older, "slow" tokenizers).
+_SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """A checkpoint folder whose headers have been read and are whole; the tensors stay on disk until loaded."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], entries: Mapping[str, _Entry]):
+        self.folder = folder
+        self.config = config
+        self._entries = dict(sorted(entries.items()))
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data; InvalidCheckpointError if there is none of that name."""
+        return self._entry(name).shape
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor to the CPU in its stored dtype; InvalidCheckpointError if there is none of that name."""
+        file = self._entry(name).file
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InvalidCheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (out, in) of the seven linear modules of each layer, by module path without `.weight`."""
+        matches = ((_LINEAR.fullmatch(name), entry.shape) for name, entry in self._entries.items())
+        return {match[1]: (shape[0], shape[1]) for match, shape in matches if match is not None and len(shape) == 2}
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over all names, dtypes, shapes and bytes; the same however the tensors are sharded."""
+        digest = hashlib.sha256()
+        for name, entry in self._entries.items():
+            digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
+            digest.update(self.load(name).contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def tokenizer_fingerprint(self) -> str:
+        """Return a sha256 over what decides the token ids; equal means that rows and prompts tokenise alike.
+
+        Of tokenizer.json the padding and truncation settings do not count: they are left there by whoever saved last.
+        """
+        fast = self.folder / "tokenizer.json"
+        if fast.is_file():
+            content = _read_json(fast)
+            decisive = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+            return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        files = [self.folder / name for name in _SLOW_TOKENIZER_FILES if (self.folder / name).is_file()]
+        if not files:
+            raise InvalidCheckpointError(f"{self.folder}: no tokenizer (tokenizer.json) beside the weights.")
+        return _hash_files(files)
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise InvalidCheckpointError(f"{self.folder}: no tensor {name!r} in the checkpoint.")
+        return self._entries[name]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a Hugging Face checkpoint folder, single-file or sharded.
+
+    Every file's header is read, so that a missing shard, a truncated file or a tensor that the index promises and no
+    shard holds is an InvalidCheckpointError now and not in the middle of a load.
+    """
+    if not folder.is_dir():
+        raise InvalidCheckpointError(f"{folder}: no such checkpoint folder.")
+    config = _read_json(folder / _CONFIG)
+    if (folder / _INDEX).is_file():
+        return Checkpoint(folder, config, _sharded_entries(folder))
+    if (folder / _WEIGHTS).is_file():
+        return Checkpoint(folder, config, _file_entries(folder / _WEIGHTS))
+    hint = " Pickled weights (pytorch_model.bin) are not read." if any(folder.glob("pytorch_model*.bin")) else ""
+    raise InvalidCheckpointError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there.{hint}")
+
+
+def _sharded_entries(folder: Path) -> dict[str, _Entry]:
+    index = folder / _INDEX
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InvalidCheckpointError(f"{index}: no 'weight_map' from tensor names to shard files.")
+    stored: dict[str, _Entry] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise InvalidCheckpointError(f"{folder}: shard {shard!r} is missing.")
+        stored |= _file_entries(folder / shard)
+    for name, shard in weight_map.items():
+        if name not in stored or stored[name].file.name != shard:
+            raise InvalidCheckpointError(
+                f"{folder}: the index promises tensor {name!r} in shard {shard!r}, which lacks it."
+            )
+    return {name: stored[name] for name in weight_map}
+
+
+def _file_entries(file: Path) -> dict[str, _Entry]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+            return {name: _Entry(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InvalidCheckpointError(f"{file}: truncated or not a safetensors file: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise InvalidCheckpointError(f"{file.parent}: {file.name} is missing.") from error
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpointError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidCheckpointError(f"{file}: expected a JSON object.")
+    return content
+
+
+def _hash_files(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

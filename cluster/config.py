@@ -1,0 +1,255 @@
+"""The fleet file: which base models and adapters there are, and how they are served, re-adapted and rolled out.
+
+One TOML file, read once into frozen dataclasses. An unknown key, a wrong type or a value out of bounds is a
+ConfigError that names the key. That the named files exist is checked by whoever opens them.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+from cluster.errors import ConfigError, InvalidRequestError, NotFoundError
+from cluster.names import check_name
+
+MIB = 1024**2
+GIB = 1024**3
+_SQLITE = "sqlite:///"
+
+
+def _valid_name(name: str) -> str:
+    try:
+        return check_name(name)
+    except InvalidRequestError as error:
+        raise ValueError(str(error)) from error
+
+
+def _absolute_path(path: Path, info: ValidationInfo) -> Path:
+    return info.context["folder"] / path if info.context else path
+
+
+def _absolute_blobs(url: str, info: ValidationInfo) -> str:
+    return str(_absolute_path(Path(url), info)) if "://" not in url else url
+
+
+def _absolute_registry(url: str, info: ValidationInfo) -> str:
+    if "://" not in url:
+        raise ValueError(f"Not a database URL: {url!r}; a SQLite file is written sqlite:///registry.db")
+    if not url.startswith(_SQLITE):
+        return url
+    return f"{_SQLITE}{_absolute_path(Path(url.removeprefix(_SQLITE)), info)}"
+
+
+Name = Annotated[str, AfterValidator(_valid_name)]
+FilePath = Annotated[Path, AfterValidator(_absolute_path)]
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+_frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+
+
+@_frozen
+class BaseSpec:
+    """A base model: its name and its Hugging Face checkpoint folder."""
+
+    name: Name
+    path: FilePath
+
+
+@_frozen
+class AdapterSpec:
+    """An adapter as it exists today, the base it was trained for, and the rows that say whether a new one is as good.
+
+    `path` is a folder in PEFT's format. `data` holds train.jsonl, valid.jsonl and test.jsonl. `traffic` is its share of
+    requests, in any unit: campaigns take the busiest first.
+    """
+
+    name: Name
+    path: FilePath
+    base: str
+    data: FilePath
+    metric: Literal["exact_match", "chrf"] = "exact_match"
+    traffic: PositiveOrZero = 1.0
+
+
+@_frozen
+class ServingConfig:
+    """One engine's limits and memory, and how many replicas of it there are."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "cpu"
+    memory_bytes: Count = 256 * MIB
+    page_tokens: Count = 16
+    max_model_tokens: Count = 2048
+    max_batch_tokens: Count = 512
+    max_sequences: Count = 64
+    max_queue: Count = 1024
+    max_rank: Count = 128
+    host_cache_bytes: Count = GIB
+    threads: Count = 1
+    min_replicas: Count = 1
+    max_replicas: Count = 1
+    target_ongoing_requests: Positive = 32.0
+    cpus_per_replica: PositiveOrZero = 1.0
+    gpus_per_replica: PositiveOrZero = 0.0
+
+
+@_frozen
+class SearchConfig:
+    """The search of the fused initialisation alpha * T + beta * E_r: its budget, box and subset."""
+
+    trials: Count = 16
+    subset_rows: Count = 128
+    concurrency: Count = 2
+    alpha_max: Positive = 1.5
+    beta_min: float = -1.0
+    beta_max: float = 1.0
+    evolution_rank: Count = 64
+    evolution_energy: Annotated[float, Field(gt=0, le=1)] = 0.95
+    seed: CountOrZero = 0
+
+
+@_frozen
+class TrainConfig:
+    """The fine-tuning after the initialisation: budgets in optimiser steps, and the two-phase pull on the weights."""
+
+    short_steps: Count = 60
+    full_steps: Count = 300
+    eval_every: Count = 20
+    batch_rows: Count = 16
+    learning_rate: Positive = 1e-3
+    scratch_learning_rate: Positive = 3e-3
+    anchor: Literal["init", "old", "zero"] = "init"
+    pull_strong: PositiveOrZero = 0.02
+    pull_weak: PositiveOrZero = 0.001
+    strong_fraction: Share = 0.3
+    max_tokens: Count = 256
+    scratch_steps: Count = 600
+    seed: CountOrZero = 0
+
+
+@_frozen
+class GateConfig:
+    """How many points of its metric (0 to 100) a new version may lose against the old one on the old base."""
+
+    tolerance_points: PositiveOrZero = 1.0
+
+
+@_frozen
+class WorkersConfig:
+    """The processes that re-adapt."""
+
+    num_workers: Count = 1
+    cpus_per_worker: PositiveOrZero = 1.0
+    gpus_per_worker: PositiveOrZero = 0.0
+
+
+@_frozen
+class ReadaptConfig:
+    """How an adapter is carried from one base to the next."""
+
+    search: SearchConfig = SearchConfig()
+    train: TrainConfig = TrainConfig()
+    gate: GateConfig = GateConfig()
+    workers: WorkersConfig = WorkersConfig()
+
+
+@_frozen
+class RolloutConfig:
+    """How a new version takes over the traffic: a canary's share of requests and how long it has to hold."""
+
+    canary_share: Share = 0.2
+    canary_s: PositiveOrZero = 3.0
+    golden_prompts: Count = 4
+    poll_s: Positive = 0.5
+
+
+@_frozen
+class Fleet:
+    """The whole fleet file. `folder` is where it lies; all paths and local URLs in it are absolute once loaded."""
+
+    name: Name
+    folder: Path
+    registry: Annotated[str, AfterValidator(_absolute_registry), Field(validate_default=True)] = "sqlite:///registry.db"
+    blobs: Annotated[str, AfterValidator(_absolute_blobs), Field(validate_default=True)] = "blobs"
+    bases: tuple[BaseSpec, ...] = ()
+    adapters: tuple[AdapterSpec, ...] = ()
+    serving: ServingConfig = ServingConfig()
+    readapt: ReadaptConfig = ReadaptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+
+    def base(self, name: str) -> BaseSpec:
+        """Return the base model of that name, or raise NotFoundError that lists those that exist."""
+        for spec in self.bases:
+            if spec.name == name:
+                return spec
+        raise NotFoundError(f"No base model {name!r} in fleet {self.name!r}; it has: {_listed(self.bases)}.")
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read and check a fleet file; ConfigError names the file, and every bad key with what is wrong with it."""
+    raw = _read_toml(path)
+    folder = path.absolute().parent
+    faults = ["folder: Unexpected keyword argument"] if "folder" in raw else []
+    try:
+        # By way of JSON, whose strict mode takes arrays for tuples and strings for paths, but no "16" for a number.
+        text = json.dumps({**raw, "folder": str(folder)}, default=str)
+        fleet = TypeAdapter(Fleet).validate_json(text, strict=True, context={"folder": folder})
+        faults += _contradictions(fleet)
+    except ValidationError as error:
+        faults += [_described(fault) for fault in error.errors()]
+    if faults:
+        raise ConfigError("\n".join(f"{path.name}: {fault}" for fault in faults))
+    return fleet
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError, which says the line, or text that is not UTF-8
+        raise ConfigError(f"{path.name}: not valid TOML: {error}") from error
+
+
+def _described(fault: ErrorDetails) -> str:
+    keys = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
+    return f"{keys.removeprefix('.')}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _contradictions(fleet: Fleet) -> Iterator[str]:
+    """Faults that no key has on its own."""
+    yield from _name_clashes(fleet)
+    bases = {base.name for base in fleet.bases}
+    for i, adapter in enumerate(fleet.adapters):
+        if adapter.base not in bases:
+            yield f"adapters[{i}].base: no base {adapter.base!r} among: {_listed(fleet.bases)}"
+    if fleet.serving.max_replicas < fleet.serving.min_replicas:
+        yield "serving.max_replicas: Input should be at least serving.min_replicas"
+    if fleet.readapt.search.beta_max < fleet.readapt.search.beta_min:
+        yield "readapt.search.beta_max: Input should be at least readapt.search.beta_min"
+
+
+def _name_clashes(fleet: Fleet) -> Iterator[str]:
+    """Bases and adapters share one space of names, because a request's `model` may be either."""
+    entries = [(f"bases[{i}].name", base.name) for i, base in enumerate(fleet.bases)]
+    entries += [(f"adapters[{i}].name", adapter.name) for i, adapter in enumerate(fleet.adapters)]
+    first: dict[str, str] = {}
+    for key, name in entries:
+        if name in first:
+            yield f"{key}: {name!r} is already the name of {first[name].removesuffix('.name')}"
+        first.setdefault(name, key)
+
+
+def _listed(specs: tuple[BaseSpec, ...]) -> str:
+    return ", ".join(spec.name for spec in specs) or "none"

@@ -1,0 +1,50 @@
+"""A fleet file made known to the registry: its base models and the adapters that already exist."""
+
+from pathlib import Path
+
+from cluster.adapter_files import check_fits, load_adapter
+from cluster.blobs import BlobStore, content_hash
+from cluster.checkpoints import open_checkpoint
+from cluster.config import AdapterSpec, Fleet
+from cluster.registry import BaseModel, Registry, Status, Version
+
+
+def open_registry(fleet: Fleet) -> Registry:
+    """The fleet's registry, its schema made if the database is new."""
+    return Registry(fleet.registry)
+
+
+def open_blobs(fleet: Fleet) -> BlobStore:
+    """The fleet's blob store, with its cache beside the fleet file."""
+    return BlobStore(fleet.blobs, fleet.folder / ".cache" / "blobs")
+
+
+def register_base(fleet: Fleet, registry: Registry, name: str) -> BaseModel:
+    """Makes a base model known by its content; a name that stood for other weights is a ConflictError."""
+    path = fleet.base(name).path
+    return registry.add_base(name, str(path), open_checkpoint(path).fingerprint())
+
+
+def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> list[Version]:
+    """Registers every adapter of the fleet file, and as LIVE version 1 those that the registry does not know yet.
+
+    Idempotent. Files are checked before anything is written: an unusable adapter is an InvalidAdapterError.
+    """
+    bases = {spec.base for spec in fleet.adapters}
+    for base in sorted(bases):
+        register_base(fleet, registry, base)
+    shapes = {base: open_checkpoint(fleet.base(base).path).linear_shapes() for base in bases}
+    new = []
+    for spec in fleet.adapters:
+        check_fits(load_adapter(spec.path, max_rank=fleet.serving.max_rank), shapes[spec.base])
+        registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
+        if not registry.versions(adapter=spec.name):
+            new.append(_add_first_version(spec, registry, blobs))
+    return new
+
+
+def _add_first_version(spec: AdapterSpec, registry: Registry, blobs: BlobStore) -> Version:
+    key = blobs.put_folder(spec.path)
+    return registry.add_version(
+        spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=content_hash(Path(spec.path))
+    )

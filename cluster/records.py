@@ -1,0 +1,105 @@
+"""What the registry keeps: frozen records, and the statuses that a version passes through."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+
+class Status(StrEnum):
+    """Where a version of an adapter stands."""
+
+    PLANNED = "planned"  # a campaign will make it
+    ADAPTING = "adapting"  # a worker is making it
+    CANDIDATE = "candidate"  # passed the gate, its files are in the blob store
+    READY = "ready"  # loads on a replica of its base and answers its golden prompts
+    CANARY = "canary"  # takes a share of the adapter's requests
+    LIVE = "live"  # takes the adapter's requests; at most one version of each adapter
+    RETIRED = "retired"  # was live; servable by its pinned name, and can become live again
+    REJECTED = "rejected"  # did not pass the gate on any rung
+    ROLLED_BACK = "rolled_back"  # failed its readiness check or as a canary
+    FAILED = "failed"  # making it ended in an error
+
+
+TRANSITIONS: Mapping[Status, frozenset[Status]] = MappingProxyType(
+    {
+        Status.PLANNED: frozenset({Status.ADAPTING}),
+        Status.ADAPTING: frozenset({Status.CANDIDATE, Status.REJECTED, Status.FAILED, Status.PLANNED}),
+        Status.CANDIDATE: frozenset({Status.READY, Status.ROLLED_BACK}),
+        Status.READY: frozenset({Status.CANARY, Status.ROLLED_BACK}),
+        Status.CANARY: frozenset({Status.LIVE, Status.ROLLED_BACK}),
+        Status.LIVE: frozenset({Status.RETIRED}),
+        Status.RETIRED: frozenset({Status.LIVE}),
+        Status.REJECTED: frozenset(),
+        Status.ROLLED_BACK: frozenset(),
+        Status.FAILED: frozenset({Status.PLANNED}),
+    }
+)
+"""From each status to those that may follow it; ADAPTING -> PLANNED is how work is taken up again after a kill."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model; `fingerprint` is that of its weights, so that a name always means the same weights."""
+
+    name: str
+    path: str
+    fingerprint: str
+    created_at: float
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """An adapter, whatever its versions: its rows, its metric and its share of the traffic."""
+
+    name: str
+    data: str
+    metric: str
+    traffic: float
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of an adapter, for one base model. Times are seconds since the epoch.
+
+    `blob_key` and `content_hash` are None until its files exist. `parent_id` is the version it was made from.
+    """
+
+    id: int
+    adapter: str
+    number: int
+    base: str
+    status: Status
+    blob_key: str | None
+    content_hash: str | None
+    parent_id: int | None
+    quality: float | None
+    details: dict[str, Any]
+    created_at: float
+    updated_at: float
+
+    @property
+    def label(self) -> str:
+        """The name that pins this version in a request: `adapter@number`."""
+        return f"{self.adapter}@{self.number}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of the registry's log; ids grow in the order in which events became visible."""
+
+    id: int
+    at: float
+    version_id: int | None
+    adapter: str | None
+    kind: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which versions answer an adapter's requests."""
+
+    live: Version
+    canary: Version | None

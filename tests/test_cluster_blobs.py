@@ -1,0 +1,218 @@
+import errno
+import multiprocessing
+import resource
+import shutil
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+from cluster.blobs import BlobStore, content_hash
+from cluster.errors import NotFoundError, StorageError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(bytes(range(256)) * 400)
+    (folder / "deep/config.json").write_text('{"r": 8}')
+    return folder
+
+
+@pytest.fixture(params=["local", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "local":
+        yield str(tmp_path / "store")
+    else:
+        yield f"memory://{tmp_path}"
+        MemoryFileSystem().rm("/", recursive=True)
+
+
+def objects(url: str) -> list[str]:
+    filesystem, root = fsspec.core.url_to_fs(url)
+    return [Path(path).name for path in filesystem.find(root)] if filesystem.exists(root) else []
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_what_was_put_is_fetched(url: str, folder: Path, tmp_path: Path):
+    store = BlobStore(url, tmp_path / "cache")
+    key = store.put_folder(folder)
+    assert key == content_hash(folder)
+    assert store.exists(key)
+    fetched = store.fetch_folder(key)
+    assert files(fetched) == files(folder)
+    assert store.fetch_folder(key) == fetched
+    assert objects(url) == [f"{key}.tar"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [key]
+
+
+def test_a_fetched_folder_outlives_the_store(url: str, folder: Path, tmp_path: Path):
+    store = BlobStore(url, tmp_path / "cache")
+    key = store.put_folder(folder)
+    fetched = store.fetch_folder(key)
+    filesystem, root = fsspec.core.url_to_fs(url)
+    filesystem.rm(root, recursive=True)
+    assert store.fetch_folder(key) == fetched
+    assert not store.exists(key)
+    with pytest.raises(NotFoundError, match=key):
+        BlobStore(url, tmp_path / "other").fetch_folder(key)
+
+
+def test_the_same_content_is_one_blob(url: str, folder: Path, tmp_path: Path):
+    store = BlobStore(url, tmp_path / "cache")
+    key = store.put_folder(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert store.put_folder(copy) == key
+    (copy / "weights.bin").write_bytes(b"other")
+    assert store.put_folder(copy) != key
+    assert len(objects(url)) == 2
+
+
+def test_the_hash_sees_names_and_bytes_and_their_borders(folder: Path):
+    seen = {content_hash(folder)}
+    (folder / "weights.bin").rename(folder / "weights2.bin")
+    seen.add(content_hash(folder))
+    (folder / "empty").touch()
+    seen.add(content_hash(folder))
+    (folder / "deep/config.json").write_text('{"r": 9}')
+    seen.add(content_hash(folder))
+    (folder / "deep/config.json").rename(folder / "config.json")
+    seen.add(content_hash(folder))
+    assert len(seen) == 5
+
+
+def test_links_are_stored_as_what_they_lead_to(folder: Path, tmp_path: Path):
+    linked = tmp_path / "linked"
+    (linked / "deep").mkdir(parents=True)
+    (linked / "weights.bin").symlink_to(folder / "weights.bin")
+    (linked / "deep/config.json").symlink_to(folder / "deep/config.json")
+    store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
+    key = store.put_folder(linked)
+    assert key == content_hash(folder)
+    assert files(store.fetch_folder(key)) == files(folder)
+
+
+@pytest.mark.parametrize("key", ["", "nothing", "../../etc/passwd", "A" * 64, "0" * 64])
+def test_an_unknown_or_hostile_key_is_not_found(url: str, tmp_path: Path, key: str):
+    store = BlobStore(url, tmp_path / "cache")
+    assert not store.exists(key)
+    with pytest.raises(NotFoundError):
+        store.fetch_folder(key)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "swapped"])
+def test_a_damaged_blob_is_never_handed_out(folder: Path, tmp_path: Path, damage: str):
+    store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
+    key = store.put_folder(folder)
+    blob = tmp_path / "store" / f"{key}.tar"
+    if damage == "truncated":
+        blob.write_bytes(blob.read_bytes()[:20_000])
+    elif damage == "garbage":
+        blob.write_bytes(b"no tar at all" * 500)
+    else:
+        (folder / "weights.bin").write_bytes(b"evil")
+        blob.write_bytes((tmp_path / "store" / f"{store.put_folder(folder)}.tar").read_bytes())
+    with pytest.raises(StorageError, match=f"{key} is corrupt"):
+        store.fetch_folder(key)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_blob_cannot_write_outside_its_folder(tmp_path: Path):
+    key = "a" * 64
+    (tmp_path / "store").mkdir()
+    (tmp_path / "evil").write_text("evil")
+    with tarfile.open(tmp_path / "store" / f"{key}.tar", "w") as tar:
+        tar.add(tmp_path / "evil", arcname="../../escaped")
+    with pytest.raises(StorageError, match="corrupt"):
+        BlobStore(str(tmp_path / "store"), tmp_path / "cache").fetch_folder(key)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+class FullFile(MemoryFile):
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > 30_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+class FullFileSystem(MemoryFileSystem):
+    protocol = "full"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode == "wb":
+            return FullFile(self, path)
+        return super()._open(path, mode, **options)
+
+
+def test_a_full_store_is_told_and_left_clean(folder: Path, tmp_path: Path):
+    fsspec.register_implementation("full", FullFileSystem, clobber=True)
+    store = BlobStore("full://store", tmp_path / "cache")
+    with pytest.raises(StorageError, match="No space left"):
+        store.put_folder(folder)
+    assert not store.exists(content_hash(folder))
+    assert FullFileSystem().find("/") == []
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[None]:
+    """The kernel refuses what a process writes beyond 30 kB in a file, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_refuses_the_write_is_left_clean(folder: Path, tmp_path: Path, file_size_limit: None):
+    store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
+    with pytest.raises(StorageError, match="storing"):
+        store.put_folder(folder)
+    assert objects(str(tmp_path / "store")) == []
+
+
+def test_a_disk_that_refuses_the_fetch_is_left_clean(folder: Path, tmp_path: Path, request: pytest.FixtureRequest):
+    store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
+    key = store.put_folder(folder)
+    request.getfixturevalue("file_size_limit")
+    with pytest.raises(StorageError, match="fetching"):
+        store.fetch_folder(key)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_store_out_of_reach_is_told(folder: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="storing"):
+        BlobStore(str(tmp_path / "file"), tmp_path / "cache").put_folder(folder)
+    with pytest.raises(StorageError, match="nonsense"):
+        BlobStore("nonsense://store", tmp_path / "cache")
+    with pytest.raises(StorageError, match="no such folder"):
+        BlobStore(str(tmp_path / "store"), tmp_path / "cache").put_folder(tmp_path / "absent")
+
+
+def put_and_fetch(url: str, folder: Path, cache: Path) -> dict[str, bytes]:
+    store = BlobStore(url, cache)
+    return files(store.fetch_folder(store.put_folder(folder)))
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_many_may_put_and_fetch_the_same_at_once(folder: Path, tmp_path: Path, kind: str):
+    url, expected = str(tmp_path / "store"), files(folder)
+    context = multiprocessing.get_context("spawn")
+    pool = ThreadPoolExecutor(8) if kind == "threads" else ProcessPoolExecutor(3, mp_context=context)
+    with pool:
+        tasks = [pool.submit(put_and_fetch, url, folder, tmp_path / "cache") for _ in range(24)]
+        assert all(task.result() == expected for task in tasks)
+    key = content_hash(folder)
+    assert objects(url) == [f"{key}.tar"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [key]
