@@ -1,0 +1,136 @@
+"""The one door: the `relora` command line. It composes the packages and decides nothing."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import ReloraError
+
+FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option(help="a smaller world, under two minutes")] = False,
+    folder: Annotated[Path, typer.Option("--dir", help="where the world and the report go")] = Path(".relora/demo"),
+    kit: Annotated[Path | None, typer.Option(help="folder of real models and tasks to use instead")] = None,
+    tasks: Annotated[str, typer.Option(help="with --kit: its tasks, by commas")] = "snips,trec,subjectivity",
+) -> None:
+    """A fleet survives a base-model upgrade, on this machine, under load: table and report.html."""
+    from demo.run import run_demo
+
+    outcome = run_demo(
+        folder.resolve(), is_quick=quick, kit=kit and kit.resolve(), tasks=tasks.split(","), console=console
+    )
+    if outcome.traffic.failed or outcome.traffic.wrong or not all(a.is_restored for a in outcome.adapters):
+        raise typer.Exit(1)
+
+
+@app.command()
+def register(fleet: FleetPath) -> None:
+    """Checks every adapter of the fleet file and makes it known as version 1, live on its base."""
+    from cluster.config import load_fleet
+    from cluster.fleet import open_blobs, open_registry, register_adapters
+
+    loaded = load_fleet(fleet)
+    for version in register_adapters(loaded, open_registry(loaded), open_blobs(loaded)):
+        console.print(f"{version.label} is live on {version.base}")
+
+
+@app.command()
+def serve(
+    fleet: FleetPath,
+    base: Annotated[
+        list[str] | None, typer.Option(help="base models to start engines for; default: the live ones")
+    ] = None,
+    detach: Annotated[bool, typer.Option(help="return once it answers (on a running cluster)")] = False,
+) -> None:
+    """Serves the fleet over HTTP on the Ray cluster at hand, or on one started here until Ctrl-C."""
+    import ray
+
+    import serving.on_ray
+    from cluster.config import load_fleet
+    from cluster.fleet import open_blobs, open_registry, register_adapters
+
+    loaded = load_fleet(fleet)
+    registry = open_registry(loaded)
+    register_adapters(loaded, registry, open_blobs(loaded))
+    bases = base or sorted({route.live.base for route in registry.routes().values()})
+    ray.init(address=None, namespace="relora", ignore_reinit_error=True)
+    serving.on_ray.deploy(loaded, bases)
+    console.print(f"serving {', '.join(bases)} at http://{loaded.serving.host}:{loaded.serving.port}/v1")
+    if detach:
+        return
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+
+
+@app.command()
+def upgrade(
+    fleet: FleetPath,
+    to: Annotated[str, typer.Option(help="name of the new base model in the fleet file")],
+    rollout: Annotated[bool, typer.Option(help="also move traffic; without: stop at candidates")] = True,
+) -> None:
+    """Re-adapts every adapter to a new base model and moves its traffic when it is ready."""
+    import ray
+
+    import readapt.on_ray
+    import serving.on_ray
+    from cluster.config import load_fleet
+    from cluster.fleet import open_blobs, open_registry, register_adapters
+    from cluster.rollout import Rollout
+    from readapt.campaign import Campaign
+
+    loaded = load_fleet(fleet)
+    registry, blobs = open_registry(loaded), open_blobs(loaded)
+    register_adapters(loaded, registry, blobs)
+    ray.init(namespace="relora", ignore_reinit_error=True, log_to_driver=True)
+    campaign = Campaign(loaded, registry, blobs, to, readapt.on_ray.RayExecutor(loaded, to))
+    if not rollout:
+        campaign.run()
+        return
+    serving.on_ray.deploy_base(loaded, to)
+    mover = Rollout(registry, lambda version: serving.on_ray.probe(loaded, version), loaded.rollout)
+    with ThreadPoolExecutor(1, thread_name_prefix="campaign") as pool:
+        settled = pool.submit(campaign.run)
+        while not settled.done() or mover.is_busy():
+            for version in mover.tick():
+                console.print(f"{version.label}: {version.status}")
+            time.sleep(loaded.rollout.poll_s)
+    settled.result()
+
+
+@app.command()
+def status(fleet: FleetPath) -> None:
+    """Shows every version of every adapter, as the registry has it."""
+    from cluster.config import load_fleet
+    from cluster.fleet import open_registry
+
+    table = Table("version", "base", "status", "quality", "rung")
+    for version in open_registry(load_fleet(fleet)).versions():
+        quality = "" if version.quality is None else f"{version.quality:.1f}"
+        table.add_row(version.label, version.base, version.status, quality, str(version.details.get("rung", "")))
+    console.print(table)
+
+
+def main() -> None:
+    """Runs the command line; errors that users can mend are one line, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ReloraError as error:
+        console.print(f"[red]error:[/red] {error}")
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The rules of the house (docs/architecture.md), held by a test: who may import whom, where Ray and Triton may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "kernels": set(),
+    "cluster": set(),
+    "serving": {"kernels", "cluster"},
+    "readapt": {"kernels", "cluster"},
+    "demo": {"kernels", "cluster", "serving", "readapt"},
+    "bench": {"kernels", "cluster", "serving", "readapt", "demo"},
+}
+ROOMS = set(MAY_IMPORT) | {"relora", "tests"}
+SOURCES = [*sorted(path for room in MAY_IMPORT for path in (ROOT / room).glob("**/*.py")), ROOT / "relora.py"]
+
+
+def imported_roots(path: Path) -> set[str]:
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            roots.add((node.module or "").split(".")[0])
+    return roots
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "relora.py"], ids=name_of)
+def test_a_room_imports_only_the_rooms_below_it(path: Path):
+    room = path.relative_to(ROOT).parts[0]
+    strangers = (imported_roots(path) & ROOMS) - MAY_IMPORT[room] - {room}
+    assert not strangers, f"{name_of(path)} imports {sorted(strangers)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_ray_is_a_thin_shell(path: Path):
+    if path.name == "on_ray.py" or path.parts[-2] in ("demo", "bench") or path.name == "relora.py":
+        return
+    assert "ray" not in imported_roots(path), f"{name_of(path)} imports ray; only on_ray.py may"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_triton_stays_in_the_kernels(path: Path):
+    is_home = path.parts[-2] == "kernels" and path.name.startswith("triton_")
+    assert is_home or "triton" not in imported_roots(path), f"{name_of(path)} imports triton"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_file_outgrows_its_reader(path: Path):
+    """No hard law of length, but a file beyond this wants to be two rooms."""
+    assert len(path.read_text().splitlines()) <= 420, f"{name_of(path)} is too long to hold in mind"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_stay_short(path: Path):
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= 70
+    ]
+    assert not long, f"{name_of(path)}: {long}"
+
+
+def test_every_error_is_drawn_in_the_tree():
+    from cluster import errors
+
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.ReloraError)]
+    undrawn = [c.__name__ for c in classes if c.__name__ not in (errors.__doc__ or "")]
+    assert len(classes) > 5
+    assert not undrawn, f"missing in the docstring of cluster/errors.py: {undrawn}"
+
+
+def test_errors_travel_between_processes():
+    import pickle
+
+    from cluster import errors
+
+    for error in (errors.OverloadedError("full", retry_after_s=2.5), errors.ConfigError("bad key")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)
+        assert vars(copy) == vars(error)
+
+
+def test_the_command_line_is_what_the_readme_promises():
+    """Frozen: whoever changes a command changes the README and this list with it."""
+    from relora import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert names == {"demo", "register", "serve", "upgrade", "status"}
+    readme = (ROOT / "README.md").read_text()
+    missing = [name for name in names if f"relora {name}" not in readme]
+    assert not missing, f"README.md does not mention: {missing}"
+
+
+def test_importing_a_package_is_light():
+    """`kernels` has the name of an optional package of transformers, which heavy imports there would break."""
+    heavy = "('torch', 'transformers', 'ray')"
+    code = f"import sys, kernels, cluster, serving, readapt; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
