@@ -15,8 +15,8 @@ from kernels.segments import LoraSegments
 class LoraBatch:
     """The adapters of a batch, for every target module at once.
 
-    Module m is `layer * len(MODULE_KINDS) + kind`; column m of the [S, M] tables gives that module's segments. The token
-    ranges and the row table are the same for all modules. See `kernels.segments.LoraSegments` for the meaning.
+    Module m is `layer * len(MODULE_KINDS) + kind`; column m of the [S, M] tables gives that module's segments. The
+    token ranges and the row table are the same for all modules. See `kernels.segments.LoraSegments` for the meaning.
     """
 
     token_starts: Tensor  # int32 [S + 1]

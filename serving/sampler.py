@@ -1,0 +1,149 @@
+"""From logits to the next tokens: one batched call over rows whose parameters differ.
+
+Shape letters: O rows of the batch, S rows that sample (the others are greedy), V vocabulary.
+
+A row's token depends on its own logits, parameters, seed and position only: every row takes the path that its own
+parameters ask for, and its one random number comes from a counter-based generator, not from a shared stream.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serving.request import TokenLogprob
+
+# Below this, dividing by the temperature overflows, and the distribution is one token anyway.
+_GREEDY_TEMPERATURE = 1e-5
+_MASK_64 = (1 << 64) - 1
+_UNIFORM_BITS = 48  # few enough that uniform * total < total in float64
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """How one row's token is chosen; the fields mean what they mean in `SamplingParams`.
+
+    `position` is the position in the sequence of the token to be chosen. A request without a seed brings one drawn
+    when it was submitted, so that preemption does not change its tokens.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    position: int
+    num_logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken without a draw."""
+        return self.temperature < _GREEDY_TEMPERATURE
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether only a part of the vocabulary may be drawn."""
+        return self.top_k > 0 or self.top_p < 1.0
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One row's token. Where `is_valid` is False its logits were NaN or infinite, and the token means nothing."""
+
+    token: int
+    is_valid: bool
+    logprob: TokenLogprob | None = None
+
+
+def sample(logits_OV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """Choose the next token of every row, in order.
+
+    logits_OV: float32. Log-probabilities are of the model's own distribution, before temperature and filters.
+    """
+    assert logits_OV.shape[0] == len(rows), f"{logits_OV.shape[0]} rows of logits, {len(rows)} of parameters"
+    if not rows:
+        return []
+    is_valid_O = logits_OV.amax(-1).isfinite()  # amax hands on NaN, and -inf where nothing may be chosen
+    logits_OV = logits_OV.masked_fill(~is_valid_O[:, None], 0.0)
+    tokens_O = logits_OV.argmax(-1)
+    for is_filtered, draw in ((False, _draw), (True, _draw_filtered)):
+        chosen = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_filtered == is_filtered]
+        if chosen:
+            tokens_O[chosen] = draw(logits_OV[chosen], [rows[i] for i in chosen])
+    tokens, is_valid = tokens_O.tolist(), is_valid_O.tolist()
+    logprobs = _logprobs(logits_OV, tokens_O, rows)
+    return [Sampled(tokens[i], is_valid[i], logprobs.get(i) if is_valid[i] else None) for i in range(len(rows))]
+
+
+def _draw(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    return _invert(_tempered(logits_SV, rows).softmax(-1), rows)
+
+
+def _draw_filtered(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    sorted_SV, order_SV = _filtered(_tempered(logits_SV, rows), rows)
+    ranks_S = _invert(sorted_SV.softmax(-1), rows)
+    return order_SV.gather(1, ranks_S[:, None])[:, 0]
+
+
+def _tempered(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    return logits_SV / _column([row.temperature for row in rows], logits_SV)
+
+
+def _filtered(logits_SV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+    """Logits in ascending order with -inf for what may not be drawn, and the tokens they belong to.
+
+    First top-k (ties with the k-th stay), then top-p on what is left: the smallest set of likeliest tokens whose
+    probabilities add up to top_p or more, never empty. The order and the borders are those of transformers' warpers.
+    """
+    num_tokens = logits_SV.shape[1]
+    sorted_SV, order_SV = logits_SV.sort(dim=-1, stable=True)
+    kth_S = torch.tensor(
+        [num_tokens - min(row.top_k or num_tokens, num_tokens) for row in rows], device=logits_SV.device
+    )
+    sorted_SV = sorted_SV.masked_fill(sorted_SV < sorted_SV.gather(1, kth_S[:, None]), -math.inf)
+    tail_S1 = _column([1 - row.top_p for row in rows], logits_SV)
+    is_tail_SV = (sorted_SV.softmax(-1).cumsum(-1) <= tail_S1) & (tail_S1 > 0)
+    is_tail_SV[:, -1] = False
+    return sorted_SV.masked_fill(is_tail_SV, -math.inf), order_SV
+
+
+def _invert(probs_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """The first index at which the cumulative probability exceeds the row's random number (inverse CDF)."""
+    cumulative_SV = probs_SV.double().cumsum(-1)
+    uniform_S1 = _column([_uniform(row.seed, row.position) for row in rows], cumulative_SV)
+    return torch.searchsorted(cumulative_SV, uniform_S1 * cumulative_SV[:, -1:], right=True)[:, 0]
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments."""
+    return (_mix(_mix(seed) + position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's step from a counter to a random number (Steele, Lea, Flood, OOPSLA 2014, figure 17)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def _logprobs(logits_OV: Tensor, tokens_O: Tensor, rows: Sequence[SampleRow]) -> dict[int, TokenLogprob]:
+    """Log-probabilities of the rows that ask for them, by row."""
+    wanted = [(i, row.num_logprobs) for i, row in enumerate(rows) if row.num_logprobs is not None]
+    if not wanted:
+        return {}
+    indices = [i for i, _ in wanted]
+    logprobs_WV = logits_OV[indices].log_softmax(-1)
+    tokens_W = tokens_O[indices]
+    chosen = logprobs_WV.gather(1, tokens_W[:, None])[:, 0].tolist()
+    top = logprobs_WV.topk(min(max(count for _, count in wanted), logits_OV.shape[1]), sorted=True)
+    values, ids, tokens = top.values.tolist(), top.indices.tolist(), tokens_W.tolist()
+    return {
+        i: TokenLogprob(tokens[w], chosen[w], tuple(zip(ids[w][:count], values[w][:count], strict=True)))
+        for w, (i, count) in enumerate(wanted)
+    }
