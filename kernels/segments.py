@@ -2,8 +2,8 @@
 
 Shape letters: T tokens, S segments, D in, F out, R rank, N rows in the row table.
 
-The arena is one flat tensor of equal pages shared by KV cache and adapter weights (S-LoRA, arXiv 2311.03285, section 5.1,
-taken to grouped-query attention by counting in elements instead of hidden-size cells). A row of `lora_a` (D elements)
+The arena is one flat tensor of equal pages shared by KV cache and adapter weights (S-LoRA, arXiv 2311.03285, section
+5.1, taken to grouped-query attention by counting in elements instead of hidden-size cells). A row of `lora_a` (D elements)
 or of `lora_b` transposed (F elements) never straddles a page, so one element offset says where it is.
 """
 

@@ -1,0 +1,186 @@
+"""Times the kernels against their twins: `python -m bench.kernels [--device cuda] [--out kernels.json]`.
+
+Every case is first compared with the twin and not timed if it differs. `base_us` is the dense product that the LoRA
+operations ride on (x @ W), for scale. Times are medians. Adapters and pages are scattered over an arena that is larger
+than they are, and each repetition uses other ones of it, so that caches flatter nobody.
+
+Shape letters: T tokens, D in, F out, K key/value heads, H head dim.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kernels import reference
+from kernels.ops import Ops, ops_for
+from kernels.segments import LoraSegments
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NUM_COPIES = 4  # distinct inputs that repetitions go through in turn
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case: median microseconds per call of the twin, of the device's operations, and of the base's product."""
+
+    name: str
+    twin_us: float
+    ours_us: float
+    base_us: float | None
+
+
+def main() -> None:
+    """Run all cases, print the table, and write the JSON file where one is named."""
+    parser = argparse.ArgumentParser(description="Times the kernels against their twins.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = run(options.device, DTYPES[options.dtype], options.repeats)
+    _print(results, f"{options.device} {options.dtype}, {options.threads} threads, torch {torch.__version__}")
+    if options.out:
+        facts = {**vars(options), "out": str(options.out), "torch": torch.__version__, "machine": platform.processor()}
+        options.out.write_text(
+            json.dumps({"facts": facts, "results": [asdict(result) for result in results]}, indent=2)
+        )
+
+
+def run(device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
+    """All cases on one device."""
+    torch.manual_seed(0)
+    timer = _Timer(ops_for(device), device, dtype, repeats)
+    lora = [
+        timer.lora(num_tokens, num_adapters, width)
+        for width in (192, 2048)
+        for num_tokens, num_adapters in ((32, 1), (32, 4), (32, 32), (512, 8))
+    ]
+    attention = [
+        timer.attention([1] * 32, [256] * 32),
+        timer.attention([1] * 32, [32] * 31 + [2000]),
+        timer.attention([256, 1, 1], [256] * 3),
+    ]
+    return [*lora, *attention, timer.store()]
+
+
+@dataclass(frozen=True)
+class _Timer:
+    ops: Ops
+    device: str
+    dtype: torch.dtype
+    repeats: int
+
+    def lora(self, num_tokens: int, num_adapters: int, width: int) -> Result:
+        """Shrink and expand of one module, D = F = width, ranks 16 and 8 in turn, tokens spread evenly."""
+        x_TD, weight_DF = self._randn(num_tokens, width), self._randn(width, width)
+        out_TF = torch.zeros_like(x_TD)
+        copies = [self._adapters(num_tokens, num_adapters, width) for _ in range(NUM_COPIES)]
+
+        def both(ops: Any, copy: tuple[Tensor, LoraSegments]) -> Tensor:
+            out_TF.zero_()
+            ops.lora_expand(ops.lora_shrink(x_TD, *copy), *copy, out_TF)
+            return out_TF
+
+        base_us = _median_us(lambda _: x_TD @ weight_DF, copies, self.repeats)
+        return Result(f"lora T={num_tokens} S={num_adapters} D=F={width}", *self._compare(both, copies), base_us)
+
+    def attention(self, query_lens: list[int], context_lens: list[int]) -> Result:
+        """8 query heads, 4 key/value heads of 64; pages of 16 tokens in random order."""
+        num_blocks = -(-max(context_lens) // 16)
+        kv_pages = self._randn(len(context_lens) * num_blocks, 2, 2, 16, 4, 64)
+        q_TNH = self._randn(sum(query_lens), 8, 64)
+        starts = self._int32([sum(query_lens[:n]) for n in range(len(query_lens) + 1)])
+        lens = self._int32(context_lens)
+        orders = [torch.randperm(len(kv_pages)).tolist() for _ in range(NUM_COPIES)]
+        tables = [self._int32(order).view(len(lens), num_blocks) for order in orders]
+        limits = {"max_query_tokens": max(query_lens), "max_context_tokens": max(context_lens)}
+
+        def attend(ops: Any, table_NB: Tensor) -> Tensor:
+            return ops.paged_attention(q_TNH, kv_pages, 1, starts, lens, table_NB, scale=0.125, window=None, **limits)
+
+        name = f"attention N={len(lens)} query<={max(query_lens)} context={min(context_lens)}..{max(context_lens)}"
+        return Result(name, *self._compare(attend, tables), None)
+
+    def store(self) -> Result:
+        """One step's keys and values of 32 decoding sequences."""
+        k_TKH, v_TKH = self._randn(2, 32, 4, 64)
+        kv_pages = self._randn(64, 2, 2, 16, 4, 64)
+        slots = [torch.randperm(64 * 16)[:32].to(self.device) for _ in range(NUM_COPIES)]
+
+        def store(ops: Any, slots_T: Tensor) -> Tensor:
+            ops.store_kv(k_TKH, v_TKH, kv_pages, slots_T, 1)
+            return kv_pages
+
+        return Result("store_kv T=32", *self._compare(store, slots), None)
+
+    def _adapters(self, num_tokens: int, num_adapters: int, width: int) -> tuple[Tensor, LoraSegments]:
+        ranks = [8 if s % 2 else 16 for s in range(num_adapters)]
+        num_rows = 2 * sum(ranks)
+        rows = (torch.randperm(2 * num_rows)[:num_rows] * width).to(self.device)
+        segments = LoraSegments(
+            token_starts=self._int32([num_tokens * s // num_adapters for s in range(num_adapters + 1)]),
+            ranks=self._int32(ranks),
+            scalings=torch.full((num_adapters,), 2.0, device=self.device),
+            table_starts=self._int32([sum(ranks[:s]) for s in range(num_adapters)]).long(),
+            a_rows=rows[: num_rows // 2],
+            b_rows=rows[num_rows // 2 :],
+            max_rank=max(ranks),
+            max_tokens=-(-num_tokens // num_adapters),
+        )
+        return self._randn(2 * num_rows * width) * width**-0.5, segments
+
+    def _compare(self, function: Callable[[Any, Any], Tensor], copies: list[Any]) -> tuple[float, float]:
+        for copy in copies:
+            expected, actual = function(reference, copy).clone(), function(self.ops, copy)
+            tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        twin_us = _median_us(lambda copy: function(reference, copy), copies, max(3, self.repeats // 10))
+        return twin_us, _median_us(lambda copy: function(self.ops, copy), copies, self.repeats)
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape).to(self.device, self.dtype)
+
+    def _int32(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self.device)
+
+
+def _median_us(function: Callable[[Any], object], copies: list[Any], repeats: int) -> float:
+    times_s = []
+    for i in range(repeats):
+        _synchronize()
+        start_s = time.perf_counter()
+        function(copies[i % len(copies)])
+        _synchronize()
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s) * 1e6
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _print(results: list[Result], title: str) -> None:
+    table = Table("case", "twin us", "ours us", "times faster", "base x@W us", title=title)
+    for result in results:
+        base = "" if result.base_us is None else f"{result.base_us:.0f}"
+        ratio = f"{result.twin_us / result.ours_us:.1f}"
+        table.add_row(result.name, f"{result.twin_us:.0f}", f"{result.ours_us:.0f}", ratio, base)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The torch twins: what each operation is, said as plainly as possible. The truth in tests; right on any device.
+
+Shape letters: T tokens, D in, F out, R rank (here the launch's max_rank), P pages, L layers, K key/value heads, H head
+dim, N query heads (in `q_TNH`) or sequences (in `block_tables_NB`), B blocks of the longest sequence, C tokens of
+context, Q tokens of one query, G query heads per key/value head.
+
+Everything is computed in float32 and rounded once to the dtype of the output.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.segments import LoraSegments
+
+
+def lora_shrink(x_TD: Tensor, arena: Tensor, segments: LoraSegments) -> Tensor:
+    """Project each token onto its adapter's rows of `lora_a`.
+
+    Semantics: `h[t, :rank] = x[t] @ A^T` with A the [rank, D] matrix of t's segment; zero beyond its rank and for
+    tokens without adapter.
+
+    x_TD: any float dtype. arena: flat. Returns float32 [T, max_rank].
+    """
+    h_TR = torch.zeros(x_TD.shape[0], segments.max_rank, dtype=torch.float32, device=x_TD.device)
+    for tokens, rank, table_start, _ in _each_segment(segments):
+        a_RD = _rows(arena, segments.a_rows[table_start : table_start + rank], x_TD.shape[1])
+        h_TR[tokens, :rank] = x_TD[tokens].float() @ a_RD.T
+    return h_TR
+
+
+def lora_expand(h_TR: Tensor, arena: Tensor, segments: LoraSegments, out_TF: Tensor) -> None:
+    """Add each adapter's contribution to the output of its module, in place.
+
+    Semantics: `out[t] += scaling * (h[t, :rank] @ B^T)` with B^T the [rank, F] matrix of t's segment; other tokens are
+    left as they are.
+
+    h_TR: float32, from `lora_shrink`. out_TF: any float dtype; may be a column slice of a fused projection's output.
+    """
+    for tokens, rank, table_start, scaling in _each_segment(segments):
+        b_RF = _rows(arena, segments.b_rows[table_start : table_start + rank], out_TF.shape[1])
+        out_TF[tokens] = (out_TF[tokens].float() + scaling * (h_TR[tokens, :rank] @ b_RF)).to(out_TF.dtype)
+
+
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:
+    """Write this step's keys and values to their pages, in place.
+
+    Semantics: with `page, offset = divmod(slots[t], page_tokens)`: `kv_pages[page, layer, 0, offset] = k[t]` and
+    `kv_pages[page, layer, 1, offset] = v[t]`.
+
+    kv_pages: [P, L, 2, page_tokens, K, H], a view of the arena. slots_T: int64, all different.
+    """
+    page_tokens = kv_pages.shape[3]
+    for t, slot in enumerate(slots_T.tolist()):
+        page, offset = divmod(slot, page_tokens)
+        kv_pages[page, layer, 0, offset] = k_TKH[t]
+        kv_pages[page, layer, 1, offset] = v_TKH[t]
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    kv_pages: Tensor,
+    layer: int,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables_NB: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    max_query_tokens: int,
+    max_context_tokens: int,
+) -> Tensor:
+    """Causal attention of each sequence's new tokens over all its tokens, the new ones included (they are stored).
+
+    Semantics: query j of sequence n is at position `context_lens[n] - query_len + j`, and sees key positions p with
+    `position - window < p <= position` (from 0 where there is no window). Query heads `g * G ... g * G + G - 1` read
+    key/value head g (grouped-query attention).
+
+    query_starts: int32 [N + 1]. context_lens: int32 [N]. block_tables_NB: int32, pages in order, padded with any page.
+    max_query_tokens, max_context_tokens: host-side bounds for the launch. Returns [T, N, H] in q's dtype.
+    """
+    out_TNH = torch.empty_like(q_TNH)
+    starts = query_starts.tolist()
+    for n, num_context in enumerate(context_lens.tolist()):
+        tokens = slice(starts[n], starts[n + 1])
+        k_CKH, v_CKH = _context(kv_pages, layer, block_tables_NB[n], num_context)
+        out_TNH[tokens] = _attend(q_TNH[tokens].float(), k_CKH, v_CKH, scale, window).to(q_TNH.dtype)
+    return out_TNH
+
+
+def _each_segment(segments: LoraSegments) -> Iterator[tuple[slice, int, int, float]]:
+    starts = segments.token_starts.tolist()
+    columns = zip(segments.ranks.tolist(), segments.table_starts.tolist(), segments.scalings.tolist(), strict=True)
+    for s, (rank, table_start, scaling) in enumerate(columns):
+        if rank > 0:
+            yield slice(starts[s], starts[s + 1]), rank, table_start, scaling
+
+
+def _rows(arena: Tensor, offsets_R: Tensor, width: int) -> Tensor:
+    columns = torch.arange(width, device=arena.device)
+    return arena[offsets_R[:, None] + columns].float()
+
+
+def _context(kv_pages: Tensor, layer: int, blocks_B: Tensor, num_context: int) -> tuple[Tensor, Tensor]:
+    num_blocks = -(-num_context // kv_pages.shape[3])
+    kv = kv_pages[blocks_B[:num_blocks].long(), layer].float()
+    k_CKH, v_CKH = (kv[:, side].flatten(0, 1)[:num_context] for side in (0, 1))
+    return k_CKH, v_CKH
+
+
+def _attend(q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float, window: int | None) -> Tensor:
+    num_query, num_context = q_QNH.shape[0], k_CKH.shape[0]
+    group = q_QNH.shape[1] // k_CKH.shape[1]
+    k_CNH, v_CNH = (x.repeat_interleave(group, dim=1) for x in (k_CKH, v_CKH))
+    scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH, k_CNH) * scale
+    position_Q1 = torch.arange(num_context - num_query, num_context, device=q_QNH.device)[:, None]
+    key_C = torch.arange(num_context, device=q_QNH.device)
+    is_seen_QC = key_C <= position_Q1
+    if window is not None:
+        is_seen_QC &= key_C > position_Q1 - window
+    probs_NQC = scores_NQC.masked_fill(~is_seen_QC, float("-inf")).softmax(-1)
+    return torch.einsum("nqc,cnh->qnh", probs_NQC, v_CNH)

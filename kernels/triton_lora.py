@@ -1,0 +1,178 @@
+"""Segmented LoRA on CUDA: one program per tile of one segment, at the segment's true rank.
+
+Same names, signatures and meaning as `kernels.reference`. Shape letters: T tokens, S segments, D in, F out, R rank.
+
+The grid depends on host-side bounds only (tokens and rank of the largest segment, number of segments), so that no
+launch waits for the device; programs beyond their own segment's tokens or rank return at once. No atomics: each output
+element has one owner, which makes the results the same in every run.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (the arguments of a kernel have types of Triton's, not of Python's)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.segments import LoraSegments
+
+# The interpreter multiplies the bit patterns of bfloat16 (triton 3.7.1); widened right after each load it is exact.
+_UPCAST = triton.knobs.runtime.interpret
+
+
+def lora_shrink(x_TD: Tensor, arena: Tensor, segments: LoraSegments) -> Tensor:
+    """Project each token onto its adapter's rows of `lora_a`; see `kernels.reference.lora_shrink`."""
+    num_in = x_TD.shape[1]
+    assert x_TD.stride(1) == arena.stride(0) == 1
+    h_TR = torch.zeros(x_TD.shape[0], segments.max_rank, dtype=torch.float32, device=x_TD.device)
+    block_t, block_r = _tile(segments.max_tokens, 32), _tile(segments.max_rank, 64)
+    grid = (
+        triton.cdiv(segments.max_tokens, block_t),
+        triton.cdiv(segments.max_rank, block_r),
+        segments.ranks.shape[0],
+    )
+    shrink_kernel[grid](
+        x_TD,
+        arena,
+        h_TR,
+        segments.token_starts,
+        segments.ranks,
+        segments.table_starts,
+        segments.a_rows,
+        num_in,
+        x_TD.stride(0),
+        h_TR.stride(0),
+        segments.ranks.stride(0),
+        segments.table_starts.stride(0),
+        BLOCK_T=block_t,
+        BLOCK_R=block_r,
+        BLOCK_D=min(128, max(16, triton.next_power_of_2(num_in))),
+        UPCAST=_UPCAST,
+    )
+    return h_TR
+
+
+def lora_expand(h_TR: Tensor, arena: Tensor, segments: LoraSegments, out_TF: Tensor) -> None:
+    """Add each adapter's contribution to `out_TF`, in place; see `kernels.reference.lora_expand`."""
+    num_out = out_TF.shape[1]
+    assert out_TF.stride(1) == h_TR.stride(1) == arena.stride(0) == 1
+    block_t, block_f = _tile(segments.max_tokens, 32), min(128, max(16, triton.next_power_of_2(num_out)))
+    grid = (triton.cdiv(segments.max_tokens, block_t), triton.cdiv(num_out, block_f), segments.ranks.shape[0])
+    expand_kernel[grid](
+        h_TR,
+        arena,
+        out_TF,
+        segments.token_starts,
+        segments.ranks,
+        segments.scalings,
+        segments.table_starts,
+        segments.b_rows,
+        num_out,
+        h_TR.stride(0),
+        out_TF.stride(0),
+        segments.ranks.stride(0),
+        segments.scalings.stride(0),
+        segments.table_starts.stride(0),
+        BLOCK_T=block_t,
+        BLOCK_R=_tile(segments.max_rank, 32),
+        BLOCK_F=block_f,
+    )
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr,
+    arena_ptr,
+    h_ptr,
+    token_starts_ptr,
+    ranks_ptr,
+    table_starts_ptr,
+    a_rows_ptr,
+    num_in,
+    x_stride,
+    h_stride,
+    ranks_stride,
+    table_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """`h[tile of T, tile of R] = x @ A^T` of segment `program_id(2)`; whole D in one program, in order."""
+    segment = tl.program_id(2)
+    start = tl.load(token_starts_ptr + segment)
+    end = tl.load(token_starts_ptr + segment + 1)
+    rank = tl.load(ranks_ptr + segment * ranks_stride)
+    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if (start + tl.program_id(0) * BLOCK_T < end) & (tl.program_id(1) * BLOCK_R < rank):
+        is_token, is_row = token < end, row < rank
+        entry = tl.load(table_starts_ptr + segment * table_stride) + row
+        a_offset = tl.load(a_rows_ptr + entry, mask=is_row, other=0)
+        x_offset = token.to(tl.int64) * x_stride
+        acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+        for first in range(0, num_in, BLOCK_D):
+            column = first + tl.arange(0, BLOCK_D)
+            is_column = column < num_in
+            x = tl.load(x_ptr + x_offset[:, None] + column, mask=is_token[:, None] & is_column, other=0.0)
+            a = tl.load(arena_ptr + a_offset[None, :] + column[:, None], mask=is_row & is_column[:, None], other=0.0)
+            if UPCAST:
+                x, a = x.to(tl.float32), a.to(tl.float32)
+            acc += tl.dot(x, a, input_precision="ieee")
+        h_offset = token.to(tl.int64) * h_stride
+        tl.store(h_ptr + h_offset[:, None] + row, acc, mask=is_token[:, None] & is_row)
+
+
+@triton.jit
+def expand_kernel(
+    h_ptr,
+    arena_ptr,
+    out_ptr,
+    token_starts_ptr,
+    ranks_ptr,
+    scalings_ptr,
+    table_starts_ptr,
+    b_rows_ptr,
+    num_out,
+    h_stride,
+    out_stride,
+    ranks_stride,
+    scalings_stride,
+    table_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """`out[tile of T, tile of F] += scaling * h @ B^T` of segment `program_id(2)`.
+
+    Rows of 16 bits are widened to h's float32, so that nothing is rounded before the sum.
+    """
+    segment = tl.program_id(2)
+    start = tl.load(token_starts_ptr + segment)
+    end = tl.load(token_starts_ptr + segment + 1)
+    rank = tl.load(ranks_ptr + segment * ranks_stride)
+    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    if (start + tl.program_id(0) * BLOCK_T < end) & (rank > 0):
+        is_token, is_column = token < end, column < num_out
+        table_start = tl.load(table_starts_ptr + segment * table_stride)
+        acc = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
+        for first in range(0, rank, BLOCK_R):
+            row = first + tl.arange(0, BLOCK_R)
+            is_row = row < rank
+            b_offset = tl.load(b_rows_ptr + table_start + row, mask=is_row, other=0)
+            h_offset = token.to(tl.int64) * h_stride
+            h = tl.load(h_ptr + h_offset[:, None] + row, mask=is_token[:, None] & is_row, other=0.0)
+            b = tl.load(arena_ptr + b_offset[:, None] + column, mask=is_row[:, None] & is_column, other=0.0)
+            acc += tl.dot(h, b.to(tl.float32), input_precision="ieee")
+        out_offset = out_ptr + (token.to(tl.int64) * out_stride)[:, None] + column
+        is_out = is_token[:, None] & is_column
+        out = tl.load(out_offset, mask=is_out, other=0.0).to(tl.float32)
+        out += tl.load(scalings_ptr + segment * scalings_stride) * acc
+        tl.store(out_offset, out.to(out_ptr.dtype.element_ty), mask=is_out)
+
+
+def _tile(size: int, largest: int) -> int:
+    """A power of two from 16 (the least that `tl.dot` takes) to `largest` that covers `size` where it can."""
+    return min(largest, max(16, triton.next_power_of_2(size)))

@@ -1,0 +1,252 @@
+"""Random inputs of the kernels with their plain facts beside them, and dense mathematics to compare with.
+
+The rows of the adapters and the pages of the sequences are scattered over an arena that is NaN everywhere else: whoever
+reads what is nobody's, or another page's tail, shows it.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.segments import LoraSegments
+
+
+@dataclass(frozen=True, eq=False)
+class LoraCase:
+    """One module's adapters over one batch. `adapter_of_T[t]` is the adapter of token t, or None."""
+
+    x_TD: Tensor
+    base_TF: Tensor
+    arena: Tensor
+    segments: LoraSegments
+    adapter_of_T: list[int | None]
+    ranks: list[int]
+    scalings: list[float]
+    a_by_adapter: list[Tensor]
+    b_by_adapter: list[Tensor]
+
+
+def popular(popularity: str, num_tokens: int, num_adapters: int, rng: random.Random) -> list[int]:
+    """An adapter for each token, sorted, as traffic of that popularity would have it."""
+    weights = {
+        "uniform": [1.0] * num_adapters,
+        "zipf": [1.0 / (i + 1) for i in range(num_adapters)],
+        "identical": [1.0] + [0.0] * (num_adapters - 1),
+    }
+    if popularity == "distinct":
+        return sorted(t % num_adapters for t in range(num_tokens))
+    return sorted(rng.choices(range(num_adapters), weights[popularity], k=num_tokens))
+
+
+def lora_case(
+    *,
+    popularity: str = "uniform",
+    num_tokens: int = 16,
+    num_plain: int = 0,
+    num_adapters: int = 4,
+    ranks: list[int] | None = None,
+    num_in: int = 24,
+    num_out: int = 40,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> LoraCase:
+    """Random adapters of the given ranks (or of mixed ones, 0 among them) and tokens that use them."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    ranks = ranks or [rng.choice([0, 1, 2, 3, 5, 8, 13, 16, 33, 64]) for _ in range(num_adapters)]
+    if max(ranks) == 0:
+        ranks[0] = 4
+    used = popular(popularity, num_tokens - num_plain, len(ranks), rng)
+    a_by_adapter = [_randn(generator, rank, num_in).to(dtype) for rank in ranks]
+    b_by_adapter = [_randn(generator, num_out, rank).to(dtype) for rank in ranks]
+    arena, a_rows, b_rows = _scatter(a_by_adapter, [b.T for b in b_by_adapter], dtype, rng)
+    scalings = [rng.choice([0.25, 1.0, 2.0, 3.5]) for _ in ranks]
+    segments = _segments(used, ranks, scalings, a_rows, b_rows, rng)
+    move = {"device": device}
+    return LoraCase(
+        x_TD=_randn(generator, num_tokens, num_in).to(dtype).to(**move),
+        base_TF=_randn(generator, num_tokens, num_out).to(dtype).to(**move),
+        arena=arena.to(**move),
+        segments=_moved(segments, device),
+        adapter_of_T=[*used, *([None] * num_plain)],
+        ranks=ranks,
+        scalings=scalings,
+        a_by_adapter=a_by_adapter,
+        b_by_adapter=b_by_adapter,
+    )
+
+
+def dense_lora(case: LoraCase) -> Tensor:
+    """`base + scaling * B A x` token by token with the dense F x D matrix, in float64."""
+    out_TF = case.base_TF.double().cpu()
+    for t, adapter in enumerate(case.adapter_of_T):
+        if adapter is not None:
+            delta_FD = case.b_by_adapter[adapter].double() @ case.a_by_adapter[adapter].double()
+            out_TF[t] += case.scalings[adapter] * (delta_FD @ case.x_TD[t].double().cpu())
+    return out_TF.to(case.base_TF.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCase:
+    """Sequences with their keys and values in pages and, the same again, in one tensor per sequence."""
+
+    q_TNH: Tensor
+    kv_pages: Tensor
+    layer: int
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables_NB: Tensor
+    options: dict[str, Any]
+    group: int
+    k_by_sequence: list[Tensor]
+    v_by_sequence: list[Tensor]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments of `paged_attention`."""
+        return self.q_TNH, self.kv_pages, self.layer, self.query_starts, self.context_lens, self.block_tables_NB
+
+
+def attention_case(
+    query_lens: list[int],
+    context_lens: list[int],
+    *,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 12,
+    page_tokens: int = 4,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> AttentionCase:
+    """Random sequences in scattered pages; q is a strided slice of a wider tensor, as from a fused projection."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    num_layers, layer = 3, 1
+    num_blocks = [-(-num // page_tokens) for num in context_lens]
+    pages = rng.sample(range(1, sum(num_blocks) + 4), sum(num_blocks))
+    kv_pages = torch.full(
+        (len(pages) + 4, num_layers, 2, page_tokens, num_kv_heads, head_dim), float("nan"), dtype=dtype
+    )
+    tables_NB = torch.zeros(len(context_lens), max(num_blocks), dtype=torch.int32)
+    keys, values = [], []
+    for n, num_context in enumerate(context_lens):
+        own = [pages.pop() for _ in range(num_blocks[n])]
+        tables_NB[n, : len(own)] = torch.tensor(own)
+        sides = _randn(generator, 2, num_context, num_kv_heads, head_dim).to(dtype)
+        for token in range(num_context):
+            kv_pages[own[token // page_tokens], layer, :, token % page_tokens] = sides[:, token]
+        keys.append(sides[0])
+        values.append(sides[1])
+    num_heads = num_kv_heads * group
+    wide = _randn(generator, sum(query_lens), num_heads + 3, head_dim).to(dtype).to(device)
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
+    return AttentionCase(
+        q_TNH=wide[:, :num_heads],
+        kv_pages=kv_pages.to(device),
+        layer=layer,
+        query_starts=starts.to(device),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
+        block_tables_NB=tables_NB.to(device),
+        options={
+            "scale": head_dim**-0.5,
+            "window": window,
+            "max_query_tokens": max(query_lens),
+            "max_context_tokens": max(context_lens),
+        },
+        group=group,
+        k_by_sequence=keys,
+        v_by_sequence=values,
+    )
+
+
+def dense_attention(case: AttentionCase) -> Tensor:
+    """A full softmax for every query and head on its own, in float64."""
+    out_TNH = torch.zeros(case.q_TNH.shape, dtype=torch.float64)
+    starts, window = case.query_starts.tolist(), case.options["window"]
+    for n, (k_CKH, v_CKH) in enumerate(zip(case.k_by_sequence, case.v_by_sequence, strict=True)):
+        for t in range(starts[n], starts[n + 1]):
+            end = k_CKH.shape[0] - (starts[n + 1] - 1 - t)
+            start = 0 if window is None else max(0, end - window)
+            for head in range(case.q_TNH.shape[1]):
+                k_CH, v_CH = (x[start:end, head // case.group].double() for x in (k_CKH, v_CKH))
+                scores_C = k_CH @ case.q_TNH[t, head].double().cpu() * case.options["scale"]
+                out_TNH[t, head] = scores_C.softmax(0) @ v_CH
+    return out_TNH.to(case.q_TNH.dtype)
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", guard: int = 64) -> tuple[Tensor, Tensor]:
+    """A tensor of NaN between two guard zones of 7: (the tensor, the whole allocation). See `guards_intact`."""
+    numel = int(torch.tensor(shape).prod())
+    whole = torch.full((numel + 2 * guard,), 7.0, dtype=dtype, device=device)
+    inner = whole[guard : guard + numel].view(shape)
+    inner.fill_(float("nan"))
+    return inner, whole
+
+
+def guards_intact(whole: Tensor, guard: int = 64) -> bool:
+    """Whether nobody wrote outside of the tensor that `guarded` made."""
+    return bool((whole[:guard] == 7).all() and (whole[-guard:] == 7).all())
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator) * 0.5
+
+
+def _scatter(
+    a_by_adapter: list[Tensor], b_by_adapter: list[Tensor], dtype: torch.dtype, rng: random.Random
+) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """Rows one by one at random places with gaps of NaN between them, the arena's last element being a row's."""
+    rows = [
+        (side, s, i)
+        for side, group in enumerate((a_by_adapter, b_by_adapter))
+        for s, w in enumerate(group)
+        for i in range(len(w))
+    ]
+    rng.shuffle(rows)
+    offsets: tuple[list[list[int]], list[list[int]]] = (
+        [[0] * len(w) for w in a_by_adapter],
+        [[0] * len(w) for w in b_by_adapter],
+    )
+    pieces, at = [], 0
+    for side, s, i in rows:
+        row, gap = (a_by_adapter, b_by_adapter)[side][s][i], rng.randint(0, 9)
+        pieces += [torch.full((gap,), float("nan"), dtype=dtype), row]
+        offsets[side][s][i] = at + gap
+        at += gap + len(row)
+    return torch.cat(pieces), *offsets
+
+
+def _segments(
+    used: list[int],
+    ranks: list[int],
+    scalings: list[float],
+    a_rows: list[list[int]],
+    b_rows: list[list[int]],
+    rng: random.Random,
+) -> LoraSegments:
+    """Only adapters that a token uses have a segment; tables lie in the row table in random order."""
+    present = sorted(set(used))
+    counts = [used.count(s) for s in present]
+    starts, table_a, table_b = {}, [0], [0]
+    for s in rng.sample(range(len(ranks)), len(ranks)):
+        starts[s] = len(table_a)
+        table_a, table_b = table_a + a_rows[s], table_b + b_rows[s]
+    return LoraSegments(
+        token_starts=torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32),
+        ranks=torch.tensor([ranks[s] for s in present], dtype=torch.int32),
+        scalings=torch.tensor([scalings[s] for s in present], dtype=torch.float32),
+        table_starts=torch.tensor([starts[s] for s in present], dtype=torch.int64),
+        a_rows=torch.tensor(table_a, dtype=torch.int64),
+        b_rows=torch.tensor(table_b, dtype=torch.int64),
+        max_rank=max(ranks[s] for s in present),
+        max_tokens=max(counts, default=0),
+    )
+
+
+def _moved(segments: LoraSegments, device: str) -> LoraSegments:
+    fields = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(segments).items()}
+    return LoraSegments(**fields)
