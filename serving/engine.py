@@ -1,0 +1,257 @@
+"""One base model, its adapters and its memory: requests in, tokens out, one `step` at a time. One thread at a time.
+
+Shape letters: O rows whose logits are wanted, V vocabulary, P pages, E elements of a page.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from cluster.adapter_files import Adapter, check_fits
+from cluster.config import ServingConfig
+from cluster.errors import (
+    ConfigError,
+    InvalidAdapterError,
+    InvalidCheckpointError,
+    InvalidRequestError,
+    ReloraError,
+)
+from serving.adapters import AdapterCache
+from serving.batching import BatchBuilder
+from serving.job import Job, make_job
+from serving.model import CausalLM
+from serving.packing import PackedAdapter, pack_adapter
+from serving.pages import PageArena
+from serving.request import AdapterRef, FinishReason, Request, TokenEvent
+from serving.sampler import Sampled, sample
+from serving.scheduler import Scheduler
+from serving.sequence import Chunk
+from serving.weights import load_model
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Not thread-safe, except for `pack` and `has_adapter`. `eos_ids` are the tokens that end a sequence."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ServingConfig,
+        eos_ids: frozenset[int] = frozenset(),
+    ):
+        self.config = config
+        self._model = model
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._max_model_tokens = min(config.max_model_tokens, model.max_position)
+        self._dtype = getattr(torch, config.dtype)
+        device = torch.device(config.device)
+        page_elements = _page_elements(model, config)
+        num_pages = config.memory_bytes // (page_elements * self._dtype.itemsize)
+        self._memory_PE = torch.zeros(num_pages, page_elements, dtype=self._dtype, device=device)
+        self._arena = PageArena(num_pages)
+        self._adapters = AdapterCache(self._arena, self._memory_PE, config.host_cache_bytes)
+        self._scheduler = Scheduler(
+            self._arena,
+            self._adapters,
+            page_tokens=config.page_tokens,
+            max_batch_tokens=config.max_batch_tokens,
+            max_sequences=config.max_sequences,
+            max_queue=config.max_queue,
+        )
+        self._batches = BatchBuilder(config.page_tokens, device)
+        self._jobs: dict[str, Job] = {}
+        self._ended_early: list[TokenEvent] = []
+        self._num_tokens = 0
+        self._num_steps = 0
+        self._step_seconds = 0.0
+
+    @classmethod
+    def open(cls, folder: Path, config: ServingConfig) -> "Engine":
+        """An engine of a Hugging Face checkpoint folder. Raises InvalidCheckpointError and ConfigError."""
+        torch.set_num_threads(config.threads)
+        model = load_model(folder, getattr(torch, config.dtype), config.device)
+        return cls(model, AutoTokenizer.from_pretrained(folder), config, read_eos_ids(folder))
+
+    # Requests.
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its events come from `step`.
+
+        Raises InvalidRequestError if it can never be served, NotFoundError if its adapter is not loaded,
+        OverloadedError if the queue is full.
+        """
+        self._check(request)
+        job = make_job(request, self._tokenizer, self._eos_ids, self._max_model_tokens)
+        reason = job.replay()
+        if reason is None:
+            self._scheduler.submit(job.sequence)
+            self._jobs[request.id] = job
+        else:
+            self._ended_early.append(TokenEvent(request.id, finish_reason=reason))
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and give back all that it holds; no event follows. Unknown ids are those that just ended."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            self._scheduler.finish(job.sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._jobs or self._ended_early)
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """One forward pass of what the scheduler picks: the news of each request that got a token or ended."""
+        started_at = time.perf_counter()
+        events, self._ended_early = self._ended_early, []
+        chunks = self._scheduler.schedule()
+        if chunks:
+            batch = self._batches.build(chunks)
+            logits_OV = self._model.forward(batch, self._memory_PE.view(-1), self.config.page_tokens)
+            events += self._commit(chunks, self._sample(chunks, logits_OV))
+        self._num_steps += 1
+        self._step_seconds += time.perf_counter() - started_at
+        return events
+
+    # Adapters.
+
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        """Lay an adapter out for this engine; any thread may do it. Raises InvalidAdapterError if it does not fit."""
+        if adapter.max_rank > self.config.max_rank:
+            raise InvalidAdapterError(f"rank {adapter.max_rank} is above the limit of {self.config.max_rank}")
+        check_fits(adapter, self._model.linear_shapes)
+        return pack_adapter(adapter, tuple(self._model.linear_shapes), self._memory_PE.shape[1], self._dtype)
+
+    def add_packed(self, ref: AdapterRef, packed: PackedAdapter) -> None:
+        """Put a packed adapter on the host; nothing happens if it is there.
+
+        Raises InvalidAdapterError if the memory can never hold it, OverloadedError if adapters in use leave no room.
+        """
+        self._adapters.add(ref.key, packed)
+
+    def add_adapter(self, ref: AdapterRef, adapter: Adapter) -> None:
+        """`pack` and `add_packed`."""
+        self.add_packed(ref, self.pack(adapter))
+
+    def has_adapter(self, key: str) -> bool:
+        """Whether requests may name the adapter; any thread may ask."""
+        return self._adapters.has(key)
+
+    def remove_adapter(self, key: str) -> None:
+        """Refuse new requests for an adapter; its memory comes back with the last one that was accepted before."""
+        self._adapters.remove(key)
+
+    # Books.
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and totals; those of several engines may be added up."""
+        num_kv_pages, num_adapter_pages = self._scheduler.num_kv_pages, self._adapters.num_pages_used
+        return {
+            "running": self._scheduler.num_running,
+            "waiting": self._scheduler.num_waiting,
+            "pages": self._arena.num_pages,
+            "pages_free": self._arena.num_free,
+            "pages_kv": num_kv_pages,
+            "pages_adapters": num_adapter_pages,
+            "adapters_resident": self._adapters.num_resident,
+            "adapters_on_host": self._adapters.num_on_host,
+            "host_bytes": self._adapters.num_host_bytes,
+            "tokens_generated": self._num_tokens,
+            "preemptions": self._scheduler.num_preemptions,
+            "evictions": self._adapters.num_evictions,
+            "steps": self._num_steps,
+            "step_seconds": self._step_seconds,
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that all books agree; for tests."""
+        self._scheduler.check_integrity()
+        assert len(self._jobs) == self._scheduler.num_running + self._scheduler.num_waiting, "a job is lost"
+
+    def _check(self, request: Request) -> None:
+        num_prompt, limit = len(request.prompt_tokens), self._max_model_tokens - 1
+        if request.id in self._jobs:
+            raise InvalidRequestError(f"request {request.id} is here already")
+        if num_prompt == 0:
+            raise InvalidRequestError("the prompt is empty: there is no token to continue from")
+        if num_prompt > limit:
+            raise InvalidRequestError(f"the prompt has {num_prompt} tokens, the model takes at most {limit}")
+        if request.sampling.max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {request.sampling.max_tokens}, it has to be at least 1")
+        tokens = (*request.prompt_tokens, *request.resumed_tokens)
+        if not 0 <= min(tokens) <= max(tokens) < self._model.vocab_size:
+            raise InvalidRequestError(f"the prompt has token ids outside of the vocabulary of {self._model.vocab_size}")
+
+    def _sample(self, chunks: Seq[Chunk], logits_OV: Tensor) -> list[Sampled]:
+        jobs = [self._jobs[chunk.sequence.request.id] for chunk in chunks if chunk.does_sample]
+        return sample(logits_OV, [job.sample_row() for job in jobs])
+
+    def _commit(self, chunks: Seq[Chunk], picks: Seq[Sampled]) -> Iterator[TokenEvent]:
+        remaining = iter(picks)
+        for chunk in chunks:
+            if not chunk.does_sample:
+                self._scheduler.commit(chunk, None)
+                continue
+            job, pick = self._jobs[chunk.sequence.request.id], next(remaining)
+            if pick.is_valid:
+                yield self._advance(job, chunk, pick)
+            else:
+                yield self._fail(job)
+
+    def _advance(self, job: Job, chunk: Chunk, pick: Sampled) -> TokenEvent:
+        self._scheduler.commit(chunk, pick.token)
+        self._num_tokens += 1
+        text, reason = job.read(pick.token, num_tokens=len(job.sequence.tokens))
+        if reason is not None:
+            self.abort(job.request.id)
+        logprobs = (pick.logprob,) if pick.logprob is not None else ()
+        return TokenEvent(job.request.id, (pick.token,), text, logprobs, reason)
+
+    def _fail(self, job: Job) -> TokenEvent:
+        """End a request whose logits are not finite. Its batch mates are not touched: no value crosses sequences."""
+        adapter = job.request.adapter
+        error: ReloraError = (
+            InvalidCheckpointError("the base model's logits are not finite for this prompt")
+            if adapter is None
+            else InvalidAdapterError(f"adapter {adapter.label} makes the logits NaN or infinite")
+        )
+        log.warning("request %s: %s", job.request.id, error)
+        self.abort(job.request.id)
+        return TokenEvent(job.request.id, finish_reason=FinishReason.ABORT, error=error)
+
+
+def read_eos_ids(folder: Path) -> frozenset[int]:
+    """The tokens that end a sequence, from generation_config.json, else config.json; one number or a list there."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _page_elements(model: CausalLM, config: ServingConfig) -> int:
+    """Elements of a page: keys and values of `page_tokens` tokens in all layers. Raises ConfigError if too few."""
+    token_elements = model.num_layers * 2 * model.num_kv_heads * model.head_dim
+    page_elements = token_elements * config.page_tokens
+    row_elements = max(max(shape) for shape in model.linear_shapes.values())
+    if row_elements > page_elements:
+        raise ConfigError(
+            f"serving.page_tokens: a page of {config.page_tokens} tokens has {page_elements} elements, a row of an "
+            f"adapter of this model up to {row_elements}: raise it to {-(-row_elements // token_elements)} or more"
+        )
+    page_bytes = page_elements * getattr(torch, config.dtype).itemsize
+    if config.memory_bytes < page_bytes:
+        raise ConfigError(f"serving.memory_bytes: {config.memory_bytes} is less than one page of {page_bytes} bytes")
+    return page_elements

@@ -1,0 +1,251 @@
+"""The engine's thread, and the bridge to it from asyncio. The engine itself knows nothing of either.
+
+Everything that touches the engine runs on its thread, between steps, in the order in which it was posted; files are
+read on loader threads, so that a cold adapter delays nobody but those who asked for it.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from cluster.adapter_files import load_adapter
+from cluster.errors import ReloraError
+from serving.engine import Engine
+from serving.errors import BackendDiedError
+from serving.request import AdapterRef, FinishReason, Request, TokenEvent, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class EngineLoop:
+    """Runs an engine on a thread of its own. `start` and `stop` once each; the rest from any event loop."""
+
+    def __init__(self, engine: Engine, num_loaders: int = 4):
+        self._engine = engine
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loaders = ThreadPoolExecutor(num_loaders, thread_name_prefix="adapter-loader")
+        self._loads: dict[str, Future[None]] = {}  # by adapter key; guarded by _changed
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # only the engine thread takes any off
+        self._changed = threading.Condition()
+        self._is_open = False  # whether commands are taken; guarded by _changed
+        self._streams: dict[str, _Stream] = {}  # by request id; the engine thread's own
+        self._stats = engine.stats()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._is_open = True
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step under way; every open stream ends with ABORT."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify()
+        self._thread.join()
+        self._loaders.shutdown(wait=False)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests are taken: started, not stopped, no step failed."""
+        return self._is_open and self._thread.is_alive()
+
+    def stats(self) -> dict[str, float]:
+        """The engine's figures as of its last step."""
+        return self._stats
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """The request's events up to the one with a finish reason; closing the iterator aborts the request.
+
+        A slow reader gets several steps' news as one event. Raises what `Engine.submit` raises, and BackendDiedError
+        where the engine has stopped or failed.
+        """
+        stream = _Stream(asyncio.get_running_loop())
+        try:
+            await self._call(lambda: self._submit(request, stream))
+            while True:
+                event = await stream.get()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            if not stream.has_ended:
+                self._post(lambda: self._abort(request.id, stream))
+
+    def has_adapter(self, key: str) -> bool:
+        """Whether the engine has the adapter, so that requests may name it."""
+        return self._engine.has_adapter(key)
+
+    async def ensure_adapter(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
+        """Load an adapter's files if the engine does not have it; `folder` may be a function that fetches them first.
+
+        Runs on a loader thread, once for all who ask at the same time. Raises what went wrong (InvalidAdapterError,
+        StorageError, ...); the next call tries again.
+        """
+        if not self.has_adapter(ref.key):
+            # Shielded: others may wait for the same load when this caller goes away.
+            await asyncio.shield(asyncio.wrap_future(self._load_once(ref, folder)))
+
+    async def remove_adapter(self, key: str) -> None:
+        """See `Engine.remove_adapter`."""
+        await self._call(lambda: self._engine.remove_adapter(key))
+
+    # Any thread.
+
+    async def _call(self, command: Callable[[], Result]) -> Result:
+        return await asyncio.wrap_future(self._post(command))
+
+    def _post(self, command: Callable[[], Result]) -> "Future[Result]":
+        """Have the engine thread run a command between two steps."""
+        future: Future[Result] = Future()
+        with self._changed:
+            if self._is_open:
+                self._commands.append((command, future))
+                self._changed.notify()
+            else:
+                future.set_exception(BackendDiedError("The engine does not run."))
+        return future
+
+    def _load_once(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> "Future[None]":
+        with self._changed:
+            if not self._is_open:
+                raise BackendDiedError("The engine does not run.")
+            load = self._loads.get(ref.key)
+            if load is None:
+                load = self._loads[ref.key] = self._loaders.submit(self._load, ref, folder)
+        return load
+
+    # Loader threads.
+
+    def _load(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
+        try:
+            path = folder if isinstance(folder, Path) else folder()
+            packed = self._engine.pack(load_adapter(path, self._engine.config.max_rank))
+            self._post(lambda: self._engine.add_packed(ref, packed)).result()
+        finally:
+            with self._changed:
+                del self._loads[ref.key]
+
+    # The engine thread.
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._engine.config.threads)
+        error: BackendDiedError | None = None
+        try:
+            while self._wait_for_work():
+                self._run_commands()
+                if self._engine.has_work:
+                    self._deliver(self._engine.step())
+                self._stats = self._engine.stats()
+        except Exception as cause:  # whatever it was, nobody may be left waiting for this thread
+            log.exception("the engine failed")
+            error = BackendDiedError(f"The engine failed: {type(cause).__name__}: {cause}")
+        finally:
+            self._close(error)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._commands or self._engine.has_work or not self._is_open)
+            return self._is_open
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            command, future = self._commands.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(command())
+            except ReloraError as error:
+                future.set_exception(error)
+            except BaseException as error:  # our bug: this caller hears of it, and the thread ends
+                future.set_exception(error)
+                raise
+
+    def _submit(self, request: Request, stream: "_Stream") -> None:
+        self._engine.submit(request)
+        self._streams[request.id] = stream
+
+    def _abort(self, request_id: str, stream: "_Stream") -> None:
+        # Another request may have taken the id since.
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._engine.abort(request_id)
+
+    def _deliver(self, events: Iterable[TokenEvent]) -> None:
+        """Hand a step's events to their streams, with one wake-up per event loop."""
+        news: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent]]] = defaultdict(list)
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is None:
+                continue  # aborted
+            news[stream.loop].append((stream, event))
+            if event.finish_reason is not None:
+                del self._streams[event.request_id]
+        for loop, items in news.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, items)
+            except RuntimeError:  # the event loop is closed: its clients are gone
+                for stream, event in items:
+                    self._abort(event.request_id, stream)
+
+    def _close(self, error: BackendDiedError | None) -> None:
+        with self._changed:
+            self._is_open = False
+            commands, self._commands = self._commands, deque()
+        for _, future in commands:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error or BackendDiedError("The engine has stopped."))
+        ends = [TokenEvent(id, finish_reason=FinishReason.ABORT, error=error) for id in self._streams]
+        self._deliver(ends)
+
+
+class _Stream:
+    """What a client has not read yet of one request, as one event. Lives on the client's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self.has_ended = False
+        self._has_news = asyncio.Event()
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._last: TokenEvent | None = None
+
+    def put(self, event: TokenEvent) -> None:
+        """Add an event."""
+        self._tokens += event.tokens
+        self._text.append(event.text)
+        self._logprobs += event.logprobs
+        self._last = event
+        self.has_ended = event.finish_reason is not None
+        self._has_news.set()
+
+    async def get(self) -> TokenEvent:
+        """Wait for news and take all of it."""
+        await self._has_news.wait()
+        last = self._last
+        assert last is not None
+        event = TokenEvent(
+            last.request_id,
+            tokens=tuple(self._tokens),
+            text="".join(self._text),
+            logprobs=tuple(self._logprobs),
+            finish_reason=last.finish_reason,
+            error=last.error,
+        )
+        self._has_news.clear()
+        self._tokens, self._text, self._logprobs = [], [], []
+        return event
+
+
+def _put_all(items: list[tuple[_Stream, TokenEvent]]) -> None:
+    for stream, event in items:
+        stream.put(event)

@@ -1,0 +1,264 @@
+"""The scheduler: who runs, who waits, who gives way; and that everything is given back."""
+
+import random
+
+import pytest
+import torch
+
+from cluster.adapter_files import Adapter, LoraFactors
+from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError
+from serving.adapters import AdapterCache
+from serving.packing import PackedAdapter, pack_adapter
+from serving.pages import PageArena
+from serving.request import AdapterRef, Request, SamplingParams
+from serving.scheduler import Scheduler
+from serving.sequence import Chunk, Sequence
+
+PAGE_TOKENS, PAGE_ELEMENTS = 4, 64
+
+
+def packed(num_pages: int) -> PackedAdapter:
+    """An adapter that takes exactly that many pages: rows of half a page."""
+    factors = LoraFactors(torch.ones(num_pages, 32), torch.ones(32, num_pages), 1.0)
+    return pack_adapter(Adapter({"m": factors}), ("m",), PAGE_ELEMENTS, torch.float32)
+
+
+class World:
+    def __init__(self, num_pages: int = 100, **limits: int):
+        self.arena = PageArena(num_pages)
+        self.adapters = AdapterCache(self.arena, torch.zeros(num_pages, PAGE_ELEMENTS), 1 << 30)
+        settings = {"max_batch_tokens": 64, "max_sequences": 16, "max_queue": 100, **limits}
+        self.max_batch_tokens = settings["max_batch_tokens"]
+        self.scheduler = Scheduler(self.arena, self.adapters, page_tokens=PAGE_TOKENS, **settings)
+        self.num_submitted = 0
+
+    def submit(self, num_prompt: int, num_new: int = 1, adapter: str | None = None) -> Sequence:
+        ref = AdapterRef(adapter, adapter, 1, adapter) if adapter else None
+        prompt = tuple(range(num_prompt))
+        request = Request(str(self.num_submitted), prompt, SamplingParams(max_tokens=num_new), ref)
+        sequence = Sequence(request, limit_tokens=num_prompt + num_new)
+        self.scheduler.submit(sequence)
+        self.num_submitted += 1
+        return sequence
+
+    def step(self) -> list[Chunk]:
+        """One step in which each sequence's next token is its length."""
+        chunks = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        assert sum(chunk.end - chunk.start for chunk in chunks) <= self.max_batch_tokens
+        for chunk in chunks:
+            self.scheduler.commit(chunk, len(chunk.sequence.tokens) if chunk.does_sample else None)
+            if chunk.sequence.is_full:
+                self.scheduler.finish(chunk.sequence)
+        self.scheduler.check_integrity()
+        return chunks
+
+    def drain(self, max_steps: int = 2000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.num_running + self.scheduler.num_waiting:
+                return
+            assert self.step(), "a step without work while sequences are left"
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def spans(chunks: list[Chunk]) -> list[tuple[str, int, int]]:
+    return [(chunk.sequence.request.id, chunk.start, chunk.end) for chunk in chunks]
+
+
+def test_prefill_then_decode() -> None:
+    world = World()
+    world.submit(5, 3)
+    assert [spans(world.step()) for _ in range(4)] == [[("0", 0, 5)], [("0", 5, 6)], [("0", 6, 7)], []]
+
+
+def test_newcomers_join_a_running_batch() -> None:
+    world = World()
+    world.submit(5, 9)
+    world.step()
+    world.submit(3, 9)
+    assert spans(world.step()) == [("0", 5, 6), ("1", 0, 3)]
+    assert spans(world.step()) == [("0", 6, 7), ("1", 3, 4)]
+
+
+def test_prefill_is_cut_by_the_budget_and_decodes_go_first() -> None:
+    world = World(max_batch_tokens=4)
+    world.submit(2, 9)
+    world.step()
+    long = world.submit(8, 2)
+    assert [spans(world.step()) for _ in range(2)] == [[("0", 2, 3), ("1", 0, 3)], [("0", 3, 4), ("1", 3, 6)]]
+    assert not long.num_output_tokens
+    assert spans(world.step()) == [("0", 4, 5), ("1", 6, 8)]
+    assert long.num_output_tokens == 1
+
+
+def test_one_step_admits_as_many_as_the_budget_holds() -> None:
+    world = World(max_batch_tokens=10)
+    for _ in range(3):
+        world.submit(4, 5)
+    assert spans(world.step()) == [("0", 0, 4), ("1", 0, 4), ("2", 0, 2)]
+
+
+def test_no_more_sequences_than_allowed() -> None:
+    world = World(max_sequences=2)
+    for _ in range(3):
+        world.submit(1, 3)
+    assert len(world.step()) == 2
+    assert (world.scheduler.num_running, world.scheduler.num_waiting) == (2, 1)
+
+
+def test_nobody_is_admitted_without_budget_for_a_first_chunk() -> None:
+    world = World(max_batch_tokens=4, max_sequences=8)
+    world.submit(3, 3)
+    world.submit(8, 3)
+    world.submit(8, 3)
+    world.step()
+    assert (world.scheduler.num_running, world.scheduler.num_waiting) == (2, 1)
+    world.step()
+    assert world.scheduler.num_running == 2
+
+
+def test_every_running_sequence_is_sure_of_a_token() -> None:
+    world = World(max_batch_tokens=3)
+    for _ in range(6):
+        world.submit(1, 4)
+    while world.scheduler.num_waiting:
+        assert len(world.step()) == 3
+
+
+def test_same_adapters_are_adjacent_and_the_base_comes_last() -> None:
+    world = World()
+    for key in "ab":
+        world.adapters.add(key, packed(1))
+    for key in ("b", None, "a", "b", None, "a"):
+        world.submit(2, 3, key)
+    for _ in range(2):
+        assert [chunk.sequence.adapter_key for chunk in world.step()] == ["a", "a", "b", "b", None, None]
+
+
+def test_full_queue_refuses_and_disturbs_nobody() -> None:
+    world = World(max_queue=2)
+    world.adapters.add("a", packed(1))
+    world.submit(1, 1, "a")
+    world.submit(1)
+    with pytest.raises(OverloadedError) as refusal:
+        world.submit(1, 1, "a")
+    assert refusal.value.retry_after_s > 0
+    world.drain()
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "num_new", "fits"), [(20, 1, True), (21, 1, False), (1, 20, True), (1, 21, False)]
+)
+def test_what_can_never_fit_is_refused_with_the_numbers(num_prompt: int, num_new: int, fits: bool) -> None:
+    world = World(num_pages=8)
+    world.adapters.add("a", packed(3))
+    if fits:
+        world.submit(num_prompt, num_new, "a")
+        world.drain()
+    else:
+        with pytest.raises(InvalidRequestError, match=r"6 pages .* 3 for its adapter, the engine has 8"):
+            world.submit(num_prompt, num_new, "a")
+    assert world.adapters.num_holds == 0
+
+
+def test_unknown_adapter_is_refused() -> None:
+    with pytest.raises(NotFoundError):
+        World().submit(1, 1, "a")
+
+
+def test_youngest_gives_way_and_comes_back() -> None:
+    world = World(num_pages=4)
+    old, young = world.submit(7, 8), world.submit(7, 8)
+    world.step()
+    world.step()
+    assert spans(world.step()) == [("0", 8, 9)]
+    assert (young.num_preemptions, young.num_stored, young.pages) == (1, 0, [])
+    assert len(young.tokens) == 9
+    world.drain()
+    assert old.tokens == young.tokens == [*range(15)]
+    assert (old.num_preemptions, world.scheduler.num_preemptions) == (0, young.num_preemptions)
+
+
+def test_preempted_are_served_before_later_arrivals() -> None:
+    world = World(num_pages=4)
+    old, young = world.submit(7, 8), world.submit(7, 8)
+    world.step()
+    late = world.submit(1, 1)
+    while not young.num_preemptions:
+        world.step()
+    assert not late.num_output_tokens
+    while not old.is_full:
+        world.step()
+    assert [chunk.sequence for chunk in world.step()] == [young, late]
+
+
+def test_preemption_lets_go_of_the_adapter() -> None:
+    world = World(num_pages=6)
+    for key in "ab":
+        world.adapters.add(key, packed(1))
+    old, young = world.submit(7, 14, "a"), world.submit(7, 8, "b")
+    while not young.num_preemptions:
+        world.step()
+    assert young.resident is None
+    assert old.resident is not None
+    while not young.resident:
+        world.step()
+    world.drain()
+
+
+def test_idle_adapter_gives_way_to_kv() -> None:
+    world = World(num_pages=5)
+    world.adapters.add("a", packed(2))
+    world.submit(1, 1, "a")
+    world.drain()
+    assert world.adapters.num_resident == 1
+    world.submit(1, 19)
+    world.drain()
+    assert (world.adapters.num_resident, world.adapters.num_evictions, world.scheduler.num_preemptions) == (0, 1, 0)
+
+
+def test_own_idle_adapter_is_not_evicted_for_own_kv() -> None:
+    world = World(num_pages=5)
+    world.adapters.add("a", packed(2))
+    world.submit(1, 1, "a")
+    world.drain()
+    world.submit(12, 1, "a")
+    world.drain()
+    assert world.adapters.num_evictions == 0
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_abort_gives_everything_back(num_steps: int) -> None:
+    world = World(max_batch_tokens=4)
+    world.adapters.add("a", packed(2))
+    sequence = world.submit(6, 9, "a")
+    for _ in range(num_steps):
+        world.step()
+    world.scheduler.finish(sequence)
+    world.scheduler.check_integrity()
+    world.adapters.remove("a")
+    assert world.arena.num_free == world.arena.num_pages
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_traffic_ends_with_all_memory_back(seed: int) -> None:
+    draw = random.Random(seed)
+    world = World(
+        num_pages=draw.randint(8, 20), max_batch_tokens=draw.choice([2, 5, 16]), max_sequences=draw.choice([2, 8])
+    )
+    for key, num_pages in zip("abcd", (1, 2, 3, 4), strict=True):
+        world.adapters.add(key, packed(num_pages))
+    alive: list[Sequence] = []
+    for _ in range(150):
+        if draw.random() < 0.4:
+            alive.append(world.submit(draw.randint(1, 8), draw.randint(1, 8), draw.choice(["a", "b", "c", "d", None])))
+        if draw.random() < 0.05 and alive and not (victim := draw.choice(alive)).is_full:
+            world.scheduler.finish(victim)
+            alive.remove(victim)
+        world.step()
+    world.drain()
+    for sequence in alive:
+        assert sequence.tokens == [*range(sequence.limit_tokens)]
+    for key in "abcd":
+        world.adapters.remove(key)
+    assert world.arena.num_free == world.arena.num_pages
