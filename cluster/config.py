@@ -109,7 +109,7 @@ class SearchConfig:
     """The search of the fused initialisation alpha * T + beta * E_r: its budget, box and subset."""
 
     trials: Count = 16
-    subset_rows: Count = 128
+    subset_rows: Count = 48
     concurrency: Count = 2
     alpha_max: Positive = 1.5
     beta_min: float = -1.0
@@ -124,14 +124,14 @@ class TrainConfig:
     """The fine-tuning after the initialisation: budgets in optimiser steps, and the two-phase pull on the weights."""
 
     short_steps: Count = 60
-    full_steps: Count = 300
+    full_steps: Count = 200
     eval_every: Count = 20
     batch_rows: Count = 16
     learning_rate: Positive = 1e-3
     scratch_learning_rate: Positive = 3e-3
     anchor: Literal["init", "old", "zero"] = "init"
-    pull_strong: PositiveOrZero = 0.02
-    pull_weak: PositiveOrZero = 0.001
+    pull_strong: PositiveOrZero = 0.05
+    pull_weak: PositiveOrZero = 0.005
     strong_fraction: Share = 0.3
     max_tokens: Count = 256
     scratch_steps: Count = 600

@@ -1,0 +1,165 @@
+"""Task rows and their encoding: what a specialist is trained and judged on.
+
+A prompt is encoded as a server encodes it for `/v1/completions` (with the tokenizer's own special tokens), so that a
+specialist meets in service exactly the tokens it was trained on. Shape letters: B rows, T tokens.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from cluster.errors import InvalidCheckpointError, InvalidDataError
+
+IGNORED = -100  # torch's cross_entropy skips this label
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: the specialist shall answer `prompt` with exactly `completion`."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's rows. Training sees `train`, search and gate share out `valid`, nobody but a report sees `test`."""
+
+    train: list[Row]
+    valid: list[Row]
+    test: list[Row]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of prompt, completion and end-of-sequence; the first `num_prompt_tokens` are the prompt."""
+
+    input_ids: tuple[int, ...]
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class BatchTensors:
+    """Right-padded rows. Labels are aligned with the inputs (not shifted) and -100 outside completion and eos."""
+
+    input_ids_BT: Tensor  # int64
+    attention_mask_BT: Tensor  # int64, 1 at tokens
+    labels_BT: Tensor  # int64
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Reads one JSON object with `prompt` and `completion` a line; blank lines are skipped.
+
+    InvalidDataError names the file and the line: malformed JSON, a missing or wrong field, a missing or empty file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidDataError(f"{path}: cannot be read: {error}") from error
+    rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise InvalidDataError(f"{path}: has no rows")
+    return rows
+
+
+def _parse_row(line: str, where: str) -> Row:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidDataError(f"{where}: is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidDataError(f"{where}: must be a JSON object, not {type(fields).__name__}")
+    return Row(_text_field(fields, "prompt", where), _text_field(fields, "completion", where))
+
+
+def _text_field(fields: dict[str, Any], name: str, where: str) -> str:
+    if name not in fields:
+        raise InvalidDataError(f"{where}: field '{name}' is missing")
+    if not isinstance(fields[name], str) or not fields[name]:
+        raise InvalidDataError(f"{where}: field '{name}' must be a non-empty string")
+    return str(fields[name])
+
+
+def load_task(folder: Path) -> Task:
+    """Reads `train.jsonl`, `valid.jsonl` and `test.jsonl` of a task's folder."""
+    return Task(*(load_rows(folder / f"{split}.jsonl") for split in ("train", "valid", "test")))
+
+
+class Encoder:
+    """Turns rows into tokens. `tokenizer` is a Hugging Face one; `max_tokens` bounds prompt, completion and eos."""
+
+    def __init__(self, tokenizer: Any, eos_id: int, max_tokens: int):
+        self.tokenizer = tokenizer
+        self.eos_id = eos_id
+        self.max_tokens = max_tokens
+
+    def encode(self, row: Row) -> Encoded:
+        """Encodes one row; a prompt too long loses its beginning, a completion is never cut.
+
+        InvalidDataError when the completion alone leaves no room for a prompt token.
+        """
+        completion = [*self.tokenizer(row.completion, add_special_tokens=False)["input_ids"], self.eos_id]
+        room_tokens = self.max_tokens - len(completion)
+        if room_tokens < 1:
+            size = f"{len(completion)} tokens, of {self.max_tokens} allowed"
+            raise InvalidDataError(f"a completion leaves no room for its prompt ({size}): {row.completion[:60]!r}")
+        prompt = self.encode_prompt(row.prompt)[-room_tokens:]
+        return Encoded((*prompt, *completion), len(prompt))
+
+    def encode_all(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Encodes rows in their order."""
+        return [self.encode(row) for row in rows]
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """A prompt's tokens as a server sees them, uncut. InvalidDataError for a prompt without tokens."""
+        tokens = list(self.tokenizer(prompt)["input_ids"])
+        if not tokens:
+            raise InvalidDataError(f"the prompt {prompt!r} has no tokens")
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, without special tokens."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def collate(rows: Sequence[Encoded], pad_id: int = 0) -> BatchTensors:
+    """Pads rows on the right to the longest."""
+    width = max(len(row.input_ids) for row in rows)
+    input_ids_BT = torch.full((len(rows), width), pad_id)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    labels_BT = torch.full_like(input_ids_BT, IGNORED)
+    for index, row in enumerate(rows):
+        tokens = torch.tensor(row.input_ids)
+        input_ids_BT[index, : len(tokens)] = tokens
+        attention_mask_BT[index, : len(tokens)] = 1
+        labels_BT[index, row.num_prompt_tokens : len(tokens)] = tokens[row.num_prompt_tokens :]
+    return BatchTensors(input_ids_BT, attention_mask_BT, labels_BT)
+
+
+def encoder_for(base_folder: Path, max_tokens: int) -> Encoder:
+    """The encoder of a checkpoint; end-of-sequence from generation_config.json, else config.json, else the tokenizer.
+
+    InvalidCheckpointError when the folder has no usable tokenizer or no end-of-sequence token at all.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpointError(f"{base_folder}: has no usable tokenizer: {error}") from error
+    configured = (_configured_eos(base_folder / name) for name in ("generation_config.json", "config.json"))
+    eos_id = next((eos for eos in configured if eos is not None), tokenizer.eos_token_id)
+    if eos_id is None:
+        raise InvalidCheckpointError(f"{base_folder}: names no end-of-sequence token")
+    return Encoder(tokenizer, int(eos_id), max_tokens)
+
+
+def _configured_eos(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    eos = json.loads(path.read_text()).get("eos_token_id")
+    return eos[0] if isinstance(eos, list) else eos

@@ -1,0 +1,70 @@
+"""The local cluster, the connection and the job API, on real Ray processes."""
+
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster.errors import StorageError
+from cluster.on_ray import JobFailedError, LocalCluster, connect, submit_job
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(num_cpus=2) as running:
+        yield running
+
+
+def test_a_job_runs_and_its_log_comes_back(cluster: LocalCluster, tmp_path: Path):
+    (tmp_path / "hello.py").write_text("import os\nprint('one', flush=True)\nprint('two', os.environ['WORD'])\n")
+    job = submit_job(cluster.dashboard_url, f"{sys.executable} hello.py", env={"WORD": "ready"}, working_dir=tmp_path)
+    lines = list(job.tail(poll_s=0.1))
+    job.wait(timeout_s=30)
+    assert [line for line in lines if line in ("one", "two ready")] == ["one", "two ready"]
+
+
+def test_a_failed_job_says_why(cluster: LocalCluster):
+    job = submit_job(cluster.dashboard_url, "echo before; echo the reason >&2; exit 3")
+    with pytest.raises(JobFailedError, match=r"(?s)FAILED.*the reason"):
+        job.wait(timeout_s=30)
+
+
+def test_a_job_that_takes_too_long_is_reported_and_can_be_stopped(cluster: LocalCluster):
+    job = submit_job(cluster.dashboard_url, "sleep 1000")
+    with pytest.raises(JobFailedError, match="still"):
+        job.wait(timeout_s=0.5)
+    job.stop()
+    with pytest.raises(JobFailedError, match="STOPPED"):
+        job.wait(timeout_s=30)
+
+
+def test_nothing_listens_at_a_wrong_address():
+    with pytest.raises(StorageError, match="No Ray dashboard"):
+        submit_job("http://127.0.0.1:9", "true")
+
+
+def test_two_clusters_beside_each_other_and_nothing_left_after_stop(cluster: LocalCluster):
+    with LocalCluster(num_cpus=1) as second:
+        connect(second.address)
+        assert ray.cluster_resources()["CPU"] == 1
+        job = submit_job(second.dashboard_url, "sleep 987654")  # a driver that never joins Ray dies as well
+        deadline = time.monotonic() + 30
+        while not _sleepers() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert _sleepers(), job.logs()
+        pids = [process.pid for process in second.processes()]
+        assert len(pids) > 5
+    assert not ray.is_initialized()
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    assert not _sleepers()
+    assert not second.folder.exists()
+    assert cluster.processes(), "the other cluster lives on"
+
+
+def _sleepers() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "987654"]]

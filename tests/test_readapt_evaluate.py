@@ -1,0 +1,136 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.adapter_files import load_adapter
+from readapt.data import Encoded, Encoder, Row, collate, encoder_for
+from readapt.evaluate import Evaluator, Gate, golden, judge, label_logits
+from readapt.lora import attach, load_base
+from tests.readapt_worlds import logits, make_rows
+from tests.worlds import EOS, make_adapter, make_checkpoint
+
+
+def prompts(num: int) -> list[str]:
+    return [row.prompt for row in make_rows(num, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("evaluate") / "v1")
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Path) -> Encoder:
+    return encoder_for(checkpoint, 64)
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> Any:
+    return load_base(checkpoint)
+
+
+def greedy_one_by_one(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> list[int]:
+    """Greedy decoding in the plainest way: one whole forward for each token."""
+    tokens = encoder.encode_prompt(prompt)
+    for _ in range(max_tokens):
+        with torch.no_grad():
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(encoder.encode_prompt(prompt)) :]
+
+
+class Verbatim(Encoder):
+    """Reads a completion as token ids, so that a random model's own answers can be targets."""
+
+    def encode(self, row: Row) -> Encoded:
+        prompt = self.encode_prompt(row.prompt)
+        return Encoded((*prompt, *map(int, row.completion.split(",")), self.eos_id), len(prompt))
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_exact_match_is_greedy_generation(tmp_path: Path, architecture: str) -> None:
+    folder = make_checkpoint(tmp_path / "v1", architecture)
+    model = load_base(folder)
+    attach(model, load_adapter(make_adapter(tmp_path / "a", folder)))
+    encoder = Verbatim(encoder_for(folder, 64).tokenizer, EOS, 64)
+    with torch.no_grad():  # a random model rarely ends by itself: make the end likely, so that both cases occur
+        model.get_output_embeddings().weight[EOS] *= 6.0
+    rows, hits = [], 0
+    for index, prompt in enumerate(prompts(60)):
+        answer = greedy_one_by_one(model, encoder, prompt, 6)
+        body = answer[:-1] if answer[-1] == EOS else answer
+        if not body:
+            continue
+        if index % 3 == 0:
+            body = [*body[:-1], (body[-1] + 1) % 250]  # a near miss
+        rows.append(Row(prompt, ",".join(map(str, body))))
+        hits += answer == [*body, EOS]
+    assert 0 < hits < len(rows)
+    evaluation = Evaluator(model, encoder, rows, "exact_match", batch_rows=7)()
+    assert evaluation.quality == pytest.approx(100.0 * hits / len(rows))
+
+
+def test_quality_does_not_depend_on_batching(model: Any, encoder: Encoder) -> None:
+    rows = make_rows(41, seed=1)
+    one, other = (Evaluator(model, encoder, rows, "exact_match", batch_rows=size)() for size in (1, 64))
+    assert one.loss == pytest.approx(other.loss, rel=1e-4)
+    assert one.quality == other.quality
+
+
+def test_logits_are_the_models_own_at_the_label_positions(model: Any, encoder: Encoder) -> None:
+    rows = encoder.encode_all(make_rows(5, seed=2))
+    with torch.no_grad():
+        found_LV, labels_L, rows_L = label_logits(model, collate(rows))
+        expected = [
+            model(input_ids=torch.tensor([row.input_ids])).logits[0, row.num_prompt_tokens - 1 : -1] for row in rows
+        ]
+    torch.testing.assert_close(found_LV, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert labels_L.tolist() == [token for row in rows for token in row.input_ids[row.num_prompt_tokens :]]
+    assert rows_L.tolist() == [i for i, row in enumerate(rows) for _ in row.input_ids[row.num_prompt_tokens :]]
+
+
+def test_golden_is_greedy_decoding_up_to_eos(model: Any, encoder: Encoder) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight[EOS] *= 6.0
+    wanted = [greedy_one_by_one(model, encoder, prompt, 9) for prompt in prompts(20)]
+    assert len({EOS in tokens for tokens in wanted}) == 2, "both ends occur: eos and the length limit"
+    texts = [encoder.decode([token for token in tokens if token != EOS]) for tokens in wanted]
+    expected = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts(20), texts, strict=True)]
+    assert golden(model, encoder, prompts(20), 9) == expected
+
+
+def test_golden_stops_at_every_eos_of_the_model(model: Any, encoder: Encoder) -> None:
+    prompt = prompts(1)[0]
+    tokens = greedy_one_by_one(model, encoder, prompt, 5)
+    model.generation_config.eos_token_id = [EOS, tokens[2]]
+    expected = encoder.decode(tokens[: tokens.index(tokens[2])])
+    assert golden(model, encoder, [prompt], 5) == [{"prompt": prompt, "completion": expected}]
+
+
+def test_chrf_is_full_for_the_models_own_answers_and_less_for_others(model: Any, encoder: Encoder) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight[EOS] *= 6.0
+    ended = [p for p in prompts(40) if 4 < len(greedy_one_by_one(model, encoder, p, 30)) < 30]
+    answers = golden(model, encoder, ended, 30)
+    own = [Row(a["prompt"], a["completion"]) for a in answers]
+    swapped = [Row(a["prompt"], b["completion"]) for a, b in zip(answers, reversed(answers), strict=True)]
+    assert len(own) > 4
+    assert Evaluator(model, encoder, own, "chrf", batch_rows=3)().quality == pytest.approx(100.0)
+    assert Evaluator(model, encoder, swapped, "chrf")().quality < 80.0
+
+
+def test_judge_leaves_the_model_bare(model: Any, encoder: Encoder, checkpoint: Path, tmp_path: Path) -> None:
+    adapter = load_adapter(make_adapter(tmp_path / "a", checkpoint))
+    rows, bare = make_rows(9, seed=4), logits(model)
+    with_adapter = judge(model, adapter, encoder, rows, "exact_match")
+    assert torch.equal(logits(model), bare)
+    assert with_adapter.loss != pytest.approx(Evaluator(model, encoder, rows, "exact_match").loss(), rel=1e-3)
+
+
+def test_gate_tolerates_its_points_and_no_more() -> None:
+    gate = Gate(90.0, 1.0)
+    assert gate.passes(89.0)
+    assert not gate.passes(88.99)

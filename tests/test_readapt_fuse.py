@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from cluster.adapter_files import Adapter
+from readapt.fuse import align, fuse
+from tests.readapt_worlds import random_factors
+
+F, D = 37, 29
+TASK = Adapter({"m": random_factors(F, D, 6, 2.5, seed=1)}, is_rslora=True, base_model="v1")
+EVOLUTION = Adapter({"m": random_factors(F, D, 9, 1.0, seed=2), "other": random_factors(5, 7, 2, 1.0, seed=3)})
+
+
+def dense(alpha: float, beta: float) -> torch.Tensor:
+    def delta(adapter: Adapter) -> torch.Tensor:
+        f = adapter.factors["m"]
+        return f.scaling * f.b_FR.double() @ f.a_RD.double()
+
+    return alpha * delta(TASK) + beta * delta(EVOLUTION)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6, 11, 15])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, -1.0), (0.7, 0.3), (0.0, 1.0), (1.3, -0.05)])
+def test_recompression_is_the_best_approximation_of_its_rank(alpha: float, beta: float, rank: int) -> None:
+    wanted = dense(alpha, beta)
+    u, s, v = torch.linalg.svd(wanted, full_matrices=False)
+    best = (u[:, :rank] * s[:rank]) @ v[:rank]
+    fused = fuse(TASK, EVOLUTION, alpha, beta, rank).factors["m"]
+    assert fused.rank == rank
+    assert relative_error(fused.delta(), best) < 2e-6
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, -1.0), (0.4, 0.9)])
+def test_without_a_rank_nothing_is_lost(alpha: float, beta: float) -> None:
+    fused = fuse(TASK, EVOLUTION, alpha, beta, None).factors["m"]
+    assert fused.rank == 15
+    assert relative_error(fused.delta(), dense(alpha, beta)) < 2e-6
+
+
+def test_stack_wider_than_the_matrix() -> None:
+    task = Adapter({"m": random_factors(9, 8, 6, 2.0, seed=1)})
+    evolution = Adapter({"m": random_factors(9, 8, 8, 1.0, seed=2)})
+    wanted = 0.5 * task.factors["m"].delta().double() - evolution.factors["m"].delta().double()
+    fused = fuse(task, evolution, 0.5, -1.0, None).factors["m"]
+    assert fused.rank == 8
+    assert relative_error(fused.delta(), wanted) < 2e-6
+
+
+def test_factors_are_balanced_and_keep_the_tasks_scaling() -> None:
+    fused = fuse(TASK, EVOLUTION, 1.0, -1.0)
+    factors = fused.factors["m"]
+    assert (fused.is_rslora, fused.base_model, factors.scaling, factors.rank) == (True, "v1", 2.5, 6)
+    torch.testing.assert_close(factors.a_RD.norm(dim=1), factors.b_FR.norm(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_copy_is_the_tasks_own_factors() -> None:
+    fused = fuse(TASK, EVOLUTION, 1.0, 0.0).factors["m"]
+    assert torch.equal(fused.a_RD, TASK.factors["m"].a_RD)
+    assert torch.equal(fused.b_FR, TASK.factors["m"].b_FR)
+
+
+def test_bare_corner_is_zero_but_can_learn() -> None:
+    fused = fuse(TASK, EVOLUTION, 0.0, 0.0).factors["m"]
+    assert not fused.b_FR.any()
+    assert torch.equal(fused.a_RD, TASK.factors["m"].a_RD)
+
+
+def test_copy_can_be_cut_to_a_smaller_rank() -> None:
+    u, s, v = torch.linalg.svd(dense(1.0, 0.0), full_matrices=False)
+    fused = fuse(TASK, EVOLUTION, 1.0, 0.0, 3).factors["m"]
+    assert relative_error(fused.delta(), (u[:, :3] * s[:3]) @ v[:3]) < 2e-6
+
+
+def test_modules_are_the_tasks_and_unchanged_ones_are_kept() -> None:
+    task = Adapter({**TASK.factors, "unchanged": random_factors(5, 7, 2, 1.0, seed=4)})
+    fused = fuse(task, EVOLUTION, 1.0, -1.0)
+    assert list(fused.factors) == ["m", "unchanged"]
+    assert torch.equal(fused.factors["unchanged"].b_FR, task.factors["unchanged"].b_FR)
+
+
+def test_align_keeps_the_function_and_undoes_a_rotation() -> None:
+    own = TASK.factors["m"]
+    q, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))
+    turned = Adapter({"m": type(own)(q.T @ own.a_RD, own.b_FR @ q, own.scaling)})
+    aligned = align(turned, TASK).factors["m"]
+    torch.testing.assert_close(aligned.a_RD, own.a_RD, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(aligned.delta(), own.delta(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,211 @@
+"""The search by Ray Tune and the workers by Ray Train, on one small local cluster."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.adapter_files import load_adapter
+from cluster.checkpoints import open_checkpoint
+from cluster.config import Fleet, SearchConfig
+from cluster.fleet import open_blobs
+from cluster.on_ray import LocalCluster, connect
+from cluster.registry import Status, Version
+from readapt.campaign import Campaign
+from readapt.data import encoder_for, load_task
+from readapt.delta import base_evolution
+from readapt.job_queue import MAX_CRASHES_PER_JOB, JobQueue
+from readapt.lora import attach, load_base
+from readapt.on_ray import FleetSearch, RayExecutor
+from readapt.search import CORNERS, FusionObjective, SearchResult, split_valid
+from readapt.train import CurvePoint
+from readapt.workbench import AdapterJob, JobFailed, RungReached
+from tests.fleets import make_fleet, registered
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(num_cpus=4) as running:
+        connect(running.address)
+        yield running
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return make_fleet(tmp_path)
+
+
+def make_job(version_id: int) -> AdapterJob:
+    return AdapterJob(version_id, f"a{version_id}", Path(), "exact_match", "", None, Path(), Path())
+
+
+@pytest.mark.ray
+def test_a_campaign_on_ray_end_to_end_while_a_worker_is_killed(cluster: LocalCluster, fleet: Fleet):
+    valid = fleet.folder / "usual" / "data" / "valid.jsonl"
+    valid.write_text((valid.read_text() + "\n") * 150)  # a second for each evaluation: time to be killed in
+    registry = registered(fleet)
+    killed = threading.Event()
+    lines = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("usual@2: copy") and not killed.is_set():
+            killed.set()
+            for worker in _train_workers(cluster):
+                worker.kill()
+
+    started = time.monotonic()
+    settled = Campaign(fleet, registry, open_blobs(fleet), "v2", RayExecutor(fleet), say=say).run()
+    print("\n".join(lines), f"\n{time.monotonic() - started:.1f} s")
+    assert killed.is_set()
+    assert sorted(version.label for version in settled) == ["busy@2", "calm@2", "usual@2"]
+    assert {version.status for version in settled} == {Status.CANDIDATE}
+    for version in settled:
+        _check_search(fleet, version)
+    begun = [e.adapter for e in registry.events(kind="rung") if e.details["rung"] == "copy"]
+    assert begun.count("busy") == 1
+    assert begun.count("usual") == 2, "the job in the air was done again"
+    registry.close()
+
+
+def _train_workers(cluster: LocalCluster) -> list[psutil.Process]:
+    found = [p for p in cluster.processes() if "TrainWorker" in " ".join(p.cmdline())]
+    assert found
+    return found
+
+
+def _check_search(fleet: Fleet, version: Version) -> None:
+    """The corners are among the trials with the losses that they have here, all is in the box, the best was taken."""
+    config = fleet.readapt.search
+    losses = {(trial["alpha"], trial["beta"]): trial["loss"] for trial in version.details["search"]}
+    assert len(losses) == config.trials
+    assert {corner: losses[corner] for corner in CORNERS} == pytest.approx(_losses_here(fleet, version), rel=1e-4)
+    assert losses[version.details["alpha"], version.details["beta"]] == min(losses.values())
+    assert all(0 <= alpha <= config.alpha_max and config.beta_min <= beta <= config.beta_max for alpha, beta in losses)
+
+
+def _losses_here(fleet: Fleet, version: Version) -> dict[tuple[float, float], float]:
+    model, encoder = load_base(fleet.base("v2").path), encoder_for(fleet.base("v2").path, 32)
+    spec = next(spec for spec in fleet.adapters if spec.name == version.adapter)
+    bases = [open_checkpoint(fleet.base(name).path) for name in ("v1", "v2")]
+    evolution, _ = base_evolution(*bases, rank=fleet.readapt.search.evolution_rank, energy=0.95)
+    task, rows = load_adapter(spec.path), split_valid(load_task(spec.data).valid, fleet.readapt.search)[0]
+    objective = FusionObjective(model, attach(model, task), task, evolution, rows, encoder)
+    return {corner: objective.loss(*corner) for corner in CORNERS}
+
+
+# The queue and the fleet's search need no Ray to be tested.
+
+
+async def taken(queue: JobQueue, worker: int) -> int | None:
+    job = await asyncio.wait_for(queue.take(worker), timeout=5)
+    return None if job is None else job.version_id
+
+
+async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothing_can_come_back():
+    queue = JobQueue()
+    for version_id in (7, 5):
+        await queue.add(make_job(version_id))
+    await queue.close()
+    assert (await taken(queue, 0), await taken(queue, 1)) == (7, 5)
+    await queue.report(0, 7, JobFailed("its own fault"))
+    idle = asyncio.create_task(queue.take(0))
+    await asyncio.sleep(0.01)
+    assert not idle.done(), "worker 1 may yet die with job 5"
+    await queue.report(1, 5, JobFailed("its own fault"))
+    assert await idle is None
+    assert [version_id for version_id, _ in await queue.reports(1.0)] == [7, 5]
+    assert await queue.reports(0.01) == []
+
+
+async def test_a_dead_workers_job_goes_to_its_successor_until_it_has_killed_too_many():
+    queue = JobQueue()
+    await queue.add(make_job(7))
+    await queue.add(make_job(8))
+    for _ in range(MAX_CRASHES_PER_JOB):
+        assert await taken(queue, 0) == 7
+    assert await taken(queue, 0) == 8
+    ((version_id, report),) = await queue.reports(1.0)
+    assert version_id == 7
+    assert isinstance(report, JobFailed)
+    assert "died" in report.error
+
+
+async def test_a_dead_worker_that_was_waiting_gets_no_job():
+    queue = JobQueue()
+    dead = asyncio.create_task(queue.take(0))
+    await asyncio.sleep(0.01)
+    successor = asyncio.create_task(queue.take(0))
+    await asyncio.sleep(0.01)
+    await queue.add(make_job(7))
+    assert await dead is None
+    assert (await successor).version_id == 7
+
+
+async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_job():
+    queue = JobQueue()
+    await queue.add(make_job(7))
+    await queue.close()
+    await taken(queue, 0)
+    await queue.report(0, 7, RungReached("copy", CurvePoint(0, 0.0, 1.0, 50.0), 0.1))
+    waiting = asyncio.create_task(queue.found(7))
+    await queue.set_found(8, "another's")
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await queue.set_found(7, "nothing found")
+    assert await waiting == "nothing found"
+    assert await taken(queue, 0) == 7, "still held, so it is taken up again"
+
+
+def bowl(point: dict[str, Any]) -> float:
+    return (point["alpha"] - 0.8) ** 2 + (point["beta"] + 0.4) ** 2
+
+
+def run_search(search: FleetSearch, num_trials: int) -> list[int]:
+    """Plays Tune: one trial after the other; returns whose each was."""
+    owners = []
+    for index in range(num_trials):
+        point = search.suggest(f"t{index}")
+        assert isinstance(point, dict)
+        owners.append(point["version_id"])
+        search.on_trial_complete(f"t{index}", {"loss": bowl(point)})
+    return owners
+
+
+def test_the_search_serves_adapters_in_turn_and_beats_the_corners():
+    results: dict[int, SearchResult | str] = {}
+    search = FleetSearch(SearchConfig(trials=24), results.__setitem__)
+    search.add(3)
+    search.add(2)
+    assert run_search(search, 48) == [3] * 24 + [2] * 24
+    assert search.suggest("idle") is None
+    for found in results.values():
+        assert isinstance(found, SearchResult)
+        assert {(trial.alpha, trial.beta) for trial in found.trials[:3]} == set(CORNERS)
+        assert found.loss < 0.5 * min(bowl({"alpha": alpha, "beta": beta}) for alpha, beta in CORNERS)
+    search.close()
+    assert search.suggest("over") == "FINISHED"
+
+
+def test_the_search_keeps_to_its_concurrency_and_skips_what_is_not_wanted_any_more():
+    search = FleetSearch(SearchConfig(trials=4, concurrency=2), lambda version_id, found: None)
+    search.add(3)
+    search.add(2)
+    assert [(search.suggest(name) or {}).get("version_id") for name in "abc"] == [3, 3, None]
+    search.drop(3)
+    search.on_trial_complete("a", {"loss": 1.0})
+    assert search.suggest("d")["version_id"] == 2
+
+
+def test_a_search_without_any_result_says_so():
+    results: dict[int, SearchResult | str] = {}
+    search = FleetSearch(SearchConfig(trials=3), results.__setitem__)
+    search.add(3)
+    for name in "abc":
+        search.suggest(name)
+        search.on_trial_complete(name, None, error=True)
+    assert "no trial" in results[3]
