@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -55,24 +55,26 @@ def serve(
     detach: Annotated[bool, typer.Option(help="return once it answers (on a running cluster)")] = False,
 ) -> None:
     """Serves the fleet over HTTP on the Ray cluster at hand, or on one started here until Ctrl-C."""
-    import ray
-
     import serving.on_ray
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
+    from cluster.on_ray import LocalCluster, connect
 
     loaded = load_fleet(fleet)
     registry = open_registry(loaded)
     register_adapters(loaded, registry, open_blobs(loaded))
     bases = base or sorted({route.live.base for route in registry.routes().values()})
-    ray.init(address=None, namespace="relora", ignore_reinit_error=True)
-    serving.on_ray.deploy(loaded, bases)
-    console.print(f"serving {', '.join(bases)} at http://{loaded.serving.host}:{loaded.serving.port}/v1")
-    if detach:
-        return
-    with suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(3600)
+    with ExitStack() as stack:
+        try:
+            connect()
+        except ConnectionError:
+            cluster = stack.enter_context(LocalCluster())
+            console.print(f"no Ray cluster is running; started one here, dashboard {cluster.dashboard_url}")
+            connect(cluster.address)
+        serving.on_ray.deploy(loaded, bases)
+        console.print(f"serving {', '.join(bases)} at http://{loaded.serving.host}:{loaded.serving.port}/v1")
+        while not detach:
+            time.sleep(1.0)
 
 
 @app.command()
@@ -82,27 +84,26 @@ def upgrade(
     rollout: Annotated[bool, typer.Option(help="also move traffic; without: stop at candidates")] = True,
 ) -> None:
     """Re-adapts every adapter to a new base model and moves its traffic when it is ready."""
-    import ray
-
     import readapt.on_ray
     import serving.on_ray
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
+    from cluster.on_ray import connect
     from cluster.rollout import Rollout
     from readapt.campaign import Campaign
 
     loaded = load_fleet(fleet)
     registry, blobs = open_registry(loaded), open_blobs(loaded)
     register_adapters(loaded, registry, blobs)
-    ray.init(namespace="relora", ignore_reinit_error=True, log_to_driver=True)
-    campaign = Campaign(loaded, registry, blobs, to, readapt.on_ray.RayExecutor(loaded, to))
+    connect()
+    campaign = Campaign(loaded, registry, blobs, to, readapt.on_ray.RayExecutor(loaded))
     if not rollout:
         campaign.run()
         return
-    serving.on_ray.deploy_base(loaded, to)
     mover = Rollout(registry, lambda version: serving.on_ray.probe(loaded, version), loaded.rollout)
     with ThreadPoolExecutor(1, thread_name_prefix="campaign") as pool:
         settled = pool.submit(campaign.run)
+        serving.on_ray.deploy_base(loaded, to)  # meanwhile
         while not settled.done() or mover.is_busy():
             for version in mover.tick():
                 console.print(f"{version.label}: {version.status}")

@@ -29,6 +29,7 @@ _DEFAULTS = {
     "RAY_AUTH_MODE": "disabled",  # unset, Ray takes token auth or none by what an earlier run left in ~/.ray
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # one idle Python process for each of `num_cpus`, which may be many
 }
 
 

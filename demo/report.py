@@ -1,0 +1,162 @@
+"""The table for the terminal and `report.html` with its three pictures."""
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from demo.load import Answer
+from demo.outcome import AdapterOutcome, Outcome
+
+COLUMNS = (
+    "adapter",
+    "metric",
+    "on v1",
+    "copy on v2",
+    "rung",
+    "alpha / beta",
+    "on v2",
+    "live after",
+    "own work",
+    "scratch to same gate",
+)
+
+
+def rows(outcome: Outcome) -> list[list[str]]:
+    """The table's cells, one row an adapter."""
+    return [_row(adapter) for adapter in outcome.adapters]
+
+
+def table(outcome: Outcome) -> Table:
+    """The table for the terminal."""
+    result = Table(title="Qualities are points on test rows that neither search nor gate has seen")
+    for index, name in enumerate(COLUMNS):
+        result.add_column(name, justify="left" if index in (0, 1, 4) else "right", no_wrap=index == 0)
+    for adapter, cells in zip(outcome.adapters, rows(outcome), strict=True):
+        result.add_row(*cells, style=None if adapter.is_restored else "red")
+    return result
+
+
+def summary(outcome: Outcome) -> list[str]:
+    """What the run has shown, in sentences."""
+    adapters, traffic = outcome.adapters, outcome.traffic
+    fallen = sum(a.quality_copy < a.quality_v1 - 1.0 for a in adapters)
+    drop = float(np.mean([a.quality_v1 - a.quality_copy for a in adapters]))
+    restored = sum(a.is_restored for a in adapters)
+    return [
+        f"A plain copy fails on v2 for {fallen} of {len(adapters)} adapters (mean drop {drop:.1f} points).",
+        f"{restored} of {len(adapters)} adapters are back within 1 point of their v1 quality (or scratch's, if lower).",
+        f"{traffic.sent} requests were sent during the run: {traffic.failed} failed, {traffic.wrong} were answered by a "
+        f"wrong version; latency p50 {traffic.latency_p50_ms:.0f} ms, p99 {traffic.latency_p99_ms:.0f} ms.",
+        f"The upgrade took {outcome.upgrade_s:.0f} s, the whole run {outcome.total_s:.0f} s, on {outcome.hardware}.",
+    ]
+
+
+def write_html(outcome: Outcome, path: Path) -> None:
+    """Writes the report: one file, pictures inside."""
+    template = jinja2.Template((Path(__file__).parent / "report.html.j2").read_text(), autoescape=True)
+    pictures = {
+        "Quality against time, each adapter": _picture(_draw_quality, outcome),
+        "Share of traffic by version": _picture(_draw_share, outcome),
+        "Request latency": _picture(_draw_latency, outcome),
+    }
+    path.write_text(
+        template.render(
+            columns=COLUMNS, rows=rows(outcome), summary=summary(outcome), pictures=pictures, outcome=outcome
+        )
+    )
+
+
+def _row(a: AdapterOutcome) -> list[str]:
+    fusion = "" if a.alpha is None or a.beta is None else f"{a.alpha:.2f} / {a.beta:+.2f}"
+    return [
+        a.name,
+        a.metric,
+        f"{a.quality_v1:.1f}",
+        f"{a.quality_copy:.1f}",
+        a.rung or a.status,
+        fusion,
+        _number(a.quality_v2),
+        _number(a.ready_s, " s"),
+        _number(a.readapt_s, " s"),
+        _number(a.scratch_s, " s", absent="not reached"),
+    ]
+
+
+def _number(value: float | None, unit: str = "", absent: str = "-") -> str:
+    return absent if value is None else f"{value:.1f}{unit}"
+
+
+def _picture(draw: Callable[[Outcome], Figure], outcome: Outcome) -> str:
+    buffer = io.BytesIO()
+    figure = draw(outcome)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _draw_quality(outcome: Outcome) -> Figure:
+    count = max(1, len(outcome.adapters))
+    num_columns = min(3, count)
+    num_rows = -(-count // num_columns)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=(4 * num_columns, 2.6 * num_rows), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    for axis, adapter in zip(axes.flat, outcome.adapters, strict=False):
+        axis.axhline(adapter.quality_v1, color="grey", linestyle=":", label="v1 specialist (test)")
+        _line(axis, adapter.curve, "tab:green", "ReLoRA")
+        _line(axis, adapter.scratch_curve, "tab:red", "scratch")
+        axis.set(title=adapter.name, ylim=(-3, 103), xlabel="seconds of work", ylabel="points (gate rows)")
+    axes.flat[0].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def _line(axis: plt.Axes, curve: Sequence[tuple[float, float]], color: str, label: str) -> None:
+    if curve:
+        axis.plot(*zip(*curve, strict=True), color=color, marker=".", label=label)
+
+
+def _draw_share(outcome: Outcome) -> Figure:
+    answered = [a for a in outcome.answers if a.base]
+    edges, times = _bins(outcome, answered)
+    bases = sorted({a.base for a in answered})
+    counts = np.array([np.histogram([a.done_at for a in answered if a.base == b], edges)[0] for b in bases])
+    share = 100.0 * counts / np.maximum(counts.sum(axis=0), 1)
+    figure, axis = plt.subplots(figsize=(8, 2.8))
+    if bases:
+        axis.stackplot(times, share, labels=bases, alpha=0.8)
+        axis.legend(loc="center right")
+    axis.set(xlabel="seconds since the upgrade was submitted", ylabel="% of answers", ylim=(0, 100))
+    return figure
+
+
+def _draw_latency(outcome: Outcome) -> Figure:
+    answered = [a for a in outcome.answers if a.base]
+    edges, times = _bins(outcome, answered)
+    groups: dict[int, list[float]] = defaultdict(list)
+    for answer in answered:
+        groups[int(np.clip(np.searchsorted(edges, answer.done_at) - 1, 0, len(times) - 1))].append(answer.latency_s)
+    figure, axis = plt.subplots(figsize=(8, 2.8))
+    for percent in (50, 95, 99):
+        values = [1e3 * np.percentile(groups[i], percent) if groups[i] else np.nan for i in range(len(times))]
+        axis.plot(times, values, label=f"p{percent}")
+    axis.set(xlabel="seconds since the upgrade was submitted", ylabel="latency, ms", yscale="log")
+    axis.legend()
+    return figure
+
+
+def _bins(outcome: Outcome, answers: Sequence[Answer], num_bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    ends = [a.done_at for a in answers] or [outcome.started_at, outcome.started_at + 1.0]
+    edges = np.linspace(min(ends), max(ends) + 1e-3, num_bins + 1)
+    return edges, (edges[:-1] + edges[1:]) / 2 - outcome.started_at

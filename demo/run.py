@@ -1,0 +1,173 @@
+"""The main job, start to end: a fleet on v1 under load, an upgrade to v2 by a Ray job, and the account of it."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import serving.on_ray
+from cluster.config import Fleet, load_fleet
+from cluster.fleet import open_blobs, open_registry, register_adapters
+from cluster.on_ray import JobHandle, LocalCluster, connect, submit_job
+from cluster.registry import Registry, Status
+from demo.judge import Judge
+from demo.load import SteadyLoad
+from demo.outcome import Outcome
+from demo.report import summary, table, write_html
+from demo.scratch import ScratchRun, scratch_runs
+from demo.world import NEW, OLD, WorldInfo, kit_world, make_world
+from readapt.data import load_task
+
+NUM_PROMPTS = 6  # of each adapter in the load
+ANSWER_TOKENS = 16
+REQUESTS_PER_S = 8.0
+UPGRADE_TIMEOUT_S = 3600.0
+# Far more than this machine has: engines, workers and trials wait for each other most of the time.
+LOGICAL_CPUS = 16
+RAY_SETTINGS = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # in that mode a stop would take 30 s
+}
+SETTLED = (Status.LIVE, Status.REJECTED, Status.FAILED, Status.ROLLED_BACK)
+
+
+def run_demo(folder: Path, *, is_quick: bool, kit: Path | None, tasks: list[str], console: Console) -> Outcome:
+    """Runs it all, prints the table and writes `report.html`, `result.json` and `upgrade.log` into `folder`."""
+    started = time.monotonic()
+    transformers.utils.logging.disable_progress_bar()  # a bar for each loaded checkpoint would tear up ours
+    with _progress(console) as progress:
+        info = _world(folder / "world", is_quick, kit, tasks, _Stage(progress, "making the world"))
+        fleet = load_fleet(info.new_run(folder / "run"))
+        registry = open_registry(fleet)
+        with LocalCluster(LOGICAL_CPUS, env=RAY_SETTINGS) as cluster:
+            _serve_old_base(fleet, registry, cluster, _Stage(progress, f"serving {OLD}"))
+            load = SteadyLoad(_url(fleet), _prompts(fleet), REQUESTS_PER_S, ANSWER_TOKENS).start()
+            submitted_at, upgrade_s = _upgrade(fleet, registry, cluster, folder, _Stage(progress, f"upgrade to {NEW}"))
+            scratch = _scratch(fleet, registry, _Stage(progress, "control: training from scratch"))
+            answers = load.stop()
+        stage = _Stage(progress, "checking every answer, scoring test rows")
+        judge = Judge(fleet, registry, ANSWER_TOKENS)
+        traffic = judge.traffic(load.num_sent, answers)
+        adapters = judge.adapters(scratch, submitted_at, lambda share: stage("", share))
+    total_s = time.monotonic() - started
+    outcome = Outcome(info.title, submitted_at, upgrade_s, total_s, adapters, traffic, answers, _hardware())
+    _publish(outcome, folder, console)
+    return outcome
+
+
+class _Stage:
+    """One bar of the progress display."""
+
+    def __init__(self, progress: Progress, title: str):
+        self._progress = progress
+        self._title = title
+        self._task = progress.add_task(title, total=1.0)
+
+    def __call__(self, note: str, done: float) -> None:
+        """Says what is going on now and which share of the stage is done."""
+        self._progress.update(self._task, completed=done, description=f"{self._title}: {note}" if note else self._title)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def _world(folder: Path, is_quick: bool, kit: Path | None, tasks: list[str], stage: _Stage) -> WorldInfo:
+    if kit is not None:
+        return kit_world(folder.with_name("kit-world"), kit, tasks, stage)
+    return make_world(
+        folder.with_name(f"world-{'quick' if is_quick else 'full'}"), "quick" if is_quick else "full", stage
+    )
+
+
+def _serve_old_base(fleet: Fleet, registry: Registry, cluster: LocalCluster, stage: _Stage) -> None:
+    stage("registering", 0.1)
+    register_adapters(fleet, registry, open_blobs(fleet))
+    stage(f"dashboard {cluster.dashboard_url}", 0.3)
+    connect(cluster.address)
+    serving.on_ray.deploy(fleet, [OLD])
+    stage(f"{_url(fleet)}, dashboard {cluster.dashboard_url}", 1.0)
+
+
+def _url(fleet: Fleet) -> str:
+    return f"http://{fleet.serving.host}:{fleet.serving.port}/v1"
+
+
+def _prompts(fleet: Fleet) -> dict[str, list[str]]:
+    tasks = {spec.name: load_task(spec.data) for spec in fleet.adapters}
+    return {name: [row.prompt for row in task.test[:NUM_PROMPTS]] for name, task in tasks.items()}
+
+
+def _upgrade(
+    fleet: Fleet, registry: Registry, cluster: LocalCluster, folder: Path, stage: _Stage
+) -> tuple[float, float]:
+    """When it was submitted (`time.time()`) and how many seconds it took."""
+    time.sleep(2.0)  # a little traffic before, for the pictures
+    submitted_at = time.time()
+    command = [sys.executable, "-m", "relora", "upgrade", str(fleet.folder / "fleet.toml"), "--to", NEW]
+    job = submit_job(cluster.dashboard_url, shlex.join(command))
+    log = threading.Thread(target=_keep_log, args=(job, folder / "upgrade.log"), daemon=True)
+    log.start()
+    while not job.status().is_terminal():
+        stage(*_standing(registry, len(fleet.adapters)))
+        time.sleep(0.5)
+    job.wait(UPGRADE_TIMEOUT_S)
+    upgrade_s = time.time() - submitted_at
+    stage(_standing(registry, len(fleet.adapters))[0], 1.0)
+    log.join(10.0)
+    return submitted_at, upgrade_s
+
+
+def _keep_log(job: JobHandle, path: Path) -> None:
+    with path.open("w") as file:
+        for line in job.tail():
+            file.write(line + "\n")
+            file.flush()
+
+
+def _standing(registry: Registry, num_adapters: int) -> tuple[str, float]:
+    statuses = [version.status for version in registry.versions(base=NEW)]
+    note = ", ".join(f"{statuses.count(status)} {status}" for status in Status if status in statuses)
+    return note, sum(status in SETTLED for status in statuses) / num_adapters
+
+
+def _scratch(fleet: Fleet, registry: Registry, stage: _Stage) -> dict[str, ScratchRun]:
+    versions = registry.versions(base=NEW)
+    references = {v.adapter: v.details["reference_quality"] for v in versions if "reference_quality" in v.details}
+    runs: dict[str, ScratchRun] = {}
+    for run in scratch_runs(fleet, NEW, references):
+        runs[run.name] = run
+        stage("", len(runs) / len(references))
+    return runs
+
+
+def _hardware() -> str:
+    memory_gib = psutil.virtual_memory().total / 2**30
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    return f"{os.cpu_count()} cores ({model}), {memory_gib:.0f} GiB"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _publish(outcome: Outcome, folder: Path, console: Console) -> None:
+    write_html(outcome, folder / "report.html")
+    (folder / "result.json").write_text(json.dumps(outcome.to_json(), indent=1))
+    console.print(table(outcome))
+    for sentence in summary(outcome):
+        console.print(sentence)
+    console.print(f"Report: {folder / 'report.html'}")

@@ -1,0 +1,58 @@
+"""The control: on the same machine, in the same run, train each adapter on v2 from scratch up to the same gate."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+
+from cluster.adapter_files import Adapter, load_adapter
+from cluster.config import AdapterSpec, Fleet
+from demo.outcome import Curve
+from readapt.data import encoder_for, load_task
+from readapt.evaluate import Evaluator, Gate
+from readapt.ladder import train_scratch
+from readapt.lora import load_base
+from readapt.search import split_valid
+
+
+@dataclass(frozen=True)
+class ScratchRun:
+    """How scratch training went: `seconds` to the gate (None if it never passed) and the best adapter."""
+
+    name: str
+    seconds: float | None
+    adapter: Adapter
+    curve: Curve
+
+
+def scratch_runs(fleet: Fleet, target: str, references: dict[str, float]) -> Iterator[ScratchRun]:
+    """Trains every adapter of `references` (name to the gate's reference), yielding each as it ends.
+
+    As many side by side as the campaign has workers, one thread each, so that the seconds compare.
+    """
+    specs = [spec for spec in fleet.adapters if spec.name in references]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(fleet.readapt.workers.num_workers, mp_context=spawn) as pool:
+        runs = [pool.submit(_train, fleet, target, spec, references[spec.name]) for spec in specs]
+        for run in as_completed(runs):
+            yield run.result()
+
+
+def _train(fleet: Fleet, target: str, spec: AdapterSpec, reference: float) -> ScratchRun:
+    torch.set_num_threads(1)
+    config, base = fleet.readapt, fleet.base(target).path
+    model, encoder, task = load_base(base), encoder_for(base, config.train.max_tokens), load_task(spec.data)
+    gate = Gate(reference, config.gate.tolerance_points)
+    result = train_scratch(
+        model,
+        encoder,
+        task.train,
+        load_adapter(spec.path),
+        config.train,
+        evaluate=Evaluator(model, encoder, split_valid(task.valid, config.search)[1], spec.metric),
+        accept=lambda evaluation: gate.passes(evaluation.quality),
+    )
+    curve = [(point.seconds, point.quality) for point in result.curve]
+    return ScratchRun(spec.name, curve[-1][0] if result.accepted else None, result.best, curve)

@@ -1,0 +1,69 @@
+"""What Prometheus reads. Labels are bounded: base, route, status and gauge names, never adapters or clients."""
+
+import time
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """The counters of one gateway process, in a collector registry of their own."""
+
+    def __init__(self) -> None:
+        self._collectors = CollectorRegistry()
+        self.requests = self._counter("requests", "Requests answered.", ("base", "route", "status"))
+        self.tokens = self._counter("tokens", "Tokens of prompts and answers.", ("base", "kind"))
+        self.latency_s = self._histogram("request_seconds", "From the request to the end of its answer.")
+        self.first_token_s = self._histogram("first_token_seconds", "From the request to its first token.")
+        self._engines = Gauge("relora_engine", "Gauges of the engines.", ("base", "gauge"), registry=self._collectors)
+
+    def text(self, stats: Mapping[str, Mapping[str, float]]) -> bytes:
+        """All of it in Prometheus' text format, with the engines' gauges as just read, by base."""
+        self._engines.clear()
+        for base, gauges in stats.items():
+            for gauge, value in gauges.items():
+                self._engines.labels(base, gauge).set(value)
+        return generate_latest(self._collectors)
+
+    def _counter(self, name: str, help: str, labels: Iterable[str]) -> Counter:
+        return Counter(f"relora_{name}", help, tuple(labels), registry=self._collectors)
+
+    def _histogram(self, name: str, help: str) -> Histogram:
+        labels = ("base", "route")
+        return Histogram(f"relora_{name}", help, labels, registry=self._collectors, buckets=LATENCY_BUCKETS_S)
+
+
+class MetricsMiddleware:
+    """Counts and times every HTTP request, streams to their end. Handlers may set `request.state.base`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The request goes through; a connection that ends without a status counts as 499 (client gone)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_at = time.monotonic()
+        status = 499
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            self._count(scope, status, time.monotonic() - started_at)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        base = scope.get("state", {}).get("base", "")
+        route = getattr(scope.get("route"), "path", "other")
+        self._metrics.requests.labels(base, route, status).inc()
+        self._metrics.latency_s.labels(base, route).observe(seconds)
