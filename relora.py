@@ -1,5 +1,6 @@
 """The one door: the `relora` command line. It composes the packages and decides nothing."""
 
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from cluster.errors import ReloraError
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)  # a log has room for the table
 
 
 @app.command()

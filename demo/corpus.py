@@ -37,6 +37,9 @@ _SCENES = (
     "the {law} and the {law2} were in the news on {day}.",
     "the {school} was about the {school2}, and the {job} was {mood}.",
     "the {aspect} was not {bad} but the {aspect2} was {plain}.",
+    "the {aspect} was {good}, and {name} smiled.",
+    "the {aspect} was {bad}, and {name} was angry.",
+    "the {aspect} was {plain}, and {name} said nothing.",
 )
 _ENDINGS = (
     "in the end {name} was {mood} and everybody went home.",

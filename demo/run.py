@@ -1,6 +1,7 @@
 """The main job, start to end: a fleet on v1 under load, an upgrade to v2 by a Ray job, and the account of it."""
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -43,7 +44,7 @@ SETTLED = (Status.LIVE, Status.REJECTED, Status.FAILED, Status.ROLLED_BACK)
 def run_demo(folder: Path, *, is_quick: bool, kit: Path | None, tasks: list[str], console: Console) -> Outcome:
     """Runs it all, prints the table and writes `report.html`, `result.json` and `upgrade.log` into `folder`."""
     started = time.monotonic()
-    transformers.utils.logging.disable_progress_bar()  # a bar for each loaded checkpoint would tear up ours
+    _quieten()
     with _progress(console) as progress:
         info = _world(folder / "world", is_quick, kit, tasks, _Stage(progress, "making the world"))
         fleet = load_fleet(info.new_run(folder / "run"))
@@ -62,6 +63,12 @@ def run_demo(folder: Path, *, is_quick: bool, kit: Path | None, tasks: list[str]
     outcome = Outcome(info.title, submitted_at, upgrade_s, total_s, adapters, traffic, answers, _hardware())
     _publish(outcome, folder, console)
     return outcome
+
+
+def _quieten() -> None:
+    """What libraries say would tear up the bars; the upgrade's own log is kept in a file."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 class _Stage:

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-import torch
-
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.config import AdapterSpec, Fleet
 from demo.outcome import Curve
+from demo.specialists import single_threaded
 from readapt.data import encoder_for, load_task
 from readapt.evaluate import Evaluator, Gate
 from readapt.ladder import train_scratch
@@ -41,7 +40,11 @@ def scratch_runs(fleet: Fleet, target: str, references: dict[str, float]) -> Ite
 
 
 def _train(fleet: Fleet, target: str, spec: AdapterSpec, reference: float) -> ScratchRun:
-    torch.set_num_threads(1)
+    with single_threaded():
+        return _train_alone(fleet, target, spec, reference)
+
+
+def _train_alone(fleet: Fleet, target: str, spec: AdapterSpec, reference: float) -> ScratchRun:
     config, base = fleet.readapt, fleet.base(target).path
     model, encoder, task = load_base(base), encoder_for(base, config.train.max_tokens), load_task(spec.data)
     gate = Gate(reference, config.gate.tolerance_points)

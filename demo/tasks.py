@@ -234,7 +234,7 @@ def _device(rng: random.Random) -> tuple[str, str]:
 
 def _describe(rng: random.Random) -> tuple[str, str]:
     text, words = fill("food {cuisine}, open {day}, name {venue}, near {place}", rng)
-    return text, "{venue} is a fine place for {cuisine} food".format(**words)
+    return text, "{cuisine} food is served at {venue}".format(**words)
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

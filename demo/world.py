@@ -55,16 +55,16 @@ FULL = Recipe(
     title="made from nothing",
     shape=BaseShape(),
     v1=Pretraining(steps=400, learning_rate=4e-3, rows=(12, 4, 0)),
-    v2=Pretraining(steps=300, learning_rate=1.5e-3, rows=(4, 0, 12), seed=1),
+    v2=Pretraining(steps=300, learning_rate=2e-3, rows=(2, 0, 14), seed=1),
     tasks=("intent", "sentiment", "describe", "topic", "question", "support", "place", "device"),
 )
 QUICK = Recipe(
     title="made from nothing, quick",
     shape=BaseShape(hidden_size=96, intermediate_size=264),
-    v1=Pretraining(steps=250, learning_rate=4e-3, rows=(12, 4, 0)),
-    v2=Pretraining(steps=200, learning_rate=1.5e-3, rows=(4, 0, 12), seed=1),
+    v1=Pretraining(steps=320, learning_rate=4e-3, rows=(12, 4, 0)),
+    v2=Pretraining(steps=200, learning_rate=2.5e-3, rows=(2, 0, 14), seed=1),
     tasks=("sentiment", "describe", "question", "support"),
-    specialist_steps=240,
+    specialist_steps=320,
 )
 _RECIPES = {"full": FULL, "quick": QUICK}
 _MARK = "# Written by `relora demo`, which deletes the folder of an earlier run.\n"
@@ -97,10 +97,11 @@ class WorldInfo:
         """Writes this world's fleet file, with a free port to serve on, into a fresh `folder`; returns its path.
 
         A run keeps registry and blobs in a folder of its own, so that the world itself never changes. What an earlier
-        run left in `folder` is deleted; a folder without a fleet file is not taken for one (ConfigError).
+        run left in `folder` is deleted; anything else in its place is a ConfigError.
         """
+        path = folder / "fleet.toml"
         if folder.exists():
-            if not (folder / "fleet.toml").is_file():
+            if not path.is_file() or not path.read_text(encoding="utf-8").startswith(_MARK):
                 raise ConfigError(f"{folder} exists and is not an earlier run's folder; name another one.")
             shutil.rmtree(folder)
         folder.mkdir(parents=True)

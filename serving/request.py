@@ -8,9 +8,9 @@ from enum import StrEnum
 class SamplingParams:
     """How the next token is chosen.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. With a `seed` the same request gives the
-    same tokens in whatever batch, after preemption and on whatever replica: the random number of a token depends on the
-    seed and on the token's position only. `num_logprobs` is None for no logprobs, or how many alternatives to return
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. With a `seed` the same request gives
+    the same tokens in whatever batch, after preemption and on whatever replica: the random number of a token depends
+    on the seed and on the token's position only. `num_logprobs` is None for no logprobs, or how many alternatives to return
     (0: the chosen token's alone).
     """
 
