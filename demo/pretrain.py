@@ -22,8 +22,8 @@ from demo import corpus
 END, PAD = "<|end|>", "<|pad|>"
 END_ID, PAD_ID = 0, 1
 # A gradient is the mean over this many shards of the batch, one thread each. The number is fixed and not that of the
-# cores, so that the sum is the same everywhere. Threads beat torch's own here: four shards on four cores are 2.1 times
-# as fast as one (67 against 137 ms a step; 4 busy cores, 2026-07), where OpenMP's spinning threads took 4.8 s a step.
+# cores, so that the sum is the same everywhere. Measured on 4 shared cores, 2026-11: 67 ms a step against 137 ms on one
+# thread; torch's own four threads took 58 ms, but 1.5 to 4.8 s while other programs ran (OpenMP's barriers spin).
 _NUM_SHARDS = 4
 _MAX_GRADIENT_NORM = 1.0
 _WARMUP_STEPS = 20
