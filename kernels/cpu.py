@@ -1,8 +1,8 @@
 """The operations as a CPU does them quickly: no Python loop over tokens, nor over sequences that only decode.
 
-Same names, signatures and meaning as `kernels.reference`. Shape letters: T tokens, D in, F out, W either of them,
-R rank, P pages, L layers, K key/value heads, N query heads (in `q_TNH`) or sequences, A query heads, H head dim,
-B blocks, C tokens of context, Q new tokens of a sequence.
+Same names, signatures and meaning as `kernels.reference`. Shape letters: T tokens, U those of them that have an
+adapter, D in, F out, W either of them, R rank, P pages, L layers, K key/value heads, N query heads (in `q_TNH`) or
+sequences, A query heads, H head dim, B blocks, C tokens of context, Q new tokens of a sequence.
 
 Adapter rows are gathered through overlapping windows of the arena: row i of the view is the W elements from offset i,
 so that one `index_select` copies whole rows wherever they lie (24 times faster at W = 192 than an index for every
@@ -30,9 +30,10 @@ def lora_shrink(x_TD: Tensor, arena: Tensor, segments: LoraSegments) -> Tensor:
     h_TR = torch.zeros(x_TD.shape[0], segments.max_rank, dtype=torch.float32)
     windows = _windows(arena, x_TD.shape[1])
     if _is_batched(segments, x_TD.shape):
-        tokens, entries_TR, is_row_TR, _ = _token_rows(segments)
-        a_TRD = _gather(windows, segments.a_rows[entries_TR])
-        h_TR[tokens] = torch.bmm(x_TD[tokens].float()[:, None], a_TRD.mT)[:, 0].masked_fill_(~is_row_TR, 0.0)
+        rows = segments.token_rows
+        a_URD = _gather(windows, rows.a_rows_UR)
+        h_UR = torch.bmm(x_TD[rows.tokens].float()[:, None], a_URD.mT)[:, 0]
+        h_TR[rows.tokens] = h_UR.masked_fill_(~rows.is_row_UR, 0.0)
         return h_TR
     for start, end, rank, table_start, _ in _each_segment(segments):
         a_RD = _gather(windows, segments.a_rows[table_start : table_start + rank])
@@ -44,10 +45,10 @@ def lora_expand(h_TR: Tensor, arena: Tensor, segments: LoraSegments, out_TF: Ten
     """Add each adapter's contribution to `out_TF`, in place; see `kernels.reference.lora_expand`."""
     windows = _windows(arena, out_TF.shape[1])
     if _is_batched(segments, out_TF.shape):
-        tokens, entries_TR, _, scalings_T = _token_rows(segments)
-        b_TRF = _gather(windows, segments.b_rows[entries_TR])
-        delta_TF = torch.bmm((h_TR[tokens] * scalings_T[:, None])[:, None], b_TRF)[:, 0]
-        out_TF[tokens] = (out_TF[tokens] + delta_TF).to(out_TF.dtype)
+        rows = segments.token_rows
+        b_URF = _gather(windows, rows.b_rows_UR)
+        delta_UF = torch.bmm((h_TR[rows.tokens] * rows.scalings_U1)[:, None], b_URF)[:, 0]
+        out_TF[rows.tokens] = (out_TF[rows.tokens] + delta_UF).to(out_TF.dtype)
         return
     for start, end, rank, table_start, scaling in _each_segment(segments):
         b_RF = _gather(windows, segments.b_rows[table_start : table_start + rank])
@@ -103,20 +104,6 @@ def _is_batched(segments: LoraSegments, shape_TW: tuple[int, ...]) -> bool:
     num_tokens, width = shape_TW
     spare_segments = segments.ranks.shape[0] - _SEGMENTS_PER_PRODUCT
     return num_tokens * width * segments.max_rank <= spare_segments * _ELEMENTS_PER_SEGMENT
-
-
-def _token_rows(segments: LoraSegments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tokens that have an adapter, their entries of the row table, which of these are real, and their scalings.
-
-    Entries beyond an adapter's rank repeat its last row: another's infinity times zero would be NaN.
-    """
-    segment_T = torch.repeat_interleave(segments.token_starts.diff())
-    ranks_T = segments.ranks[segment_T]
-    tokens = ranks_T.nonzero()[:, 0]
-    segment_T, ranks_T1 = segment_T[tokens], ranks_T[tokens][:, None]
-    row_R = torch.arange(segments.max_rank)
-    entries_TR = segments.table_starts[segment_T][:, None] + torch.minimum(row_R, ranks_T1 - 1)
-    return tokens, entries_TR, row_R < ranks_T1, segments.scalings[segment_T]
 
 
 def _each_segment(segments: LoraSegments) -> Iterator[tuple[int, int, int, int, float]]:

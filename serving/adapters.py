@@ -52,6 +52,7 @@ class AdapterCache:
 
     `hold` and `drop` bracket a request's life and keep the adapter on the host; `acquire` and `release` bracket the
     time in which a sequence runs and pin the adapter's pages. What is resident is always on the host as well.
+    `num_resident` adapters are on the device and take `num_pages_used` pages there.
     """
 
     def __init__(self, arena: PageArena, memory_PE: Tensor, host_cache_bytes: int):
@@ -61,6 +62,8 @@ class AdapterCache:
         self._host_bytes = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._idle: OrderedDict[str, ResidentAdapter] = OrderedDict()  # resident, not pinned, longest idle first
+        self.num_resident = 0
+        self.num_pages_used = 0
         self.num_evictions = 0
 
     def add(self, key: str, packed: PackedAdapter) -> None:
@@ -141,16 +144,6 @@ class AdapterCache:
         return True
 
     @property
-    def num_resident(self) -> int:
-        """Adapters on the device."""
-        return len(self.owned_pages())
-
-    @property
-    def num_pages_used(self) -> int:
-        """Pages of the adapters on the device."""
-        return sum(len(pages) for pages in self.owned_pages())
-
-    @property
     def num_holds(self) -> int:
         """`hold` calls without their `drop` yet."""
         return sum(entry.num_holds for entry in self._entries.values())
@@ -181,6 +174,8 @@ class AdapterCache:
             assert (key in self._idle) == (entry.resident is not None and entry.num_pins == 0), f"{key} is misfiled"
             assert not (entry.is_removed and entry.num_holds == 0), f"removed adapter {key} is still here"
         assert self._idle.keys() <= self._entries.keys(), "an idle adapter is not on the host"
+        sizes = [len(pages) for pages in self.owned_pages()]
+        assert (self.num_resident, self.num_pages_used) == (len(sizes), sum(sizes)), "counts of residents drifted"
         assert self._host_bytes == sum(entry.packed.num_bytes for entry in self._entries.values()), "host bytes drifted"
 
     def _make_host_room(self, packed: PackedAdapter) -> None:
@@ -208,6 +203,8 @@ class AdapterCache:
         pages = self._arena.allocate(packed.num_pages)
         pages_P = torch.tensor(pages, dtype=torch.int64)
         self._memory_PE[pages_P.to(device)] = packed.blob_PE.to(device)
+        self.num_resident += 1
+        self.num_pages_used += len(pages)
 
         def moved(rows_N: Tensor) -> Tensor:
             return (pages_P[rows_N // page_elements] * page_elements + rows_N % page_elements).to(device)
@@ -228,8 +225,11 @@ class AdapterCache:
         self.num_evictions += 1
 
     def _free_pages(self, key: str) -> None:
-        self._arena.free(self._idle.pop(key).pages)
+        pages = self._idle.pop(key).pages
+        self._arena.free(pages)
         self._entries[key].resident = None
+        self.num_resident -= 1
+        self.num_pages_used -= len(pages)
 
     def _forget_if_unused(self, key: str) -> None:
         if self._entries[key].is_removed and self._entries[key].num_holds == 0:

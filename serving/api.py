@@ -135,12 +135,11 @@ async def _generate(body: CompletionBody | ChatBody, request: HttpRequest, shape
     if answer is None:
         return Response(status_code=CLIENT_GONE)
     base = request.state.base = answer.target.base
-    request.app.state.metrics.first_token_s.labels(base, request.scope["route"].path).observe(
-        time.monotonic() - started_at
-    )
     headers = {"x-relora-version": answer.target.label, "x-relora-base": base}
     reply = Reply(call.id, answer, shape)
     if body.stream:
+        first_token_s = request.app.state.metrics.first_token_s.labels(base, request.scope["route"].path)
+        first_token_s.observe(time.monotonic() - started_at)
         return EventStream(_events(request, answer, reply, body.stream_options.include_usage), headers=headers)
     content = await reply.whole()
     _count_tokens(request, base, reply)

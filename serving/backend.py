@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 from cluster.blobs import BlobStore
 from cluster.errors import InvalidAdapterError, NotFoundError, StorageError
-from serving.errors import BackendDiedError
+from serving.errors import BackendDiedError, BackendFailedError
 from serving.loop import EngineLoop
 from serving.request import AdapterRef, Request, TokenEvent
 
@@ -39,7 +39,7 @@ class LocalBackend:
         self._interval_s = interval_s
 
     async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
-        """See `Backend.generate`. An adapter that cannot be fetched or used is a StorageError."""
+        """See `Backend.generate`. StorageError if the adapter cannot be fetched, BackendFailedError if not used."""
         if request.adapter is not None:
             await self._ensure(request.adapter)
         try:
@@ -61,8 +61,10 @@ class LocalBackend:
     async def _ensure(self, adapter: AdapterRef) -> None:
         try:
             await self._loop.ensure_adapter(adapter, lambda: self._blobs.fetch_folder(adapter.blob_key))
-        except (InvalidAdapterError, NotFoundError) as error:
-            raise StorageError(f"Adapter {adapter.label} cannot be loaded: {error}") from error
+        except InvalidAdapterError as error:  # a client that only named it is not to blame
+            raise BackendFailedError(f"Adapter {adapter.label} cannot be used: {error}") from error
+        except NotFoundError as error:
+            raise StorageError(f"Adapter {adapter.label} cannot be fetched: {error}") from error
 
 
 async def coalesce(events: AsyncIterator[TokenEvent], interval_s: float) -> AsyncIterator[list[TokenEvent]]:

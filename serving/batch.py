@@ -5,6 +5,7 @@ M target modules of the whole model, O rows whose logits are wanted.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -28,10 +29,12 @@ class LoraBatch:
     max_ranks: tuple[int, ...]  # per module, on the host; 0 means that no adapter of the batch touches the module
     max_tokens: int
 
-    def module(self, index: int) -> LoraSegments | None:
-        """Segments of one target module, or None where no adapter of the batch touches it."""
-        if self.max_ranks[index] == 0:
-            return None
+    @cached_property
+    def modules(self) -> tuple[LoraSegments | None, ...]:
+        """Segments of each target module, None where no adapter of the batch touches it."""
+        return tuple(self._module(index) if rank > 0 else None for index, rank in enumerate(self.max_ranks))
+
+    def _module(self, index: int) -> LoraSegments:
         return LoraSegments(
             token_starts=self.token_starts,
             ranks=self.ranks_SM[:, index],

@@ -5,7 +5,7 @@ target modules of the whole model, O rows whose logits are wanted.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate, groupby
 
 import torch
@@ -16,26 +16,19 @@ from serving.batch import Batch, LoraBatch
 from serving.sequence import Chunk
 
 
-@dataclass(frozen=True, eq=False)
-class _Tables:
-    """What a batch needs to know of a given row of adapters, whatever its tokens are."""
-
-    adapters: tuple[ResidentAdapter, ...]
-    ranks_SM: Tensor
-    scalings_SM: Tensor
-    table_starts_SM: Tensor
-    a_rows: Tensor
-    b_rows: Tensor
-    max_ranks: tuple[int, ...]
-
-
 class BatchBuilder:
-    """Builds batches on one device. Keeps the last adapter tables: they stay the same while nobody comes or goes."""
+    """Builds batches on one device.
+
+    Keeps the last batch's adapters, and with them what the kernels have worked out of them: while nobody comes or goes
+    and all decode, they are those of the next batch too.
+    """
 
     def __init__(self, page_tokens: int, device: torch.device):
         self._page_tokens = page_tokens
         self._device = device
-        self._tables: _Tables | None = None
+        self._adapters: tuple[ResidentAdapter, ...] = ()
+        self._lengths: tuple[int, ...] = ()  # tokens of each
+        self._last_lora: LoraBatch | None = None
 
     def build(self, chunks: Seq[Chunk]) -> Batch:
         """The batch of some chunks, those of one adapter side by side and those without one last; never empty."""
@@ -72,23 +65,21 @@ class BatchBuilder:
                 lengths.append(sum(chunk.end - chunk.start for chunk in members))
         if not adapters:
             return None
-        tables = self._tables_of(tuple(adapters))
-        return LoraBatch(
-            token_starts=self._int32(list(accumulate(lengths, initial=0))),
-            ranks_SM=tables.ranks_SM,
-            scalings_SM=tables.scalings_SM,
-            table_starts_SM=tables.table_starts_SM,
-            a_rows=tables.a_rows,
-            b_rows=tables.b_rows,
-            max_ranks=tables.max_ranks,
-            max_tokens=max(lengths),
-        )
+        return self._lora_of(tuple(adapters), tuple(lengths))
 
-    def _tables_of(self, adapters: tuple[ResidentAdapter, ...]) -> _Tables:
+    def _lora_of(self, adapters: tuple[ResidentAdapter, ...], lengths: tuple[int, ...]) -> LoraBatch:
         # An evicted adapter that comes back is another object, with other rows: identity is the right comparison.
-        if self._tables is None or self._tables.adapters != adapters:
-            self._tables = _make_tables(adapters)
-        return self._tables
+        if self._last_lora is None or self._adapters != adapters:
+            self._last_lora = _make_lora(adapters, self._token_starts(lengths), max(lengths))
+        elif self._lengths != lengths:
+            self._last_lora = replace(
+                self._last_lora, token_starts=self._token_starts(lengths), max_tokens=max(lengths)
+            )
+        self._adapters, self._lengths = adapters, lengths
+        return self._last_lora
+
+    def _token_starts(self, lengths: Seq[int]) -> Tensor:
+        return self._int32(list(accumulate(lengths, initial=0)))
 
     def _int64(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
@@ -97,14 +88,15 @@ class BatchBuilder:
         return torch.tensor(values, dtype=torch.int32, device=self._device)
 
 
-def _make_tables(adapters: tuple[ResidentAdapter, ...]) -> _Tables:
+def _make_lora(adapters: tuple[ResidentAdapter, ...], token_starts: Tensor, max_tokens: int) -> LoraBatch:
     firsts = accumulate((len(adapter.a_rows_N) for adapter in adapters[:-1]), initial=0)
-    return _Tables(
-        adapters=adapters,
+    return LoraBatch(
+        token_starts=token_starts,
         ranks_SM=torch.stack([adapter.ranks_M for adapter in adapters]),
         scalings_SM=torch.stack([adapter.scalings_M for adapter in adapters]),
         table_starts_SM=torch.stack([a.table_starts_M + first for a, first in zip(adapters, firsts, strict=True)]),
         a_rows=torch.cat([adapter.a_rows_N for adapter in adapters]),
         b_rows=torch.cat([adapter.b_rows_N for adapter in adapters]),
         max_ranks=tuple(map(max, zip(*(adapter.ranks for adapter in adapters), strict=True))),
+        max_tokens=max_tokens,
     )

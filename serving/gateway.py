@@ -1,7 +1,8 @@
 """From a call to its answer: name -> version (the registry's routes) -> an engine of the version's base -> tokens.
 
 No Ray and no HTTP here. The routes are a snapshot that a background task renews, so that a request never waits for the
-database; only a name that the snapshot does not know makes the gateway look again at once.
+database; only a name that the snapshot does not know makes the gateway look again at once, and a pinned version is
+looked up when it is asked for.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from cluster.blobs import BlobStore
 from cluster.config import RolloutConfig, ServingConfig
@@ -30,8 +32,8 @@ from cluster.rollout import CANARY_FAILURE
 from serving.backend import Backend, aclose, merge
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.prompts import Prompt, Prompter
-from serving.publish import publish, withdraw
-from serving.request import FinishReason, Request, SamplingParams, TokenEvent
+from serving.publish import publish, store, withdraw
+from serving.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent
 from serving.routing import Snapshot, Target
 
 log = logging.getLogger(__name__)
@@ -134,16 +136,30 @@ class Gateway:
         return await self._begin(call, last, whole)
 
     async def load_adapter(self, name: str, folder: str, base: str | None) -> Version:
-        """Checks an adapter's files, stores them and makes them the LIVE version of that name. See `publish`."""
+        """Makes an adapter's files the LIVE version of that name, once an engine has run them.
+
+        Raises what `store` raises; nothing has changed for clients then.
+        """
         await self.refresh()
-        version = await asyncio.to_thread(
-            publish,
+        found, key = await asyncio.to_thread(
+            store,
             *(self._registry, self._blobs, name, folder, base),
             served_bases=self.snapshot.backends.keys(),
             max_rank=self._serving.max_rank,
         )
+        await self._try_out(AdapterRef(key, name, 0, blob_key=key), found)
+        version = await asyncio.to_thread(publish, self._registry, name, found, key)
         await self.refresh()
         return version
+
+    async def _try_out(self, adapter: AdapterRef, base: str) -> None:
+        """One token, so that what only an engine can tell is told in time: too large for its memory, or NaN logits."""
+        request = Request(f"try-{uuid4().hex}", (0,), SamplingParams(temperature=0.0, max_tokens=1), adapter)
+        try:
+            async for _ in self._resumed(request, Target(base)):
+                pass
+        except BackendFailedError as error:
+            raise InvalidAdapterError(f"The adapter does not run on {base}: {error}") from error
 
     async def unload_adapter(self, name: str) -> Version:
         """Takes a name out of service; requests under way finish. NotFoundError if it has no LIVE version."""

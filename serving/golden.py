@@ -1,5 +1,7 @@
 """Whether a version on its engine says what it said when it was made: the readiness check of a rollout."""
 
+from uuid import uuid4
+
 from cluster.errors import ReloraError
 from cluster.registry import Version
 from serving.backend import Backend
@@ -16,7 +18,7 @@ async def check_golden(version: Version, prompter: Prompter, backend: Backend) -
     than the stored answer has, so that an answer that was cut at a length limit can be compared too.
     """
     for index, golden in enumerate(version.details.get("golden", [])):
-        request = _request(version, prompter, index, golden["prompt"], golden["completion"])
+        request = _request(version, prompter, golden["prompt"], golden["completion"])
         text = await _answer(backend, request)
         if not _agrees(text, golden["completion"]):
             raise ReloraError(
@@ -25,10 +27,10 @@ async def check_golden(version: Version, prompter: Prompter, backend: Backend) -
             )
 
 
-def _request(version: Version, prompter: Prompter, index: int, prompt: str, completion: str) -> Request:
+def _request(version: Version, prompter: Prompter, prompt: str, completion: str) -> Request:
     num_tokens = max(1, prompter.num_text_tokens(completion))
     return Request(
-        id=f"golden-{version.id}-{version.updated_at}-{index}",
+        id=f"golden-{uuid4().hex}",
         prompt_tokens=prompter.encode(prompt),
         sampling=SamplingParams(temperature=0.0, max_tokens=num_tokens),
         adapter=Target(version.base, version).adapter,

@@ -17,7 +17,7 @@ class Metrics:
         self.requests = self._counter("requests", "Requests answered.", ("base", "route", "status"))
         self.tokens = self._counter("tokens", "Tokens of prompts and answers.", ("base", "kind"))
         self.latency_s = self._histogram("request_seconds", "From the request to the end of its answer.")
-        self.first_token_s = self._histogram("first_token_seconds", "From the request to its first token.")
+        self.first_token_s = self._histogram("first_token_seconds", "From the request to its first token, of streams.")
         self._engines = Gauge("relora_engine", "Gauges of the engines.", ("base", "gauge"), registry=self._collectors)
 
     def text(self, stats: Mapping[str, Mapping[str, float]]) -> bytes:
@@ -44,7 +44,7 @@ class MetricsMiddleware:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The request goes through; a connection that ends without a status counts as 499 (client gone)."""
+        """The request goes through; one that ends without a status counts as 499 (client gone), or as 500 (our bug)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -59,6 +59,9 @@ class MetricsMiddleware:
 
         try:
             await self._app(scope, receive, send_and_note)
+        except Exception:
+            status = 500 if status == 499 else status
+            raise
         finally:
             self._count(scope, status, time.monotonic() - started_at)
 

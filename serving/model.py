@@ -67,7 +67,7 @@ class Projection:
         outputs = linear(x_TD, self.weight_FD, self.bias_F).split(self.widths, dim=-1)
         if step.batch.lora is not None:
             for module, out_TF in enumerate(outputs, self.first_module):
-                segments = step.batch.lora.module(module)
+                segments = step.batch.lora.modules[module]
                 if segments is not None:
                     h_TR = step.ops.lora_shrink(x_TD, step.arena, segments)
                     step.ops.lora_expand(h_TR, step.arena, segments, out_TF)

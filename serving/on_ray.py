@@ -113,6 +113,8 @@ class HandleBackend:
         """See `Backend.stats`."""
         with _our_errors():
             replicas = await self._handle.broadcast("stats").results_async()
+        if not replicas:
+            raise BackendDiedError("No replica of the engine runs.")
         return {key: sum(stats[key] for stats in replicas) for key in replicas[0]}
 
 

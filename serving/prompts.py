@@ -44,7 +44,7 @@ class Prompter:
 
     def _tokenized(self, prompt: str | Chat) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self._tokenizer(prompt)["input_ids"])
+            return tuple(self._tokenizer(_valid(prompt))["input_ids"])
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(
                 "This model has no chat template, so messages cannot be made into a prompt; use /v1/completions."
@@ -54,7 +54,7 @@ class Prompter:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:  # templates raise it for turns that the model was not trained on
             raise InvalidRequestError(f"The model's chat template refuses these messages: {error}") from error
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"])
 
     def _checked(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         for token in tokens:
@@ -63,3 +63,12 @@ class Prompter:
                     f"Token id {token} in the prompt is outside of the vocabulary of {self._num_tokens}."
                 )
         return tokens
+
+
+def _valid(text: str) -> str:
+    """The text itself, if it is one: JSON can also spell halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"The prompt is not valid Unicode: {error}.") from error
+    return text

@@ -1,17 +1,18 @@
 """Adapters that clients bring themselves: from a folder to a LIVE version, and out of service again."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from cluster.adapter_files import check_fits, load_adapter
-from cluster.blobs import BlobStore, content_hash
+from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError
 from cluster.names import check_name
 from cluster.registry import Registry, Status, Version
 
 
-def publish(
+def store(
     registry: Registry,
     blobs: BlobStore,
     name: str,
@@ -20,12 +21,11 @@ def publish(
     *,
     served_bases: Collection[str],
     max_rank: int,
-) -> Version:
-    """Checks an adapter's files against the base, stores them and makes them the name's LIVE version.
+) -> tuple[str, str]:
+    """Checks an adapter's files against the base and stores them; returns the base's name and the files' key.
 
-    Nothing is written before all checks have passed. The version that was LIVE is RETIRED in the same transaction.
-    Raises InvalidRequestError (name, URL, unclear base), InvalidAdapterError (files), NotFoundError (base),
-    ConflictError (the name is a base's), StorageError.
+    Nothing is written before all checks have passed. Raises InvalidRequestError (name, URL, unclear base),
+    InvalidAdapterError (files), NotFoundError (base), ConflictError (the name is a base's), StorageError.
     """
     check_name(name)
     if any(known.name == name for known in registry.bases()):
@@ -35,11 +35,15 @@ def publish(
         raise NotFoundError(f"No base model {base!r} is served; there are {', '.join(sorted(served_bases))}.")
     path = _local_folder(folder)
     check_fits(load_adapter(path, max_rank=max_rank), open_checkpoint(Path(registry.base(base).path)).linear_shapes())
-    key = blobs.put_folder(path)
+    return base, blobs.put_folder(path)
+
+
+def publish(registry: Registry, name: str, base: str, key: str) -> Version:
+    """Makes stored files the name's LIVE version; the one that was LIVE is RETIRED in the same transaction."""
     if all(known.name != name for known in registry.adapters()):
         registry.add_adapter(name)
     # Enters as RETIRED: out of the way of traffic and of rollouts until the one step that makes it LIVE.
-    version = registry.add_version(name, base, Status.RETIRED, blob_key=key, content_hash=content_hash(path))
+    version = registry.add_version(name, base, Status.RETIRED, blob_key=key, content_hash=key)
     return registry.promote(version.id)
 
 
@@ -67,7 +71,6 @@ def _only_base(registry: Registry, name: str, served_bases: Collection[str]) -> 
 def _local_folder(folder: str) -> Path:
     if "://" in folder:
         raise InvalidRequestError(f"lora_path: {folder!r} is a URL; adapters are loaded from folders on the server.")
-    path = Path(folder)
-    if not path.is_dir():
-        raise InvalidRequestError(f"lora_path: {folder!r} is not a folder on the server.")
-    return path
+    if not os.path.isdir(folder):  # Path.is_dir would raise where a name is too long
+        raise InvalidRequestError(f"lora_path: {folder[:160]!r} is not a folder on the server.")
+    return Path(folder)

@@ -10,8 +10,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. With a `seed` the same request gives
     the same tokens in whatever batch, after preemption and on whatever replica: the random number of a token depends
-    on the seed and on the token's position only. `num_logprobs` is None for no logprobs, or how many alternatives to return
-    (0: the chosen token's alone).
+    on the seed and on the token's position only. `num_logprobs` is None for no logprobs, or how many alternatives to
+    return (0: the chosen token's alone).
     """
 
     temperature: float = 1.0

@@ -42,10 +42,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(BaseModel):
-    """`include_usage` asks for a last chunk with the token counts."""
+    """`include_usage` asks for a last chunk with the token counts; `include_obfuscation` (padding) is ignored."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class GenerationBody(BaseModel):

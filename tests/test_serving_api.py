@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -34,6 +34,7 @@ from tests.worlds import make_adapter, make_checkpoint
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
+TOO_LONG = "x" * 5000  # for a file name
 CONFIG = ServingConfig(memory_bytes=8 * 2**20, max_model_tokens=400, max_rank=16)
 
 
@@ -300,6 +301,7 @@ async def test_many_at_once_get_their_own_answers(server: Server):
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"guided_json": "{}"}, "guided_json"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
     ],
 )
 def test_malformed_bodies_are_refused_by_field(server: Server, bad: dict, param: str):
@@ -330,6 +332,17 @@ def test_malformed_chats_are_refused_by_field(server: Server, bad: dict, word: s
     response = server.post("/v1/chat/completions", **body)
     assert response.status_code == 400, response.text
     assert word in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a\ud800"}, {"prompt": ["b", "\udc00"]}, {"messages": "a\ud800b"}])
+def test_half_a_surrogate_pair_is_no_prompt(server: Server, body: dict):
+    route = "/v1/completions"
+    if "messages" in body:
+        route, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": body["messages"]}]}
+    content = json.dumps({"model": "v1", **body})
+    response = httpx.post(f"{server.url}{route}", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert "Unicode" in response.json()["error"]["message"]
 
 
 def test_harmless_fields_are_tolerated(server: Server):
@@ -399,6 +412,16 @@ def test_a_full_queue_is_503_with_retry_after(tmp_path: Path):
 
 
 # Clients that leave.
+
+
+def test_tokens_of_a_stream_that_was_left_count(server: Server):
+    line = 'relora_tokens_total{base="v1",kind="completion"}'
+    before = _value(httpx.get(f"{server.url}/metrics").text, line)
+    body = {"model": "v1", "prompt": "x", "max_tokens": 390, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+    _wait_until(lambda: _value(httpx.get(f"{server.url}/metrics").text, line) > before, timeout_s=5)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -475,6 +498,8 @@ def test_unloading_lets_running_requests_finish(server: Server, tmp_path: Path):
         ("bad", "missing", 400, "adapter_model.safetensors"),
         ("bad", "shape", 400, "layers"),
         ("bad", "nowhere", 400, "lora_path"),
+        ("bad", TOO_LONG, 400, "lora_path"),
+        ("intent", "huge", 400, "logits"),
     ],
 )
 def test_bad_adapters_are_refused_with_the_cause(server: Server, tmp_path: Path, name: str, spoil, status, word):
@@ -482,7 +507,9 @@ def test_bad_adapters_are_refused_with_the_cause(server: Server, tmp_path: Path,
     path = make_adapter(tmp_path / "adapter", wide, rank=99 if spoil == "rank" else 2)
     if spoil == "missing":
         (path / "adapter_model.safetensors").unlink()
-    lora_path = str(tmp_path / "nowhere") if spoil == "nowhere" else str(path)
+    if spoil == "huge":
+        make_adapter(path, wide, scale=1e19)
+    lora_path = str(tmp_path / spoil) if spoil in ("nowhere", TOO_LONG) else str(path)
     response = server.post("/v1/load_lora_adapter", lora_name=name, lora_path=lora_path, base_model_name="v1")
     assert response.status_code == status, response.text
     assert word in response.json()["error"]["message"]
@@ -502,6 +529,30 @@ def test_metrics_count_by_base_route_and_status_but_not_by_adapter(server: Serve
         assert _value(after, line) - _value(before, line) == more, line
     assert 'relora_engine{base="v2",gauge="' in after
     assert "intent" not in after
+
+
+def test_an_adapter_too_large_for_the_engine_does_not_replace_a_live_one(files: Path, tmp_path: Path):
+    config = replace(CONFIG, host_cache_bytes=40_000)
+    with serve_bases(files, tmp_path, config, ("v1",)) as server:
+        small = make_adapter(tmp_path / "small", files / "v1", rank=2)
+        large = make_adapter(tmp_path / "large", files / "v1", rank=16)
+        load = {"lora_name": "mine", "base_model_name": "v1"}
+        assert server.post("/v1/load_lora_adapter", **load, lora_path=str(small)).status_code == 200
+        refused = server.post("/v1/load_lora_adapter", **load, lora_path=str(large))
+        assert refused.status_code == 400
+        assert "serving.host_cache_bytes" in refused.json()["error"]["message"]
+        assert server.client.completions.create(model="mine", prompt="x", max_tokens=1).model == "mine@1"
+
+
+def test_a_bug_counts_as_500(server: Server, monkeypatch: pytest.MonkeyPatch):
+    def fail(self):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("serving.routing.Snapshot.models", fail)
+    assert httpx.get(f"{server.url}/v1/models").status_code == 500
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert _value(metrics, 'relora_requests_total{base="",route="/v1/models",status="500"}') == 1
+    assert 'status="499"' not in "".join(line for line in metrics.splitlines() if 'route="/v1/models"' in line)
 
 
 def test_health(files: Path, tmp_path: Path):
