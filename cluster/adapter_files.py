@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.errors import InvalidAdapterError
+from cluster.errors import InvalidAdapterError, StorageError
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -122,16 +122,18 @@ def load_adapter(folder: Path, max_rank: int | None = None) -> Adapter:
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter so that PEFT loads exactly these deltas; an adapter that was in `folder` is replaced whole.
 
-    Modules are named by full path, so that PEFT adapts the given layers and no others.
+    Modules are named by full path, so that PEFT adapts the given layers and no others. StorageError when the disk is
+    full or the folder cannot be written; what was there is then untouched.
     """
     assert adapter.factors, "an adapter without modules cannot be saved"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    aside.mkdir()
     try:
+        aside.mkdir(parents=True)
         save_file(_tensors_of(adapter), aside / _WEIGHTS, metadata={"format": "pt"})
         (aside / _CONFIG).write_text(json.dumps(_config_of(adapter), indent=2) + "\n")
         _replace_folder(aside, folder)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
+        raise StorageError(f"{folder}: the adapter cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -13,30 +13,36 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Literal
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.arrow import ArrowFSWrapper
 
 from cluster.errors import NotFoundError, StorageError
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+_OBJECT_STORES = ("s3://", "gs://", "gcs://")
+_BLOCK_BYTES = 4 * 1024**2  # what is asked of a store at once: each read of an object store is an HTTP request
 
 
 class BlobStore:
     """Folders by content key. Safe under many threads and processes, on both sides.
 
-    `url` is a local path or anything that fsspec opens (`s3://bucket/prefix`, `gs://...`, given that package).
-    `cache_dir` keeps fetched folders; it may be shared by processes of one machine and is never cleaned here.
+    `url` is a local path, `s3://bucket/prefix` or `gs://bucket/prefix` of an existing bucket (opened by pyarrow; its
+    options may follow, as in `?region=eu-west-1` or `?endpoint_override=host:port&scheme=http`), or anything else that
+    fsspec opens. Credentials are found as by the provider's own tools. `cache_dir` keeps fetched folders; it may be
+    shared by processes of one machine and is never cleaned here.
     """
 
     def __init__(self, url: str, cache_dir: Path):
+        self._url = re.sub("//[^/@]*@", "//***@", url)  # for messages: without credentials
         try:
-            filesystem, root = url_to_fs(url)
+            filesystem, root = _open(url)
         except (ImportError, ValueError, OSError) as error:
-            raise StorageError(f"Blob store {url!r} cannot be opened: {error}") from error
+            raise StorageError(f"Blob store {self._url!r} cannot be opened: {error}") from error
         self._fs: AbstractFileSystem = filesystem
         self._root: str = root.rstrip("/")
-        self._url = url
         self._cache_dir = cache_dir
 
     def put_folder(self, folder: Path) -> str:
@@ -85,7 +91,7 @@ class BlobStore:
         part = f"{self._root}/.{key}.{uuid.uuid4().hex}.part"
         self._fs.makedirs(self._root, exist_ok=True)
         try:
-            with self._fs.open(part, "wb") as stream, tarfile.open(fileobj=stream, mode="w|", dereference=True) as tar:
+            with self._fs.open(part, "wb") as stream, _tar(stream, "w|") as tar:
                 for file in _files(folder):
                     tar.add(file, arcname=file.relative_to(folder).as_posix(), recursive=False)
             self._fs.mv(part, self._path(key))
@@ -96,7 +102,7 @@ class BlobStore:
 
     def _extract(self, key: str, folder: Path) -> None:
         try:
-            with self._fs.open(self._path(key), "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            with self._fs.open(self._path(key), "rb") as stream, _tar(stream, "r|") as tar:
                 tar.extractall(folder, filter="data")
         except FileNotFoundError as error:
             raise NotFoundError(f"Blob store {self._url!r} has no blob {key}.") from error
@@ -109,6 +115,21 @@ class BlobStore:
             yield
         except OSError as error:
             raise StorageError(f"Blob store {self._url!r}: {doing} failed: {error}") from error
+
+
+def _open(url: str) -> tuple[AbstractFileSystem, str]:
+    if not url.startswith(_OBJECT_STORES):
+        return url_to_fs(url)
+    from pyarrow.fs import FileSystem  # imported here: its S3 and GCS clients are of no use to a local store
+
+    filesystem, root = FileSystem.from_uri(url)
+    if not root:
+        raise ValueError("it names no bucket")
+    return ArrowFSWrapper(filesystem), root
+
+
+def _tar(stream: IO[bytes], mode: Literal["r|", "w|"]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=stream, mode=mode, bufsize=_BLOCK_BYTES, dereference=True)
 
 
 def content_hash(folder: Path) -> str:

@@ -241,8 +241,8 @@ def _contradictions(fleet: Fleet) -> Iterator[str]:
             yield f"adapters[{i}].base: no base {adapter.base!r} among: {_listed(fleet.bases)}"
     if fleet.serving.max_replicas < fleet.serving.min_replicas:
         yield "serving.max_replicas: Input should be at least serving.min_replicas"
-    if fleet.readapt.search.beta_max < fleet.readapt.search.beta_min:
-        yield "readapt.search.beta_max: Input should be at least readapt.search.beta_min"
+    if fleet.readapt.search.beta_max <= fleet.readapt.search.beta_min:
+        yield "readapt.search.beta_max: Input should be greater than readapt.search.beta_min"
 
 
 def _name_clashes(fleet: Fleet) -> Iterator[str]:

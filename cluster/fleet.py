@@ -1,11 +1,12 @@
 """A fleet file made known to the registry: its base models and the adapters that already exist."""
 
-from pathlib import Path
+from contextlib import suppress
 
 from cluster.adapter_files import check_fits, load_adapter
-from cluster.blobs import BlobStore, content_hash
+from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import AdapterSpec, Fleet
+from cluster.errors import ConflictError
 from cluster.registry import BaseModel, Registry, Status, Version
 
 
@@ -39,12 +40,11 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
         check_fits(load_adapter(spec.path, max_rank=fleet.serving.max_rank), shapes[spec.base])
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
         if not registry.versions(adapter=spec.name):
-            new.append(_add_first_version(spec, registry, blobs))
+            with suppress(ConflictError):  # another process, started at the same time, was first
+                new.append(_add_first_version(spec, registry, blobs))
     return new
 
 
 def _add_first_version(spec: AdapterSpec, registry: Registry, blobs: BlobStore) -> Version:
     key = blobs.put_folder(spec.path)
-    return registry.add_version(
-        spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=content_hash(Path(spec.path))
-    )
+    return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key)

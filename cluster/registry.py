@@ -39,7 +39,7 @@ class Registry:
     # Base models and adapters
 
     def add_base(self, name: str, path: str, fingerprint: str) -> BaseModel:
-        """Register a base model, or return it if it is there; ConflictError if the name stands for other weights."""
+        """Register a base model, or note where it lies now; ConflictError if the name stands for other weights."""
         check_name(name)
         with self._write() as connection:
             row = connection.execute(select(bases).where(bases.c.name == name)).one_or_none()
@@ -48,11 +48,12 @@ class Registry:
                 connection.execute(insert(bases).values(vars(base)))
                 self._append(connection, "base_added", details={"name": name, "path": path})
                 return base
-        if row.fingerprint != fingerprint:
-            raise ConflictError(
-                f"Base model {name!r} is registered with other weights (from {row.path}); use a new name."
-            )
-        return BaseModel(**row._mapping)
+            if row.fingerprint != fingerprint:
+                raise ConflictError(
+                    f"Base model {name!r} is registered with other weights (from {row.path}); use a new name."
+                )
+            connection.execute(update(bases).where(bases.c.name == name).values(path=path))
+        return BaseModel(**{**row._mapping, "path": path})
 
     def base(self, name: str) -> BaseModel:
         """Return a base model by name, or raise NotFoundError."""

@@ -56,8 +56,8 @@ def summary(outcome: Outcome) -> list[str]:
     return [
         f"A plain copy fails on v2 for {fallen} of {len(adapters)} adapters (mean drop {drop:.1f} points).",
         f"{restored} of {len(adapters)} adapters are back within 1 point of their v1 quality (or scratch's, if lower).",
-        f"{traffic.sent} requests were sent during the run: {traffic.failed} failed, {traffic.wrong} were answered by a "
-        f"wrong version; latency p50 {traffic.latency_p50_ms:.0f} ms, p99 {traffic.latency_p99_ms:.0f} ms.",
+        f"{traffic.sent} requests were sent during the run: {traffic.failed} failed, {traffic.wrong} were answered by "
+        f"a wrong version; latency p50 {traffic.latency_p50_ms:.0f} ms, p99 {traffic.latency_p99_ms:.0f} ms.",
         f"The upgrade took {outcome.upgrade_s:.0f} s, the whole run {outcome.total_s:.0f} s, on {outcome.hardware}.",
     ]
 

@@ -9,9 +9,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import psutil
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -25,6 +25,7 @@ from demo.load import SteadyLoad
 from demo.outcome import Outcome
 from demo.report import summary, table, write_html
 from demo.scratch import ScratchRun, scratch_runs
+from demo.specialists import single_threaded
 from demo.world import NEW, OLD, WorldInfo, kit_world, make_world
 from readapt.data import load_task
 
@@ -44,44 +45,49 @@ SETTLED = (Status.LIVE, Status.REJECTED, Status.FAILED, Status.ROLLED_BACK)
 def run_demo(folder: Path, *, is_quick: bool, kit: Path | None, tasks: list[str], console: Console) -> Outcome:
     """Runs it all, prints the table and writes `report.html`, `result.json` and `upgrade.log` into `folder`."""
     started = time.monotonic()
-    _quieten()
-    with _progress(console) as progress:
-        info = _world(folder / "world", is_quick, kit, tasks, _Stage(progress, "making the world"))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its lines would tear up the bars
+    with single_threaded(), _progress(console) as progress:
+        with _Stage(progress, "making the world") as stage:
+            info = _world(folder, is_quick, kit, tasks, stage)
         fleet = load_fleet(info.new_run(folder / "run"))
         registry = open_registry(fleet)
         with LocalCluster(LOGICAL_CPUS, env=RAY_SETTINGS) as cluster:
-            _serve_old_base(fleet, registry, cluster, _Stage(progress, f"serving {OLD}"))
+            with _Stage(progress, f"serving {OLD}") as stage:
+                _serve_old_base(fleet, registry, cluster, stage)
             load = SteadyLoad(_url(fleet), _prompts(fleet), REQUESTS_PER_S, ANSWER_TOKENS).start()
-            submitted_at, upgrade_s = _upgrade(fleet, registry, cluster, folder, _Stage(progress, f"upgrade to {NEW}"))
-            scratch = _scratch(fleet, registry, _Stage(progress, "control: training from scratch"))
+            with _Stage(progress, f"upgrade to {NEW}") as stage:
+                submitted_at, upgrade_s = _upgrade(fleet, registry, cluster, folder, stage)
+            with _Stage(progress, "control: training from scratch") as stage:
+                scratch = _scratch(fleet, registry, stage)
             answers = load.stop()
-        stage = _Stage(progress, "checking every answer, scoring test rows")
-        judge = Judge(fleet, registry, ANSWER_TOKENS)
-        traffic = judge.traffic(load.num_sent, answers)
-        adapters = judge.adapters(scratch, submitted_at, lambda share: stage("", share))
+        with _Stage(progress, "checking every answer, scoring test rows") as stage:
+            judge = Judge(fleet, registry, ANSWER_TOKENS)
+            traffic = judge.traffic(load.num_sent, answers)
+            adapters = judge.adapters(scratch, submitted_at, lambda share: stage("", share))
     total_s = time.monotonic() - started
     outcome = Outcome(info.title, submitted_at, upgrade_s, total_s, adapters, traffic, answers, _hardware())
     _publish(outcome, folder, console)
     return outcome
 
 
-def _quieten() -> None:
-    """What libraries say would tear up the bars; the upgrade's own log is kept in a file."""
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-
-
 class _Stage:
-    """One bar of the progress display."""
+    """One bar of the progress display; full when the `with` block is left."""
 
     def __init__(self, progress: Progress, title: str):
-        self._progress = progress
-        self._title = title
-        self._task = progress.add_task(title, total=1.0)
+        self._progress, self._title = progress, title
 
-    def __call__(self, note: str, done: float) -> None:
+    def __enter__(self) -> "_Stage":
+        self._task = self._progress.add_task(self._title, total=1.0)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if failure[0] is None:
+            self._progress.update(self._task, completed=1.0)
+
+    def __call__(self, note: str, share: float) -> None:
         """Says what is going on now and which share of the stage is done."""
-        self._progress.update(self._task, completed=done, description=f"{self._title}: {note}" if note else self._title)
+        title = f"{self._title}: {note}" if note else self._title
+        self._progress.update(self._task, completed=min(share, 0.99), description=title)
 
 
 def _progress(console: Console) -> Progress:
@@ -91,10 +97,9 @@ def _progress(console: Console) -> Progress:
 
 def _world(folder: Path, is_quick: bool, kit: Path | None, tasks: list[str], stage: _Stage) -> WorldInfo:
     if kit is not None:
-        return kit_world(folder.with_name("kit-world"), kit, tasks, stage)
-    return make_world(
-        folder.with_name(f"world-{'quick' if is_quick else 'full'}"), "quick" if is_quick else "full", stage
-    )
+        return kit_world(folder / "world-kit", kit, tasks, stage)
+    size: Literal["full", "quick"] = "quick" if is_quick else "full"
+    return make_world(folder / f"world-{size}", size, stage)
 
 
 def _serve_old_base(fleet: Fleet, registry: Registry, cluster: LocalCluster, stage: _Stage) -> None:
@@ -103,7 +108,7 @@ def _serve_old_base(fleet: Fleet, registry: Registry, cluster: LocalCluster, sta
     stage(f"dashboard {cluster.dashboard_url}", 0.3)
     connect(cluster.address)
     serving.on_ray.deploy(fleet, [OLD])
-    stage(f"{_url(fleet)}, dashboard {cluster.dashboard_url}", 1.0)
+    stage(f"{_url(fleet)}, dashboard {cluster.dashboard_url}", 0.9)
 
 
 def _url(fleet: Fleet) -> str:
@@ -130,7 +135,7 @@ def _upgrade(
         time.sleep(0.5)
     job.wait(UPGRADE_TIMEOUT_S)
     upgrade_s = time.time() - submitted_at
-    stage(_standing(registry, len(fleet.adapters))[0], 1.0)
+    stage(*_standing(registry, len(fleet.adapters)))
     log.join(10.0)
     return submitted_at, upgrade_s
 

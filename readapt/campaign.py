@@ -20,15 +20,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import check_fits, load_adapter, save_adapter
-from cluster.blobs import BlobStore, content_hash
+from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapter
+from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet
-from cluster.errors import ConflictError, InvalidAdapterError, ReloraError, StorageError
+from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, ReloraError, StorageError
 from cluster.fleet import register_base
 from cluster.registry import Registry, Status, Version
 from readapt.delta import base_evolution
@@ -110,8 +110,12 @@ class Campaign:
         return self._registry.versions(base=self._target, statuses=statuses or None)
 
     def _first_versions(self) -> dict[str, Version]:
-        """By adapter. Two campaigns that plan at once may both add one: the first counts, no other is ever taken."""
-        return {version.adapter: version for version in reversed(self._target_versions())}
+        """By adapter, of those made from its live version: what its owner has replaced meanwhile is not carried over.
+
+        Two campaigns that plan at once may both add one: the first counts, no other is ever taken.
+        """
+        live = {adapter: route.live.id for adapter, route in self._registry.routes().items()}
+        return {v.adapter: v for v in reversed(self._target_versions()) if v.parent_id == live.get(v.adapter, -1)}
 
     def _put_back(self, is_lost: Callable[[str], bool]) -> None:
         for version in self._target_versions(Status.ADAPTING):
@@ -140,6 +144,8 @@ class Campaign:
         parent = self._registry.version(version.parent_id)
         if parent.blob_key is None:
             raise InvalidAdapterError(f"{parent.label} has no files in the blob store.")
+        if not record.data:
+            raise InvalidDataError(f"{version.adapter} has no rows to judge it by: give it `data` in the fleet file.")
         new_base = self._fleet.base(self._target).path
         evolution_key = self._evolution(parent.base)
         check_fits(load_adapter(self._blobs.fetch_folder(parent.blob_key)), open_checkpoint(new_base).linear_shapes())
@@ -190,9 +196,13 @@ class Campaign:
                 save_adapter(evolution, Path(folder) / "evolution")
                 key = self._blobs.put_folder(Path(folder) / "evolution")
         seconds = time.perf_counter() - started
-        modules = [asdict(energy) for energy in energies]
-        self._registry.log(EVOLUTION, key=key, seconds=seconds, modules=modules, **identity)
+        modules = _jsonable([asdict(energy) for energy in energies])
+        is_same_tokenizer = before.tokenizer_fingerprint() == after.tokenizer_fingerprint()
+        details = identity | {"key": key, "seconds": seconds, "modules": modules, "same_tokenizer": is_same_tokenizer}
+        self._registry.log(EVOLUTION, **details)
         self._say(f"evolution {old} -> {self._target}: {len(evolution.factors)} modules changed, {seconds:.1f} s")
+        if not is_same_tokenizer:
+            self._say(f"{self._target} has another tokenizer than {old}: expect adapters to be trained anew")
         return key
 
     # Settle
@@ -231,7 +241,11 @@ class Campaign:
     def _settle(self, version: Version, climbed: Climbed) -> None:
         started = time.perf_counter()
         outcome = climbed.outcome
-        files = self._store(climbed) if outcome.accepted else {}
+        try:
+            files = self._store(outcome.adapter) if outcome.accepted else {}
+        except StorageError as error:  # the others may have better luck; the registry's own errors end the campaign
+            self._fail(version, f"StorageError: {error}")
+            return
         seconds = {**climbed.seconds, "store": time.perf_counter() - started}
         details = _details(climbed) | {"seconds": {**seconds, "total": sum(seconds.values())}}
         target = Status.CANDIDATE if outcome.accepted else Status.REJECTED
@@ -241,11 +255,13 @@ class Campaign:
         )
         self._move(version, target, details, quality=outcome.quality, **files)
 
-    def _store(self, climbed: Climbed) -> dict[str, str]:
+    def _store(self, adapter: Adapter) -> dict[str, str]:
+        new_base = str(self._fleet.base(self._target).path)
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "adapter"
-            save_adapter(climbed.outcome.adapter, folder)
-            return {"blob_key": self._blobs.put_folder(folder), "content_hash": content_hash(folder)}
+            save_adapter(replace(adapter, base_model=new_base), folder)
+            key = self._blobs.put_folder(folder)
+            return {"blob_key": key, "content_hash": key}
 
     def _move(
         self, version: Version, target: Status, details: dict[str, Any] | None = None, **values: Any

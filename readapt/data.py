@@ -128,10 +128,10 @@ class Encoder:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def collate(rows: Sequence[Encoded], pad_id: int = 0) -> BatchTensors:
+def collate(rows: Sequence[Encoded]) -> BatchTensors:
     """Pads rows on the right to the longest."""
     width = max(len(row.input_ids) for row in rows)
-    input_ids_BT = torch.full((len(rows), width), pad_id)
+    input_ids_BT = torch.zeros((len(rows), width), dtype=torch.int64)
     attention_mask_BT = torch.zeros_like(input_ids_BT)
     labels_BT = torch.full_like(input_ids_BT, IGNORED)
     for index, row in enumerate(rows):

@@ -112,9 +112,10 @@ def _prompt_tokens(encoder: Encoder, row: Row) -> list[int]:
 def judge(model: Any, adapter: Adapter, encoder: Encoder, rows: Sequence[Row], metric: Metric) -> Evaluation:
     """Evaluates one adapter on a bare model, which is bare again afterwards."""
     lora = attach(model, adapter)
-    evaluation = Evaluator(model, encoder, rows, metric)()
-    lora.detach()
-    return evaluation
+    try:
+        return Evaluator(model, encoder, rows, metric)()
+    finally:
+        lora.detach()  # whatever happened: workers keep the model for the next adapter
 
 
 def golden(model: Any, encoder: Encoder, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:

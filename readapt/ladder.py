@@ -19,13 +19,12 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import ReadaptConfig, TrainConfig
-from cluster.errors import TrainingError
 from readapt.data import Encoded, Encoder, Row, Task
 from readapt.evaluate import Evaluation, Evaluator, Gate, Metric, golden
 from readapt.fuse import align
 from readapt.lora import LoraWeights, attach, blank_like
 from readapt.search import FusionObjective, SearchResult, split_valid
-from readapt.train import CurvePoint, Plan, TrainResult, fine_tune
+from readapt.train import BrokenRunError, CurvePoint, Plan, TrainResult, fine_tune
 
 RUNGS = ("copy", "fused", "short", "full", "scratch")
 SCRATCH_WARMUP_SHARE = 0.02
@@ -125,7 +124,7 @@ class Ladder:
         return self._gate.passes(evaluation.quality)
 
     def _try_warm(self, lora: LoraWeights) -> bool:
-        """Search, then the run that starts there. A run that breaks down leaves the rest of the ladder to climb."""
+        """Search, then the run that starts there. Of a run that breaks down counts what it had reached before."""
         started = time.perf_counter()
         objective = FusionObjective(self._model, lora, self._old, self._evolution, self._search_rows, self._encoder)
         found = self._search(objective)
@@ -135,19 +134,20 @@ class Ladder:
         plan = warm_plan(self._config.train, anchor_adapter(self._config.train.anchor, start, self._old))
         try:
             result = self._train(lora, plan, self._warm_rung)
-        except TrainingError:
-            return False
+        except BrokenRunError as error:
+            result = error.kept
         self._attempts += self._milestones(result, search_s)
         rung = self._warm_rung(result.best_step)
         self._candidates.append(_Candidate(rung, result.best, result.best_quality, found.alpha, found.beta))
         return result.accepted
 
     def _try_scratch(self, lora: LoraWeights) -> bool:
+        """A run that breaks down is no candidate: it does not tell what scratch training can reach."""
         config = self._config.train
         lora.load(blank_like(self._old, config.seed))
         try:
             result = self._train(lora, scratch_plan(config), lambda step: "scratch")
-        except TrainingError:
+        except BrokenRunError:
             return False
         seconds = result.curve[-1].seconds
         self._attempts.append(Attempt("scratch", result.best_quality, seconds, tuple(result.curve)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cluster.adapter_files import Adapter, LoraFactors, check_fits
 from cluster.checkpoints import open_checkpoint
@@ -21,10 +21,13 @@ from cluster.checkpoints import open_checkpoint
 def load_base(folder: Path, device: str | torch.device = "cpu") -> Any:
     """Loads a checkpoint as a frozen float32 Hugging Face causal LM in eval mode.
 
+    Of its generation settings only the stop tokens are kept: a repetition penalty, say, which many checkpoints come
+    with, would bend greedy decoding away from what an engine answers, for whom only the request's own settings count.
     InvalidCheckpointError where the folder is no complete checkpoint.
     """
     open_checkpoint(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.requires_grad_(False).eval()
 
 

@@ -78,7 +78,7 @@ class RayExecutor:
                         del in_the_air[version_id]
                         search.drop(version_id)
                 for service in services:
-                    service.check()
+                    service.check_alive()
         finally:
             search.close()
             queue.close.remote()
@@ -135,6 +135,7 @@ class _Service:
     def __init__(self, name: str, run: Callable[[], object]):
         self._name = name
         self._error: Exception | None = None
+        self._has_ended = False
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True, name=name)
         self._thread.start()
 
@@ -143,15 +144,19 @@ class _Service:
             run()
         except Exception as error:  # noqa: BLE001 (handed on to the campaign's own thread by `check`)
             self._error = error
+        self._has_ended = True
 
-    def check(self) -> None:
-        """TrainingError if it has died."""
-        if self._error is not None:
-            raise TrainingError(f"On Ray, {self._name} could not go on: {self._error}") from self._error
+    def check_alive(self) -> None:
+        """TrainingError if it has died, or ended although it is still needed."""
+        if self._has_ended:
+            self.join()
+            raise TrainingError(f"On Ray, {self._name} ended before its work was done.")
 
     def join(self) -> None:
+        """Waits for its end; TrainingError if it died."""
         self._thread.join()
-        self.check()
+        if self._error is not None:
+            raise TrainingError(f"On Ray, {self._name} could not go on: {self._error}") from self._error
 
 
 def _device(fleet: Fleet) -> str:

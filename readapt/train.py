@@ -23,6 +23,17 @@ from readapt.schedule import learning_rate, pull
 MAX_GRADIENT_NORM = 1.0
 
 
+class BrokenRunError(TrainingError):
+    """The loss is no longer finite; `kept` is what the run had reached before."""
+
+    def __init__(self, message: str, kept: "TrainResult"):
+        super().__init__(message, kept)
+        self.kept = kept
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run does. `anchor` is the adapter that the pull goes to: None for the run's own start."""
@@ -75,7 +86,7 @@ def fine_tune(
 
     Evaluates before the first step, every `eval_every` steps and after the last; `report` hears of each evaluation.
     AdamW on the LoRA factors alone; the pull to the anchor is decoupled from it. Leaves `lora` at the last step's
-    weights. TrainingError when the loss is no longer finite.
+    weights. BrokenRunError when the loss is no longer finite.
     """
     started = time.perf_counter()
     parameters = lora.parameters()
@@ -93,7 +104,9 @@ def fine_tune(
         if is_last:
             break
         _set_rate(optimizer, learning_rate(step, plan.steps, plan.learning_rate, plan.warmup_steps))
-        _compute_gradients(model, parameters, next(batches), step)
+        loss = _compute_gradients(model, parameters, next(batches))
+        if not math.isfinite(loss):
+            raise BrokenRunError(f"the loss became {loss} at step {step}", keeper.result(step, accepted=False))
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         optimizer.step()
         _pull_to(anchor, parameters, pull(step, plan.steps, plan.pull_strong, plan.pull_weak, plan.strong_fraction))
@@ -149,14 +162,13 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def _compute_gradients(model: Any, parameters: list[nn.Parameter], rows: list[Encoded], step: int) -> None:
+def _compute_gradients(model: Any, parameters: list[nn.Parameter], rows: list[Encoded]) -> float:
     for parameter in parameters:
         parameter.grad = None
     logits_LV, labels_L, _ = label_logits(model, collate(rows))
     loss = cross_entropy(logits_LV, labels_L)
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss became {loss.item()} at step {step}")
     loss.backward()
+    return loss.item()
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 import json
 import math
 import re
+import resource
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.adapter_files import Adapter, LoraFactors, check_fits, load_adapter, save_adapter
 from cluster.checkpoints import open_checkpoint
-from cluster.errors import InvalidAdapterError
+from cluster.errors import InvalidAdapterError, StorageError
 from tests.worlds import KINDS, make_adapter, make_checkpoint
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250
@@ -307,3 +309,17 @@ def test_fit_is_checked_module_by_module(folder: Path, checkpoint: Path):
     del shapes[module]
     with pytest.raises(InvalidAdapterError, match=re.escape(module)):
         check_fits(adapter, shapes)
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 5_000])
+def test_a_full_disk_is_told_and_the_old_files_stay(folder: Path, limit_bytes: int):
+    before = load_adapter(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        with pytest.raises(StorageError, match="cannot be written"):
+            save_adapter(Adapter({name: replace(f, scaling=9.0) for name, f in before.factors.items()}), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert load_adapter(folder).factors[Q0.removeprefix("base_model.model.")].scaling != 9.0

@@ -3,16 +3,19 @@ import multiprocessing
 import resource
 import shutil
 import tarfile
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import httpx
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from moto.server import ThreadedMotoServer
 
-from cluster.blobs import BlobStore, content_hash
+from cluster.blobs import _BLOCK_BYTES, BlobStore, _open, content_hash
 from cluster.errors import NotFoundError, StorageError
 
 
@@ -25,17 +28,43 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """A server of the S3 protocol: its host and port."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def s3_url(server: str, bucket: str) -> str:
+    return f"s3://{bucket}/fleet/blobs?endpoint_override={server}&scheme=http&region=us-east-1"
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "local":
         yield str(tmp_path / "store")
-    else:
+    elif request.param == "memory":
         yield f"memory://{tmp_path}"
         MemoryFileSystem().rm("/", recursive=True)
+    else:
+        request.getfixturevalue("s3_credentials")
+        server, bucket = request.getfixturevalue("s3_server"), f"bucket-{uuid.uuid4().hex}"
+        assert httpx.put(f"http://{server}/{bucket}").status_code == 200
+        yield s3_url(server, bucket)
 
 
 def objects(url: str) -> list[str]:
-    filesystem, root = fsspec.core.url_to_fs(url)
+    filesystem, root = _open(url)
     return [Path(path).name for path in filesystem.find(root)] if filesystem.exists(root) else []
 
 
@@ -59,7 +88,7 @@ def test_a_fetched_folder_outlives_the_store(url: str, folder: Path, tmp_path: P
     store = BlobStore(url, tmp_path / "cache")
     key = store.put_folder(folder)
     fetched = store.fetch_folder(key)
-    filesystem, root = fsspec.core.url_to_fs(url)
+    filesystem, root = _open(url)
     filesystem.rm(root, recursive=True)
     assert store.fetch_folder(key) == fetched
     assert not store.exists(key)
@@ -198,6 +227,41 @@ def test_a_store_out_of_reach_is_told(folder: Path, tmp_path: Path):
         BlobStore("nonsense://store", tmp_path / "cache")
     with pytest.raises(StorageError, match="no such folder"):
         BlobStore(str(tmp_path / "store"), tmp_path / "cache").put_folder(tmp_path / "absent")
+
+
+def test_an_object_store_out_of_reach_is_told(folder: Path, tmp_path: Path, s3_server: str, s3_credentials: None):
+    with pytest.raises(StorageError, match="nowhere"):
+        BlobStore(s3_url(s3_server, "nowhere"), tmp_path / "cache").put_folder(folder)
+    with pytest.raises(StorageError, match="names no bucket"):
+        BlobStore("s3://", tmp_path / "cache")
+    with pytest.raises(StorageError, match="oops") as refused:
+        BlobStore("s3://somebody:secret@bucket/prefix?oops=1", tmp_path / "cache")
+    assert "secret" not in str(refused.value)
+
+
+def test_google_cloud_storage_is_opened_without_further_packages(tmp_path: Path):
+    filesystem, root = _open("gs://anonymous@bucket/prefix")
+    assert (filesystem.fs.type_name, root) == ("gcs", "bucket/prefix")
+
+
+class CountingFile(MemoryFile):
+    num_reads = 0
+
+    def read(self, *size: int) -> bytes:
+        CountingFile.num_reads += 1
+        return super().read(*size)
+
+
+def test_a_blob_is_read_in_large_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each read of an object store is a request: tar's own 10 kB would be hundreds of them for a small adapter."""
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "weights.bin").write_bytes(bytes(2 * _BLOCK_BYTES))
+    store = BlobStore(f"memory://{tmp_path}", tmp_path / "cache")
+    key = store.put_folder(tmp_path / "big")
+    blob = CountingFile(MemoryFileSystem(), "", MemoryFileSystem().cat_file(f"{tmp_path}/{key}.tar"))
+    monkeypatch.setattr(MemoryFileSystem, "_open", lambda *args, **options: blob)
+    store.fetch_folder(key)
+    assert CountingFile.num_reads <= 5
 
 
 def put_and_fetch(url: str, folder: Path, cache: Path) -> dict[str, bytes]:

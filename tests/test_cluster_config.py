@@ -87,6 +87,7 @@ def test_an_unknown_base_is_not_found_with_the_known_ones_listed(tmp_path: Path)
         ('[serving]\ndtype = "float64"', "serving.dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
         ("[serving]\nmin_replicas = 3\nmax_replicas = 2", "serving.max_replicas: "),
         ("[readapt.search]\nbeta_min = 2.0", "readapt.search.beta_max: "),
+        ("[readapt.search]\nbeta_min = 0.0\nbeta_max = 0.0", "readapt.search.beta_max: Input should be greater"),
         ("[readapt.train]\nlearning_rate = nan", "readapt.train.learning_rate: "),
         ("[rollout]\ncanary_share = 1.5", "rollout.canary_share: "),
         ("serving = 3", "serving: "),

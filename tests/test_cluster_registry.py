@@ -15,9 +15,12 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from cluster import registry_tables
+from cluster.config import AdapterSpec, BaseSpec, Fleet
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError, ReloraError, StorageError
+from cluster.fleet import open_blobs, register_adapters
 from cluster.records import TRANSITIONS
 from cluster.registry import Registry, Status, Version
+from tests.worlds import make_adapter, make_checkpoint
 
 S = Status
 
@@ -70,12 +73,35 @@ TO_CANARY = (S.ADAPTING, S.CANDIDATE, S.READY, S.CANARY)
 def test_a_base_is_its_weights(registry: Registry):
     first = registry.base("v1")
     assert (first.path, first.fingerprint) == ("models/v1", "f1")
-    assert registry.add_base("v1", "elsewhere", "f1") == first
+    assert registry.add_base("v1", "models/v1", "f1") == first
     assert [base.name for base in registry.bases()] == ["v1", "v2"]
     with pytest.raises(ConflictError, match=r"'v1'.*other weights"):
         registry.add_base("v1", "models/v1", "f9")
     with pytest.raises(NotFoundError, match="'v3'"):
         registry.base("v3")
+
+
+def test_a_base_that_was_moved_is_found_where_it_lies_now(registry: Registry):
+    registry.add_base("w1", "/old/place", "aa")
+    assert registry.add_base("w1", "/new/place", "aa").path == "/new/place"
+    assert registry.base("w1").path == "/new/place"
+    with pytest.raises(ConflictError, match="other weights"):
+        registry.add_base("w1", "/third/place", "bb")
+    assert registry.base("w1").path == "/new/place"
+
+
+def test_two_that_register_a_fleet_at_once_do_no_harm(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = BaseSpec(name="w1", path=make_checkpoint(tmp_path / "w1"))
+    spec = AdapterSpec(name="fresh", path=make_adapter(tmp_path / "a", base.path), base="w1", data=tmp_path)
+    fleet = Fleet(name="f", folder=tmp_path, blobs=str(tmp_path / "blobs"), bases=(base,), adapters=(spec,))
+    (first,) = register_adapters(fleet, registry, open_blobs(fleet))
+    assert register_adapters(fleet, registry, open_blobs(fleet)) == []
+    monkeypatch.setattr(registry, "versions", lambda **conditions: [])  # as seen before the other one's first version
+    assert register_adapters(fleet, registry, open_blobs(fleet)) == []
+    monkeypatch.undo()
+    assert registry.versions(adapter="fresh") == [first]
 
 
 def test_an_adapter_is_added_once_and_kept_up_to_date(registry: Registry):

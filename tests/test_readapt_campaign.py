@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from cluster.adapter_files import load_adapter
-from cluster.blobs import content_hash
+from cluster.blobs import BlobStore, content_hash
 from cluster.config import Fleet, load_fleet
-from cluster.errors import ConflictError, NotFoundError
+from cluster.errors import ConflictError, NotFoundError, StorageError
 from cluster.fleet import open_blobs, register_base
 from cluster.registry import Registry, Status
 from readapt.campaign import EVOLUTION, HEARTBEAT, Campaign, _jsonable
@@ -86,7 +86,9 @@ def test_every_adapter_is_carried_over_busiest_first(fleet: Fleet, registry: Reg
         assert (version.status, version.base) == (Status.CANDIDATE, "v2")
         assert registry.version(version.parent_id).label == f"{version.adapter}@1"
         assert version.content_hash == content_hash(blobs.fetch_folder(version.blob_key))
-        assert load_adapter(blobs.fetch_folder(version.blob_key)).max_rank > 0
+        shipped = load_adapter(blobs.fetch_folder(version.blob_key))
+        assert shipped.max_rank > 0
+        assert shipped.base_model == str(fleet.base("v2").path), "its files name the base that it is for now"
         details = version.details
         assert details["rung"] in ("fused", "short", "full", "scratch"), "the copy was to fail in this world"
         assert details["copy_quality"] < version.quality
@@ -126,7 +128,7 @@ def test_an_adapter_of_another_shape_fails_with_both_shapes(fleet: Fleet, regist
     wide = make_checkpoint(fleet.folder / "wide", hidden_size=72, num_attention_heads=6, head_dim=12)
     fleet = replace(fleet, bases=(*fleet.bases, replace(fleet.bases[0], name="wide", path=wide)))
     register_base(fleet, registry, "wide")
-    registry.add_adapter("stranger", traffic=100.0)
+    registry.add_adapter("stranger", data="rows", traffic=100.0)
     key = open_blobs(fleet).put_folder(make_adapter(fleet.folder / "stranger", wide))
     registry.add_version("stranger", "wide", Status.LIVE, blob_key=key)
     executor = Scripted(lambda job: climbed(fleet, job))
@@ -134,6 +136,78 @@ def test_an_adapter_of_another_shape_fails_with_both_shapes(fleet: Fleet, regist
     assert (first.label, first.status) == ("stranger@2", Status.FAILED)
     assert "mlp.down_proj has shape (60, 92), but (72, 92)" in first.details["error"]
     assert executor.jobs == ["busy", "usual", "calm"]
+
+
+def test_an_adapter_without_rows_fails_in_words(fleet: Fleet, registry: Registry):
+    """One that a client brought over HTTP, say. Rows that lie in the current folder are none of its business."""
+    key = registry.routes()["busy"].live.blob_key
+    registry.add_adapter("brought", traffic=100.0)
+    registry.add_version("brought", "v1", Status.LIVE, blob_key=key)
+    executor = Scripted(lambda job: climbed(fleet, job))
+    first = campaign(fleet, registry, executor).run()[0]
+    assert (first.label, first.status) == ("brought@2", Status.FAILED)
+    assert "no rows to judge it by" in first.details["error"]
+    assert executor.jobs == ["busy", "usual", "calm"]
+
+
+def test_what_its_owner_has_replaced_is_not_carried_over_but_the_new_one_is(fleet: Fleet, registry: Registry):
+    def fail(job: AdapterJob) -> Report:
+        return JobFailed("the first campaign gets nowhere")
+
+    campaign(fleet, registry, Scripted(fail)).run()
+    old = registry.routes()["busy"].live
+    new = registry.add_version("busy", "v1", Status.RETIRED, blob_key=registry.routes()["calm"].live.blob_key)
+    registry.promote(new.id)
+    jobs: list[AdapterJob] = []
+
+    def keep(job: AdapterJob) -> Report:
+        jobs.append(job)
+        return climbed(fleet, job)
+
+    campaign(fleet, registry, Scripted(keep)).run()
+    assert [job.task_key for job in jobs if job.adapter == "busy"] == [new.blob_key]
+    stale, fresh = registry.versions(adapter="busy", base="v2")
+    assert (stale.parent_id, stale.status) == (old.id, Status.FAILED)
+    assert (fresh.parent_id, fresh.status) == (new.id, Status.CANDIDATE)
+    assert campaign(fleet, registry, Scripted(keep)).run() == []
+
+
+def test_to_the_base_where_all_are_already_there_is_nothing_to_do(fleet: Fleet, registry: Registry):
+    executor = Scripted(lambda job: climbed(fleet, job))
+    assert campaign(fleet, registry, executor, target="v1").run() == []
+    assert executor.jobs == []
+
+
+def test_a_store_that_refuses_one_adapter_fails_that_one_only(
+    fleet: Fleet, registry: Registry, monkeypatch: pytest.MonkeyPatch
+):
+    store = BlobStore.put_folder
+    puts: list[Path] = []
+
+    def refuse_the_second(self: BlobStore, folder: Path) -> str:
+        puts.append(folder)
+        if len(puts) == 3:  # after the evolution and the first adapter
+            raise StorageError("no space left")
+        return store(self, folder)
+
+    monkeypatch.setattr(BlobStore, "put_folder", refuse_the_second)
+    settled = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job))).run()
+    assert {version.adapter: version.status for version in settled} == {
+        "busy": Status.CANDIDATE,
+        "usual": Status.FAILED,
+        "calm": Status.CANDIDATE,
+    }
+    assert "no space left" in registry.versions(adapter="usual", base="v2")[0].details["error"]
+
+
+def test_another_tokenizer_is_told(fleet: Fleet, registry: Registry):
+    file = fleet.base("v2").path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    lines: list[str] = []
+    campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job)), say=lines.append).run()
+    assert any("another tokenizer" in line for line in lines)
+    (event,) = registry.events(kind=EVOLUTION)
+    assert event.details["same_tokenizer"] is False
 
 
 def test_what_passes_no_gate_is_rejected_and_not_tried_again(fleet: Fleet, registry: Registry):

@@ -105,10 +105,10 @@ def test_prompt_gets_the_tokenizers_own_special_tokens(checkpoint: Path) -> None
 
 def test_collate_labels_only_completion_and_eos(encoder: Encoder) -> None:
     rows = encoder.encode_all([Row("abcd", "x"), Row("a", "yz")])
-    batch = collate(rows, pad_id=9)
+    batch = collate(rows)
     assert batch.input_ids_BT.shape == batch.labels_BT.shape == (2, 6)
     assert batch.attention_mask_BT.tolist() == [[1] * 6, [1] * 4 + [0] * 2]
-    assert batch.input_ids_BT[1, 4:].tolist() == [9, 9]
+    assert batch.input_ids_BT[1, 4:].tolist() == [0, 0]
     assert (batch.labels_BT[0] != IGNORED).tolist() == [False] * 4 + [True] * 2
     assert batch.labels_BT[1].tolist() == [IGNORED, *rows[1].input_ids[1:], IGNORED, IGNORED]
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from cluster.adapter_files import load_adapter
+from cluster.errors import InvalidDataError
 from readapt.data import Encoded, Encoder, Row, collate, encoder_for
 from readapt.evaluate import Evaluator, Gate, golden, judge, label_logits
 from readapt.lora import attach, load_base
@@ -134,3 +136,23 @@ def test_gate_tolerates_its_points_and_no_more() -> None:
     gate = Gate(90.0, 1.0)
     assert gate.passes(89.0)
     assert not gate.passes(88.99)
+
+
+def test_a_row_that_cannot_be_judged_leaves_the_model_bare(checkpoint: Path, encoder: Encoder, tmp_path: Path) -> None:
+    """A worker judges adapter after adapter on the model it holds: one must never be judged on top of another."""
+    model = load_base(checkpoint)
+    bare = logits(model)
+    adapter = load_adapter(make_adapter(tmp_path / "a", checkpoint))
+    with pytest.raises(InvalidDataError, match="no room"):
+        judge(model, adapter, encoder, [Row("p", "x" * 999)], "exact_match")
+    assert torch.equal(logits(model), bare)
+
+
+def test_generation_settings_of_a_checkpoint_do_not_bend_greedy_answers(tmp_path: Path) -> None:
+    """An engine obeys the request's settings only, so golden answers made with a penalty would never be repeated."""
+    folder = make_checkpoint(tmp_path / "v1")
+    plain = golden(load_base(folder), encoder_for(folder, 64), prompts(4), max_tokens=24)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    bent = settings | {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 20}
+    (folder / "generation_config.json").write_text(json.dumps(bent))
+    assert golden(load_base(folder), encoder_for(folder, 64), prompts(4), max_tokens=24) == plain

@@ -122,15 +122,25 @@ def test_scratch_ships_where_the_old_adapter_is_worthless(world: World) -> None:
     assert outcome.quality >= outcome.reference - 2.0 > 90
 
 
-def test_broken_training_is_not_accepted(world: World, tmp_path: Path) -> None:
-    """Training that breaks down on every rung leaves the copy, not to be shipped."""
+def test_broken_training_is_not_accepted_and_costs_nothing_that_was_reached(world: World, tmp_path: Path) -> None:
+    """Training that breaks down on every rung leaves the better of copy and fused start, not to be shipped."""
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     wild = replace(CONFIG, train=replace(TRAIN, learning_rate=1e30, scratch_learning_rate=1e30))
     outcome = climb(world, new, wild)
     assert not outcome.accepted
     assert outcome.reference > 90
-    assert (outcome.rung, [a.rung for a in outcome.attempts]) == ("copy", ["copy"])
+    assert [a.rung for a in outcome.attempts] == ["copy", "fused"]
+    assert outcome.quality == max(a.quality for a in outcome.attempts)
     assert all(torch.isfinite(f.a_RD).all() for f in outcome.adapter.factors.values())
+
+
+def test_a_good_start_survives_a_run_that_breaks_down(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
+    wild = replace(CONFIG, train=replace(TRAIN, learning_rate=1e30, scratch_learning_rate=1e30))
+    outcome = climb(world, new, wild, reference=200.0)
+    assert (outcome.rung, outcome.accepted, outcome.beta) == ("fused", False, -1.0)
+    assert outcome.quality > 90 > outcome.copy_quality
+    assert gate_quality(world, new, outcome.adapter) == outcome.quality
 
 
 def test_search_and_gate_do_not_share_rows_and_tests_are_not_touched(world: World, tmp_path: Path) -> None:

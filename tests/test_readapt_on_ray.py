@@ -12,6 +12,7 @@ import pytest
 from cluster.adapter_files import load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet, SearchConfig
+from cluster.errors import TrainingError
 from cluster.fleet import open_blobs
 from cluster.on_ray import LocalCluster, connect
 from cluster.registry import Status, Version
@@ -20,7 +21,7 @@ from readapt.data import encoder_for, load_task
 from readapt.delta import base_evolution
 from readapt.job_queue import MAX_CRASHES_PER_JOB, JobQueue
 from readapt.lora import attach, load_base
-from readapt.on_ray import FleetSearch, RayExecutor
+from readapt.on_ray import FleetSearch, RayExecutor, _Service
 from readapt.search import CORNERS, FusionObjective, SearchResult, split_valid
 from readapt.train import CurvePoint
 from readapt.workbench import AdapterJob, JobFailed, RungReached
@@ -96,6 +97,22 @@ def _losses_here(fleet: Fleet, version: Version) -> dict[tuple[float, float], fl
     task, rows = load_adapter(spec.path), split_valid(load_task(spec.data).valid, fleet.readapt.search)[0]
     objective = FusionObjective(model, attach(model, task), task, evolution, rows, encoder)
     return {corner: objective.loss(*corner) for corner in CORNERS}
+
+
+def test_a_service_that_ends_while_it_is_needed_is_an_error():
+    """Else the campaign would wait for ever for what it was to deliver."""
+    ended = _Service("the search", lambda: None)
+    ended.join()
+    with pytest.raises(TrainingError, match="the search ended before"):
+        ended.check_alive()
+    died = _Service("the search", lambda: {}["lost"])
+    with pytest.raises(TrainingError, match="could not go on: 'lost'"):
+        died.join()
+    goes_on = threading.Event()
+    alive = _Service("the search", goes_on.wait)
+    alive.check_alive()
+    goes_on.set()
+    alive.join()
 
 
 # The queue and the fleet's search need no Ray to be tested.

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -5,12 +6,11 @@ import pytest
 import torch
 
 from cluster.adapter_files import Adapter
-from cluster.errors import TrainingError
 from readapt.evaluate import Evaluation, Evaluator
 from readapt.fuse import fuse
 from readapt.lora import LoraWeights, attach, blank_like, load_base
 from readapt.schedule import learning_rate, pull
-from readapt.train import CurvePoint, Plan, TrainResult, fine_tune
+from readapt.train import BrokenRunError, CurvePoint, Plan, TrainResult, fine_tune
 from tests.readapt_worlds import World, make_world
 
 PLAN = Plan(steps=30, learning_rate=1e-2, eval_every=10)
@@ -119,12 +119,14 @@ def test_stronger_pull_stays_nearer(world: World) -> None:
     assert moved(0.2) < 0.7 * moved(0.0)
 
 
-def test_loss_that_is_not_finite_is_a_training_error(world: World, model: Any) -> None:
+def test_loss_that_is_not_finite_ends_the_run_with_what_it_had_reached(world: World, model: Any) -> None:
     lora = attach(model, world.specialist)
     with torch.no_grad():
         lora.parameters()[0].fill_(torch.inf)
-    with pytest.raises(TrainingError, match="step 0"):
+    with pytest.raises(BrokenRunError, match="step 0") as broken:
         run(world, lora, model, PLAN)
+    again = pickle.loads(pickle.dumps(broken.value))
+    assert (str(again), [point.step for point in again.kept.curve]) == (str(broken.value), [0])
 
 
 def test_cosine_has_no_warmup_for_warm_starts() -> None:
