@@ -13,6 +13,7 @@ single-threaded, and gradients are summed in a fixed order.
 import hashlib
 import inspect
 import json
+import os
 import platform
 import shutil
 import socket
@@ -68,8 +69,8 @@ QUICK = Recipe(
 )
 _RECIPES = {"full": FULL, "quick": QUICK}
 _MARK = "# Written by `relora demo`, which deletes the folder of an earlier run.\n"
-# The promise is one point on test rows: the gate asks for more, because it sees some hundred other rows.
-GATE_POINTS = 0.5
+# The promise is one point on test rows; tasks as easy as these can ask for more of the gate's own rows.
+GATE = {"tolerance_points": 0.5}
 _KIT_BUDGETS = {"clinc150": (800, 24)}  # tasks that need more than 300 steps of 16 rows
 
 
@@ -77,8 +78,8 @@ _KIT_BUDGETS = {"clinc150": (800, 24)}  # tasks that need more than 300 steps of
 class WorldInfo:
     """A finished world, described in a few words by `title`. `bases` go by OLD and NEW; `data` has a folder a spec.
 
-    `quality_v1` is each specialist's, in points, on v1 and the task's first valid rows; `train` goes into the fleet
-    file's [readapt.train].
+    `quality_v1` is each specialist's, in points, on v1 and the task's first valid rows; `train` and
+    `gate` go into the fleet file's [readapt.train] and [readapt.gate].
     """
 
     folder: Path
@@ -87,6 +88,7 @@ class WorldInfo:
     data: Path
     specs: tuple[Specialist, ...]
     train: dict[str, float]
+    gate: dict[str, float]
     quality_v1: dict[str, float]
     is_reused: bool
 
@@ -114,7 +116,8 @@ class WorldInfo:
         tables = [_table("[[bases]]", {"name": name, "path": base}) for name, base in self.bases.items()]
         tables += [_table("[[adapters]]", self._adapter(index, spec)) for index, spec in enumerate(self.specs)]
         tables += [_table("[serving]", serving), _table("[readapt.train]", self.train)]
-        tables += [_table("[readapt.gate]", {"tolerance_points": GATE_POINTS})]
+        tables += [_table("[readapt.gate]", self.gate)]
+        tables += [_table("[readapt.workers]", {"num_workers": max(1, (os.cpu_count() or 1) // 2)})]
         path.write_text("\n".join([_MARK, 'name = "demo"\n', *tables]), encoding="utf-8")
         return path
 
@@ -150,7 +153,7 @@ def build(folder: Path, recipe: Recipe, progress: Progress) -> WorldInfo:
     folder, chosen = folder.absolute(), [task for task in tasks.TASKS if task.name in recipe.tasks]
     bases = {OLD: folder / "bases" / OLD, NEW: folder / "bases" / NEW}
     specs = tuple(_specialist(task, recipe) for task in chosen)
-    info = WorldInfo(folder, recipe.title, bases, folder / "tasks", specs, recipe.readapt, {}, is_reused=False)
+    info = WorldInfo(folder, recipe.title, bases, folder / "tasks", specs, recipe.readapt, GATE, {}, is_reused=False)
     key = _key(asdict(recipe))
     if reused := _finished(info, key):
         return reused
@@ -200,7 +203,7 @@ def kit_world(folder: Path, kit: Path, names: Sequence[str], progress: Progress)
     if missing:
         raise ConfigError(f"The kit lacks {', '.join(missing)}.")
     specs = tuple(_kit_specialist(kit / "tasks" / name) for name in names)
-    info = WorldInfo(folder, "real models and tasks", bases, kit / "tasks", specs, {}, {}, is_reused=False)
+    info = WorldInfo(folder, "real models and tasks", bases, kit / "tasks", specs, {}, {}, {}, is_reused=False)
     inputs = [open_checkpoint(bases[OLD]).fingerprint(), *(content_hash(info.data / name) for name in names)]
     key = _key({"inputs": inputs, "specs": [asdict(spec) for spec in specs]})
     if reused := _finished(info, key):

@@ -17,8 +17,10 @@ def learning_rate(step: int, total: int, peak: float, warmup_steps: int = 0) -> 
 
 
 def pull(step: int, total: int, strong: float, weak: float, strong_fraction: float) -> float:
-    """Share of the way back to the anchor that step `step` goes: theta <- theta - pull * (theta - anchor).
+    """Share of the way back to the anchor that a step at the peak learning rate goes.
 
-    Decoupled from the gradient like AdamW's weight decay, so that Adam does not rescale it.
+    theta <- theta - pull * (rate / peak) * (theta - anchor): decoupled from the gradient like AdamW's weight decay, so
+    that Adam does not rescale it, and like it fading with the rate. A pull that did not fade would win over the last
+    steps, whose gradients hardly count any more, and take back what was learned.
     """
     return strong if step < strong_fraction * total else weak

@@ -103,13 +103,15 @@ def fine_tune(
                 return keeper.result(step, accepted=True)
         if is_last:
             break
-        _set_rate(optimizer, learning_rate(step, plan.steps, plan.learning_rate, plan.warmup_steps))
+        rate = learning_rate(step, plan.steps, plan.learning_rate, plan.warmup_steps)
+        _set_rate(optimizer, rate)
         loss = _compute_gradients(model, parameters, next(batches))
         if not math.isfinite(loss):
             raise BrokenRunError(f"the loss became {loss} at step {step}", keeper.result(step, accepted=False))
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         optimizer.step()
-        _pull_to(anchor, parameters, pull(step, plan.steps, plan.pull_strong, plan.pull_weak, plan.strong_fraction))
+        strength = pull(step, plan.steps, plan.pull_strong, plan.pull_weak, plan.strong_fraction)
+        _pull_to(anchor, parameters, strength * rate / plan.learning_rate)
     return keeper.result(plan.steps, accepted=False)
 
 

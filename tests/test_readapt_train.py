@@ -1,3 +1,4 @@
+import math
 import pickle
 from dataclasses import replace
 from typing import Any
@@ -96,17 +97,31 @@ def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any)
     assert distance(result.best, checkpoints[1]) == 0.0
 
 
-def test_full_pull_stays_at_the_start(world: World, model: Any) -> None:
+def test_full_pull_at_the_peak_rate_stays_at_the_start(world: World, model: Any) -> None:
     lora = attach(model, world.specialist)
-    run(world, lora, model, replace(PLAN, pull_strong=1.0, pull_weak=1.0))
+    run(world, lora, model, replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0))
     assert distance(lora.export(), world.specialist) == 0.0
 
 
 def test_pull_goes_to_the_given_anchor(world: World, model: Any) -> None:
     lora = attach(model, world.specialist)
     zero = fuse(world.specialist, Adapter({}), 0.0, 0.0)
-    run(world, lora, model, replace(PLAN, pull_strong=1.0, strong_fraction=1.0, anchor=zero))
+    run(world, lora, model, replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0, anchor=zero))
     assert distance(lora.export(), zero) == 0.0
+
+
+def test_the_pull_fades_with_the_learning_rate(world: World, model: Any) -> None:
+    """With gradients that hardly move anything: what is left after all pulls is the product of what each leaves."""
+    lora = attach(model, world.specialist)
+    nothing = Adapter(
+        {n: replace(f, a_RD=f.a_RD * 0, b_FR=f.b_FR * 0) for n, f in world.specialist.factors.items()},
+    )
+    plan = replace(PLAN, learning_rate=1e-12, anchor=nothing, pull_strong=0.2, pull_weak=0.1, strong_fraction=0.5)
+    run(world, lora, model, plan)
+    strengths = [0.2 if step < plan.steps / 2 else 0.1 for step in range(plan.steps)]
+    left = math.prod(1 - s * learning_rate(step, plan.steps, 1.0) for step, s in enumerate(strengths))
+    for name, factors in lora.export().factors.items():
+        torch.testing.assert_close(factors.b_FR, left * world.specialist.factors[name].b_FR, rtol=1e-4, atol=1e-7)
 
 
 def test_stronger_pull_stays_nearer(world: World) -> None:
