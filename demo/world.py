@@ -38,7 +38,11 @@ Progress = Callable[[str, float], None]  # what is being made, and how far it is
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a world made from nothing depends on. `readapt` goes into fleet.toml's [readapt.train]."""
+    """Everything that a world made from nothing depends on. `readapt` goes into fleet.toml's [readapt.train].
+
+    The promise is one point on test rows; tasks as easy as these can ask for more on the gate's own rows, of which
+    there are only some hundred: `gate_points`, fleet.toml's [readapt.gate] tolerance_points.
+    """
 
     title: str
     shape: BaseShape
@@ -49,6 +53,7 @@ class Recipe:
     specialist_steps: int = 400
     rows: dict[str, int] = field(default_factory=lambda: {"train": 3000, "valid": 848, "test": 800})
     readapt: dict[str, float] = field(default_factory=lambda: {"max_tokens": 128})
+    gate_points: float = 0.5
     seed: int = 0
 
 
@@ -66,11 +71,10 @@ QUICK = Recipe(
     v2=Pretraining(steps=200, learning_rate=2.5e-3, rows=(2, 0, 14), seed=1),
     tasks=("sentiment", "describe", "question", "support"),
     specialist_steps=320,
+    rows={"train": 3000, "valid": 448, "test": 400},
 )
 _RECIPES = {"full": FULL, "quick": QUICK}
 _MARK = "# Written by `relora demo`, which deletes the folder of an earlier run.\n"
-# The promise is one point on test rows; tasks as easy as these can ask for more of the gate's own rows.
-GATE = {"tolerance_points": 0.5}
 _KIT_BUDGETS = {"clinc150": (800, 24)}  # tasks that need more than 300 steps of 16 rows
 
 
@@ -153,7 +157,8 @@ def build(folder: Path, recipe: Recipe, progress: Progress) -> WorldInfo:
     folder, chosen = folder.absolute(), [task for task in tasks.TASKS if task.name in recipe.tasks]
     bases = {OLD: folder / "bases" / OLD, NEW: folder / "bases" / NEW}
     specs = tuple(_specialist(task, recipe) for task in chosen)
-    info = WorldInfo(folder, recipe.title, bases, folder / "tasks", specs, recipe.readapt, GATE, {}, is_reused=False)
+    gate = {"tolerance_points": recipe.gate_points}
+    info = WorldInfo(folder, recipe.title, bases, folder / "tasks", specs, recipe.readapt, gate, {}, is_reused=False)
     key = _key(asdict(recipe))
     if reused := _finished(info, key):
         return reused

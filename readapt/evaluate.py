@@ -38,6 +38,24 @@ class Gate:
         return quality >= self.reference - self.tolerance_points
 
 
+class Watcher:
+    """Ends a training run at the second pass of the gate in a row, or at its start if that passes already.
+
+    A run is evaluated many times on the same rows, so that a single pass may be luck; its start is evaluated once.
+    """
+
+    def __init__(self, gate: Gate):
+        self._gate = gate
+        self._num_evaluations = 0
+        self._num_passes = 0  # in a row
+
+    def __call__(self, evaluation: Evaluation) -> bool:
+        """Whether the run may end now; called with each evaluation in turn."""
+        self._num_evaluations += 1
+        self._num_passes = self._num_passes + 1 if self._gate.passes(evaluation.quality) else 0
+        return self._num_passes >= min(2, self._num_evaluations)
+
+
 def label_logits(model: Any, batch: BatchTensors) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [L, V] that predict each label, the labels [L] and each one's row in the batch [L].
 

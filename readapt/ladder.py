@@ -20,7 +20,7 @@ import torch
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import ReadaptConfig, TrainConfig
 from readapt.data import Encoded, Encoder, Row, Task
-from readapt.evaluate import Evaluation, Evaluator, Gate, Metric, golden
+from readapt.evaluate import Evaluation, Evaluator, Gate, Metric, Watcher, golden
 from readapt.fuse import align
 from readapt.lora import LoraWeights, attach, blank_like
 from readapt.search import FusionObjective, SearchResult, split_valid
@@ -161,12 +161,9 @@ class Ladder:
             self._train_rows,
             plan,
             evaluate=self._evaluate,
-            accept=self._accept,
+            accept=Watcher(self._gate),
             report=lambda point: self._report(rung(point.step), point),
         )
-
-    def _accept(self, evaluation: Evaluation) -> bool:
-        return self._gate.passes(evaluation.quality)
 
     @cached_property
     def _train_rows(self) -> list[Encoded]:

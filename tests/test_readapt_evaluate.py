@@ -8,7 +8,7 @@ import torch
 from cluster.adapter_files import load_adapter
 from cluster.errors import InvalidDataError
 from readapt.data import Encoded, Encoder, Row, collate, encoder_for
-from readapt.evaluate import Evaluator, Gate, golden, judge, label_logits
+from readapt.evaluate import Evaluation, Evaluator, Gate, Watcher, golden, judge, label_logits
 from readapt.lora import attach, load_base
 from tests.readapt_worlds import logits, make_rows
 from tests.worlds import EOS, make_adapter, make_checkpoint
@@ -156,3 +156,19 @@ def test_generation_settings_of_a_checkpoint_do_not_bend_greedy_answers(tmp_path
     bent = settings | {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 20}
     (folder / "generation_config.json").write_text(json.dumps(bent))
     assert golden(load_base(folder), encoder_for(folder, 64), prompts(4), max_tokens=24) == plain
+
+
+@pytest.mark.parametrize(
+    ("qualities", "ends_at"),
+    [
+        ([95, 90], 0),  # the start is evaluated once: no luck of many tries
+        ([50, 95, 95], 2),
+        ([50, 95, 90, 95, 96], 4),
+        ([50, 95, 90, 95], None),
+        ([50, 60], None),
+    ],
+)
+def test_a_run_ends_at_a_passing_start_or_at_two_passes_in_a_row(qualities: list[float], ends_at: int | None) -> None:
+    watcher = Watcher(Gate(reference=95.5, tolerance_points=1.0))
+    verdicts = [watcher(Evaluation(0.1, quality)) for quality in qualities]
+    assert next((i for i, ended in enumerate(verdicts) if ended), None) == ends_at
