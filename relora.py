@@ -11,11 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import ReloraError
+from cluster.errors import ReloraError, StorageError
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Keeps LoRA adapters alive while the base model under them changes.",
+)
 console = Console(width=None if sys.stdout.isatty() else 150)  # a log has room for the table
 
 
@@ -23,7 +27,9 @@ console = Console(width=None if sys.stdout.isatty() else 150)  # a log has room 
 def demo(
     quick: Annotated[bool, typer.Option(help="a smaller world, under two minutes")] = False,
     folder: Annotated[Path, typer.Option("--dir", help="where the world and the report go")] = Path(".relora/demo"),
-    kit: Annotated[Path | None, typer.Option(help="folder of real models and tasks to use instead")] = None,
+    kit: Annotated[
+        Path | None, typer.Option(help="folder of real models and tasks to use instead", exists=True, file_okay=False)
+    ] = None,
     tasks: Annotated[str, typer.Option(help="with --kit: its tasks, by commas")] = "snips,trec,subjectivity",
 ) -> None:
     """A fleet survives a base-model upgrade, on this machine, under load: table and report.html."""
@@ -53,7 +59,7 @@ def serve(
     base: Annotated[
         list[str] | None, typer.Option(help="base models to start engines for; default: the live ones")
     ] = None,
-    detach: Annotated[bool, typer.Option(help="return once it answers (on a running cluster)")] = False,
+    detach: Annotated[bool, typer.Option(help="return once it answers; needs a running cluster")] = False,
 ) -> None:
     """Serves the fleet over HTTP on the Ray cluster at hand, or on one started here until Ctrl-C."""
     import serving.on_ray
@@ -62,13 +68,17 @@ def serve(
     from cluster.on_ray import LocalCluster, connect
 
     loaded = load_fleet(fleet)
+    for name in base or []:
+        loaded.base(name)  # an unknown one is told before anything starts
     registry = open_registry(loaded)
     register_adapters(loaded, registry, open_blobs(loaded))
     bases = base or sorted({route.live.base for route in registry.routes().values()})
     with ExitStack() as stack:
         try:
-            connect()
-        except ConnectionError:
+            _join_cluster()
+        except StorageError:
+            if detach:
+                raise  # it would end with this command
             cluster = stack.enter_context(LocalCluster())
             console.print(f"no Ray cluster is running; started one here, dashboard {cluster.dashboard_url}")
             connect(cluster.address)
@@ -84,19 +94,20 @@ def upgrade(
     to: Annotated[str, typer.Option(help="name of the new base model in the fleet file")],
     rollout: Annotated[bool, typer.Option(help="also move traffic; without: stop at candidates")] = True,
 ) -> None:
-    """Re-adapts every adapter to a new base model and moves its traffic when it is ready."""
+    """Re-adapts every adapter of a served fleet to a new base model and moves its traffic when it is ready."""
     import readapt.on_ray
     import serving.on_ray
+    from cluster.checkpoints import open_checkpoint
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
-    from cluster.on_ray import connect
     from cluster.rollout import Rollout
     from readapt.campaign import Campaign
 
     loaded = load_fleet(fleet)
+    open_checkpoint(loaded.base(to).path)  # an unknown name or a missing folder is told before anything starts
     registry, blobs = open_registry(loaded), open_blobs(loaded)
     register_adapters(loaded, registry, blobs)
-    connect()
+    _join_cluster()
     campaign = Campaign(loaded, registry, blobs, to, readapt.on_ray.RayExecutor(loaded))
     if not rollout:
         campaign.run()
@@ -125,12 +136,26 @@ def status(fleet: FleetPath) -> None:
     console.print(table)
 
 
+def _join_cluster() -> None:
+    """Connects to the cluster that this process is a job of, or to the one on this machine; StorageError without."""
+    from cluster.on_ray import connect
+
+    try:
+        connect()
+    except ConnectionError as error:
+        raise StorageError(
+            "No Ray cluster is at hand: submit this as a job (`ray job submit --address URL -- relora ...`), "
+            "or start a cluster here with `relora serve`, without --detach."
+        ) from error
+
+
 def main() -> None:
     """Runs the command line; errors that users can mend are one line, not a traceback."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="relora")
     except ReloraError as error:
-        console.print(f"[red]error:[/red] {error}")
+        # Markup off: messages have brackets, such as adapters[0].base. No wrapping: a log's reader searches by line.
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 
 

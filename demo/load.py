@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import httpx
 import openai
 
 TIMEOUT_S = 120.0
@@ -59,7 +60,11 @@ class SteadyLoad:
         return self
 
     def stop(self) -> list[Answer]:
-        """Sends no more, waits for the requests under way and returns all answers in the order of their end."""
+        """Sends no more, waits for the requests under way and returns all answers in the order of their end.
+
+        What is not back by then has no answer: there are fewer than `num_sent`.
+        """
+        assert self._thread.is_alive(), "the load sends until it is stopped; what ended it was printed above"
         self._stop.set()
         self._thread.join(TIMEOUT_S + 10)
         return self.answers
@@ -76,14 +81,14 @@ class SteadyLoad:
                 self.num_sent += 1
                 due = max(due + self._interval_s, time.monotonic() - 1.0)  # after a stall, no flood to catch up
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-            await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)  # one that fails must not take the others along
 
     async def _ask(self, client: openai.AsyncOpenAI, adapter: str, prompt: str, is_stream: bool) -> None:
         sent_at = time.time()
         try:
             model, base, text, first_at = await self._complete(client, adapter, prompt, is_stream)
             answer = Answer(adapter, prompt, sent_at, first_at, time.time(), model, base, text)
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, httpx.HTTPError) as error:  # the latter when a stream breaks off
             now = time.time()
             answer = Answer(adapter, prompt, sent_at, now, now, error=f"{type(error).__name__}: {error}")
         self.answers.append(answer)

@@ -84,7 +84,7 @@ def _row(a: AdapterOutcome) -> list[str]:
         a.metric,
         f"{a.quality_v1:.1f}",
         f"{a.quality_copy:.1f}",
-        a.rung or a.status,
+        a.rung if a.status == "live" else f"{a.rung} {a.status}".strip(),
         fusion,
         _number(a.quality_v2),
         _number(a.ready_s, " s"),
@@ -128,35 +128,37 @@ def _line(axis: plt.Axes, curve: Sequence[tuple[float, float]], color: str, labe
 
 
 def _draw_share(outcome: Outcome) -> Figure:
-    answered = [a for a in outcome.answers if a.base]
-    edges, times = _bins(outcome, answered)
-    bases = sorted({a.base for a in answered})
-    counts = np.array([np.histogram([a.done_at for a in answered if a.base == b], edges)[0] for b in bases])
-    share = 100.0 * counts / np.maximum(counts.sum(axis=0), 1)
+    bins = _bins(outcome)
+    bases = sorted({a.base for a in outcome.answers if a.base})
+    share = [[100.0 * sum(a.base == base for a in group) / len(group) for group in bins.values()] for base in bases]
     figure, axis = plt.subplots(figsize=(8, 2.8))
     if bases:
-        axis.stackplot(times, share, labels=bases, alpha=0.8)
+        axis.stackplot(list(bins), share, labels=bases, alpha=0.8)
         axis.legend(loc="center right")
     axis.set(xlabel="seconds since the upgrade was submitted", ylabel="% of answers", ylim=(0, 100))
     return figure
 
 
 def _draw_latency(outcome: Outcome) -> Figure:
-    answered = [a for a in outcome.answers if a.base]
-    edges, times = _bins(outcome, answered)
-    groups: dict[int, list[float]] = defaultdict(list)
-    for answer in answered:
-        groups[int(np.clip(np.searchsorted(edges, answer.done_at) - 1, 0, len(times) - 1))].append(answer.latency_s)
+    bins = _bins(outcome)
     figure, axis = plt.subplots(figsize=(8, 2.8))
     for percent in (50, 95, 99):
-        values = [1e3 * np.percentile(groups[i], percent) if groups[i] else np.nan for i in range(len(times))]
-        axis.plot(times, values, label=f"p{percent}")
+        values = [1e3 * np.percentile([a.latency_s for a in group], percent) for group in bins.values()]
+        axis.plot(list(bins), values, label=f"p{percent}")
     axis.set(xlabel="seconds since the upgrade was submitted", ylabel="latency, ms", yscale="log")
     axis.legend()
     return figure
 
 
-def _bins(outcome: Outcome, answers: Sequence[Answer], num_bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    ends = [a.done_at for a in answers] or [outcome.started_at, outcome.started_at + 1.0]
-    edges = np.linspace(min(ends), max(ends) + 1e-3, num_bins + 1)
-    return edges, (edges[:-1] + edges[1:]) / 2 - outcome.started_at
+def _bins(outcome: Outcome, num_bins: int = 60) -> dict[float, list[Answer]]:
+    """The answers by time: seconds since the upgrade at a bin's middle. A bin without an answer is left out."""
+    answered = [a for a in outcome.answers if a.base]
+    if not answered:
+        return {}
+    start, end = min(a.done_at for a in answered), max(a.done_at for a in answered)
+    width_s = max((end - start) / min(num_bins, len(answered)), 1e-3)
+    bins: dict[float, list[Answer]] = defaultdict(list)
+    for answer in sorted(answered, key=lambda a: a.done_at):
+        index = min(int((answer.done_at - start) / width_s), num_bins - 1)
+        bins[start + (index + 0.5) * width_s - outcome.started_at].append(answer)
+    return bins

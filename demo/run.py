@@ -130,11 +130,11 @@ def _upgrade(
     job = submit_job(cluster.dashboard_url, shlex.join(command))
     log = threading.Thread(target=_keep_log, args=(job, folder / "upgrade.log"), daemon=True)
     log.start()
-    while not job.status().is_terminal():
+    while not job.status().is_terminal() and time.time() - submitted_at < UPGRADE_TIMEOUT_S:
         stage(*_standing(registry, len(fleet.adapters)))
         time.sleep(0.5)
-    job.wait(UPGRADE_TIMEOUT_S)
     upgrade_s = time.time() - submitted_at
+    job.wait(timeout_s=0.0)  # an error if it failed or is still not over
     stage(*_standing(registry, len(fleet.adapters)))
     log.join(10.0)
     return submitted_at, upgrade_s

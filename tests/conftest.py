@@ -13,7 +13,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--kit DIR`: a folder of real models and tasks; tests that use it skip without."""
-    parser.addoption("--kit", default=None, help="folder with real models, tasks and traces (see docs/benchmarks.md)")
+    parser.addoption("--kit", default=None, help="folder with models/, tasks/ and traces/ of real ones")
 
 
 @pytest.fixture(scope="session")

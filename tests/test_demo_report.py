@@ -7,7 +7,7 @@ from rich.console import Console
 
 from demo.load import Answer
 from demo.outcome import AdapterOutcome, Outcome, Traffic
-from demo.report import summary, table, write_html
+from demo.report import rows, summary, table, write_html
 
 RESTORED = AdapterOutcome(
     name="intent",
@@ -27,7 +27,9 @@ RESTORED = AdapterOutcome(
     scratch_curve=[(1.0, 0.0), (22.0, 98.2)],
 )
 MISSED = replace(RESTORED, name="topic", quality_v2=None, status="rejected", rung="", scratch_s=None)
-ANSWERS = [Answer("intent", "p", t, t + 0.1, t + 0.2, "intent@1", "v1" if t < 15 else "v2", "x") for t in range(30)]
+ANSWERS = [
+    Answer("intent", "p", t, t + 0.1, t + 0.2 + t / 100, "intent@1", "v1" if t < 15 else "v2", "x") for t in range(30)
+]
 OUTCOME = Outcome(
     world="test",
     started_at=5.0,
@@ -77,3 +79,9 @@ def test_table_and_summary_say_what_happened():
 def test_an_empty_run_still_has_a_report(tmp_path: Path):
     write_html(replace(OUTCOME, answers=[]), tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_a_rung_that_did_not_go_live_is_not_shown_as_if_it_had():
+    fallen = replace(RESTORED, status="rolled_back", quality_v2=None)
+    assert rows(replace(OUTCOME, adapters=[RESTORED, fallen]))[0][4] == "short"
+    assert rows(replace(OUTCOME, adapters=[fallen]))[0][4] == "short rolled_back"
