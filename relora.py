@@ -1,17 +1,21 @@
 """The one door: the `relora` command line. It composes the packages and decides nothing."""
 
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import ReloraError, StorageError
+
+if TYPE_CHECKING:
+    from cluster.registry import Registry, Version
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
 
@@ -83,6 +87,7 @@ def serve(
             console.print(f"no Ray cluster is running; started one here, dashboard {cluster.dashboard_url}")
             connect(cluster.address)
         serving.on_ray.deploy(loaded, bases)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # the cluster started here ends with us
         console.print(f"serving {', '.join(bases)} at http://{loaded.serving.host}:{loaded.serving.port}/v1")
         while not detach:
             time.sleep(1.0)
@@ -112,6 +117,7 @@ def upgrade(
     if not rollout:
         campaign.run()
         return
+    serving.on_ray.check_gateway()
     mover = Rollout(registry, lambda version: serving.on_ray.probe(loaded, version), loaded.rollout)
     with ThreadPoolExecutor(1, thread_name_prefix="campaign") as pool:
         settled = pool.submit(campaign.run)
@@ -120,7 +126,7 @@ def upgrade(
             for version in mover.tick():
                 console.print(f"{version.label}: {version.status}")
             time.sleep(loaded.rollout.poll_s)
-    settled.result()
+    _tally(settled.result(), registry)
 
 
 @app.command()
@@ -134,6 +140,17 @@ def status(fleet: FleetPath) -> None:
         quality = "" if version.quality is None else f"{version.quality:.1f}"
         table.add_row(version.label, version.base, version.status, quality, str(version.details.get("rung", "")))
     console.print(table)
+
+
+def _tally(settled: "list[Version]", registry: "Registry") -> None:
+    """Says how the campaign's versions ended; what needs a person's eye makes the command fail."""
+    from cluster.registry import Status
+
+    statuses = [registry.version(version.id).status for version in settled]
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in Status if status in statuses)
+    console.print(f"done: {counts or 'nothing was left to do'}")
+    if {Status.FAILED, Status.ROLLED_BACK} & set(statuses):
+        raise typer.Exit(1)
 
 
 def _join_cluster() -> None:

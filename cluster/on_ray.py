@@ -24,9 +24,10 @@ from cluster.errors import ReloraError, StorageError
 # Every process of a local cluster inherits this variable; its value is the cluster's own folder. Process groups do not
 # reach them all: Ray gives job drivers and workers groups of their own.
 _MARK = "RELORA_CLUSTER"
+# More than most machines have: engines, workers and trials wait for each other most of the time.
+LOCAL_CPUS = 16
 _HOST = "127.0.0.1"
 _DEFAULTS = {
-    "RAY_AUTH_MODE": "disabled",  # unset, Ray takes token auth or none by what an earlier run left in ~/.ray
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",  # one idle Python process for each of `num_cpus`, which may be many
@@ -44,18 +45,19 @@ class LocalCluster:
     directly under /tmp because Ray's Unix sockets allow paths of about 100 characters. `ray stop` is never used, since
     it kills every Ray process on the machine.
 
-    `num_cpus` is what Ray may hand out (None: the machine's cores); more than there are is fine for waiting actors.
+    `num_cpus` is what Ray may hand out; more than the machine has is fine for actors that mostly wait.
     StorageError when the head does not come up within `timeout_s`.
     """
 
     def __init__(
         self,
-        num_cpus: float | None = None,
+        num_cpus: float = LOCAL_CPUS,
         *,
         object_store_bytes: int = 256 * 2**20,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 60.0,
     ):
+        _settle_auth_mode()
         self.folder = Path(tempfile.mkdtemp(prefix="relora-", dir="/tmp"))
         ports = _free_ports(4)
         self.address = f"{_HOST}:{ports[0]}"
@@ -108,15 +110,23 @@ class LocalCluster:
             time.sleep(0.2)
 
 
-def _head_command(folder: Path, ports: list[int], num_cpus: float | None, object_store_bytes: int) -> list[str]:
+def _head_command(folder: Path, ports: list[int], num_cpus: float, object_store_bytes: int) -> list[str]:
     gcs_port, dashboard_port, client_port, agent_port = ports
-    cpus = [] if num_cpus is None else [f"--num-cpus={num_cpus:g}"]
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *(f"--temp-dir={folder}", f"--port={gcs_port}", f"--ray-client-server-port={client_port}"),
         *("--include-dashboard=true", f"--dashboard-host={_HOST}", f"--dashboard-port={dashboard_port}"),
-        *(f"--dashboard-agent-listen-port={agent_port}", f"--object-store-memory={object_store_bytes}", *cpus),
+        *(
+            f"--dashboard-agent-listen-port={agent_port}",
+            f"--object-store-memory={object_store_bytes}",
+            f"--num-cpus={num_cpus:g}",
+        ),
     ]
+
+
+def _settle_auth_mode() -> None:
+    """One mode for this process and all that it starts; a cluster with tokens has RAY_AUTH_MODE=token everywhere."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 def _free_ports(count: int) -> list[int]:
@@ -161,6 +171,7 @@ def connect(address: str = "auto", *, namespace: str = "relora") -> None:
 
     "auto" is the cluster that this process is a job of, or the one on this machine; ConnectionError if there is none.
     """
+    _settle_auth_mode()
     ray.init(address, namespace=namespace, ignore_reinit_error=True, log_to_driver=False, logging_level="WARNING")
 
 

@@ -87,6 +87,7 @@ class Judge:
             readapt_s=details.get("seconds", {}).get("total"),
             scratch_s=scratch.seconds if scratch else None,
             quality_scratch=self._quality(spec, NEW, scratch.adapter) if scratch else None,
+            reference=details.get("reference_quality"),
             curve=self._curve(version),
             scratch_curve=scratch.curve if scratch else [],
         )

@@ -25,6 +25,7 @@ class AdapterOutcome:
     readapt_s: float | None  # work on this adapter alone: search, training, evaluation
     scratch_s: float | None  # scratch training to the first pass of the same gate; None: never reached
     quality_scratch: float | None
+    reference: float | None = None  # the v1 specialist's quality on the gate's rows, which the curves are of
     curve: Curve = field(default_factory=list)
     scratch_curve: Curve = field(default_factory=list)
 

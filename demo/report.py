@@ -113,7 +113,8 @@ def _draw_quality(outcome: Outcome) -> Figure:
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     for axis, adapter in zip(axes.flat, outcome.adapters, strict=False):
-        axis.axhline(adapter.quality_v1, color="grey", linestyle=":", label="v1 specialist (test)")
+        if adapter.reference is not None:
+            axis.axhline(adapter.reference, color="grey", linestyle=":", label="v1 specialist")
         _line(axis, adapter.curve, "tab:green", "ReLoRA")
         _line(axis, adapter.scratch_curve, "tab:red", "scratch")
         axis.set(title=adapter.name, ylim=(-3, 103), xlabel="seconds of work", ylabel="points (gate rows)")

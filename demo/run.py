@@ -33,8 +33,6 @@ NUM_PROMPTS = 6  # of each adapter in the load
 ANSWER_TOKENS = 16
 REQUESTS_PER_S = 8.0
 UPGRADE_TIMEOUT_S = 3600.0
-# Far more than this machine has: engines, workers and trials wait for each other most of the time.
-LOGICAL_CPUS = 16
 RAY_SETTINGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # in that mode a stop would take 30 s
@@ -51,7 +49,7 @@ def run_demo(folder: Path, *, is_quick: bool, kit: Path | None, tasks: list[str]
             info = _world(folder, is_quick, kit, tasks, stage)
         fleet = load_fleet(info.new_run(folder / "run"))
         registry = open_registry(fleet)
-        with LocalCluster(LOGICAL_CPUS, env=RAY_SETTINGS) as cluster:
+        with LocalCluster(env=RAY_SETTINGS) as cluster:
             with _Stage(progress, f"serving {OLD}") as stage:
                 _serve_old_base(fleet, registry, cluster, stage)
             load = SteadyLoad(_url(fleet), _prompts(fleet), REQUESTS_PER_S, ANSWER_TOKENS).start()

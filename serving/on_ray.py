@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from cluster.config import Fleet
-from cluster.errors import OverloadedError, ReloraError
+from cluster.errors import NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry
 from cluster.registry import Version
 from serving.api import create_app
@@ -151,7 +151,7 @@ def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
         graceful_shutdown_timeout_s=GRACE_S,
         ray_actor_options={"num_cpus": 0.1},
     )
-    with _our_errors():
+    with _deploying("the gateway"):
         serve.start(http_options={"host": fleet.serving.host, "port": fleet.serving.port})
         serve.run_many(
             [serve.RunTarget(gateway.bind(fleet), name=GATEWAY, route_prefix="/")]
@@ -162,9 +162,17 @@ def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
 
 def deploy_base(fleet: Fleet, base: str) -> None:
     """Adds the engine of one base to what runs, and returns when it answers."""
-    with _our_errors():
+    with _deploying(f"the engine of {base}"):
         serve.run_many([_engine_target(fleet, base)])
         _refresh_gateway()
+
+
+def check_gateway() -> None:
+    """NotFoundError where no gateway runs on the connected cluster."""
+    with _our_errors():
+        app = serve.status().applications.get(GATEWAY)
+    if app is None or app.status is not ApplicationStatus.RUNNING:
+        raise NotFoundError("Nothing is served on this Ray cluster: `relora serve` comes first.")
 
 
 def remove_base(base: str) -> None:
@@ -218,6 +226,16 @@ def _engine_target(fleet: Fleet, base: str) -> serve.RunTarget:
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     )
     return serve.RunTarget(deployment.bind(fleet, base), name=ENGINE_PREFIX + base, route_prefix=None)
+
+
+@contextmanager
+def _deploying(what: str) -> Iterator[None]:
+    """Serve's words for a start that failed (a port in use, an engine that cannot be made), as one of our errors."""
+    try:
+        with _our_errors():
+            yield
+    except (RuntimeError, TimeoutError) as error:
+        raise BackendFailedError(f"Ray Serve could not start {what}: {error}") from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -17,7 +17,7 @@ import ray
 from ray import serve
 
 from cluster.blobs import content_hash
-from cluster.config import Fleet, load_fleet
+from cluster.config import BaseSpec, Fleet, load_fleet
 from cluster.errors import NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry, register_adapters, register_base
 from cluster.registry import Registry, Status, Version
@@ -80,7 +80,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     register_adapters(fleet, registry, open_blobs(fleet))
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
+        with pytest.raises(NotFoundError, match="relora serve"):
+            on_ray.check_gateway()
         on_ray.deploy(fleet, ["v1"])
+        on_ray.check_gateway()
         yield Served(fleet, registry, f"http://127.0.0.1:{fleet.serving.port}")
         serve.shutdown()
     finally:
@@ -123,6 +126,14 @@ def test_hanging_up_reaches_the_engine(served: Served, stream: bool):
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{served.url}/v1/completions", json=body, timeout=0.5)
     _wait_until(lambda: _gauge(served, "v1", "running") == 0, timeout_s=2)
+
+
+def test_a_base_that_cannot_start_is_one_sentence(served: Served, tmp_path: Path):
+    broken = replace(served.fleet, bases=(BaseSpec(name="v9", path=tmp_path / "nothing"),))
+    with pytest.raises(ReloraError, match="could not start the engine of v9"):
+        on_ray.deploy_base(broken, "v9")
+    assert served.text("v1")  # nobody else is disturbed
+    on_ray.remove_base("v9")
 
 
 def test_a_second_base_comes_and_its_versions_are_probed(served: Served):
