@@ -78,6 +78,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     fleet = _make_fleet(folder)
     registry = open_registry(fleet)
     register_adapters(fleet, registry, open_blobs(fleet))
+    others = set(psutil.Process().children(recursive=True))
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
         with pytest.raises(NotFoundError, match="relora serve"):
@@ -87,7 +88,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(fleet, registry, f"http://127.0.0.1:{fleet.serving.port}")
         serve.shutdown()
     finally:
-        started = psutil.Process().children(recursive=True)
+        started = set(psutil.Process().children(recursive=True)) - others
         ray.shutdown()
         registry.close()
     _, left = psutil.wait_procs(started, timeout=20)
