@@ -80,15 +80,21 @@ class LocalCluster:
             raise
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of this cluster, jobs and workers included."""
-        return [p for p in psutil.process_iter() if _environment_of(p).get(_MARK) == str(self.folder)]
+        """Every living process of this cluster, jobs and workers included.
+
+        Children count besides the marked, because a process that has set its title has overwritten its environment.
+        """
+        marked = [p for p in psutil.process_iter() if _environment_of(p).get(_MARK) == str(self.folder)]
+        return list({*marked, *(child for process in marked for child in _children_of(process))})
 
     def stop(self, grace_s: float = 3.0) -> None:
         """Disconnects this process and ends every process of the cluster: asked first, killed after `grace_s`."""
         if ray.is_initialized() and _port(ray.get_runtime_context().gcs_address) == _port(self.address):
             ray.shutdown()
+        known = set(self.processes())  # the children of those that end first could not be told afterwards
         for sent in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):  # twice: what was just being born
-            _end(self.processes(), sent, grace_s)
+            known.update(self.processes())
+            _end([process for process in known if process.is_running()], sent, grace_s)
         self._head.wait()
         assert not self.processes(), "a killed process is gone"
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -155,6 +161,13 @@ def _environment_of(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except (psutil.Error, OSError):  # gone meanwhile, or somebody else's
         return {}
+
+
+def _children_of(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 def _end(processes: list[psutil.Process], sent: signal.Signals, grace_s: float) -> None:

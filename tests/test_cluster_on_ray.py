@@ -57,13 +57,19 @@ def test_two_clusters_beside_each_other_and_nothing_left_after_stop(cluster: Loc
         while not _sleepers() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert _sleepers(), job.logs()
-        pids = [process.pid for process in second.processes()]
+        pids = {process.pid for process in second.processes()}
+        agents = {p.pid for p in psutil.process_iter(["cmdline"]) if _is_agent(p)}
         assert len(pids) > 5
+        assert agents & pids, "agents have overwritten their environment, and are known all the same"
     assert not ray.is_initialized()
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
     assert not _sleepers()
     assert not second.folder.exists()
     assert cluster.processes(), "the other cluster lives on"
+
+
+def _is_agent(process: psutil.Process) -> bool:
+    return "DashboardAgent" in " ".join(process.info["cmdline"] or [])
 
 
 def _sleepers() -> list[psutil.Process]:
