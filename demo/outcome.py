@@ -23,7 +23,7 @@ class AdapterOutcome:
     quality_v2: float | None
     ready_s: float | None  # from the start of the upgrade to the adapter's v2 version taking all of its traffic
     readapt_s: float | None  # work on this adapter alone: search, training, evaluation
-    scratch_s: float | None  # scratch training to the first pass of the same gate; None: never reached
+    scratch_s: float | None  # scratch training to its end at the same gate; None: never reached
     quality_scratch: float | None
     reference: float | None = None  # the v1 specialist's quality on the gate's rows, which the curves are of
     curve: Curve = field(default_factory=list)

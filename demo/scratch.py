@@ -18,7 +18,7 @@ from readapt.search import split_valid
 
 @dataclass(frozen=True)
 class ScratchRun:
-    """How scratch training went: `seconds` to the gate (None if it never passed) and the best adapter."""
+    """How scratch training went: `seconds` to its end at the gate (None if it never got there) and the best adapter."""
 
     name: str
     seconds: float | None
