@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.ops import Ops, ops_for
-from kernels.segments import LoraSegments
+from kernels.segments import LoraGroup, LoraSegments
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NUM_COPIES = 4  # distinct inputs that repetitions go through in turn
@@ -68,6 +68,7 @@ def run(device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
         for width in (192, 2048)
         for num_tokens, num_adapters in ((32, 1), (32, 4), (32, 32), (512, 8))
     ]
+    lora += [timer.lora(32, num_adapters, 192, num_modules=3) for num_adapters in (1, 4, 32)]
     attention = [
         timer.attention([1] * 32, [256] * 32),
         timer.attention([1] * 32, [32] * 31 + [2000]),
@@ -83,19 +84,20 @@ class _Timer:
     dtype: torch.dtype
     repeats: int
 
-    def lora(self, num_tokens: int, num_adapters: int, width: int) -> Result:
-        """Shrink and expand of one module, D = F = width, ranks 16 and 8 in turn, tokens spread evenly."""
-        x_TD, weight_DF = self._randn(num_tokens, width), self._randn(width, width)
-        out_TF = torch.zeros_like(x_TD)
-        copies = [self._adapters(num_tokens, num_adapters, width) for _ in range(NUM_COPIES)]
+    def lora(self, num_tokens: int, num_adapters: int, width: int, num_modules: int = 1) -> Result:
+        """Shrink and expand of modules with one input, D = F = width, ranks 16 and 8 in turn, tokens spread evenly."""
+        x_TD, weight_DF = self._randn(num_tokens, width), self._randn(width, num_modules * width)
+        out_TF = x_TD @ weight_DF
+        copies = [self._adapters(num_tokens, num_adapters, width, num_modules) for _ in range(NUM_COPIES)]
 
-        def both(ops: Any, copy: tuple[Tensor, LoraSegments]) -> Tensor:
+        def both(ops: Any, copy: tuple[Tensor, LoraGroup]) -> Tensor:
             out_TF.zero_()
             ops.lora_expand(ops.lora_shrink(x_TD, *copy), *copy, out_TF)
             return out_TF
 
         base_us = _median_us(lambda _: x_TD @ weight_DF, copies, self.repeats)
-        return Result(f"lora T={num_tokens} S={num_adapters} D=F={width}", *self._compare(both, copies), base_us)
+        name = f"lora T={num_tokens} S={num_adapters} D=F={width}" + (f" x{num_modules}" if num_modules > 1 else "")
+        return Result(name, *self._compare(both, copies), base_us)
 
     def attention(self, query_lens: list[int], context_lens: list[int]) -> Result:
         """8 query heads, 4 key/value heads of 64; pages of 16 tokens in random order."""
@@ -126,21 +128,25 @@ class _Timer:
 
         return Result("store_kv T=32", *self._compare(store, slots), None)
 
-    def _adapters(self, num_tokens: int, num_adapters: int, width: int) -> tuple[Tensor, LoraSegments]:
+    def _adapters(self, num_tokens: int, num_adapters: int, width: int, num_modules: int) -> tuple[Tensor, LoraGroup]:
         ranks = [8 if s % 2 else 16 for s in range(num_adapters)]
         num_rows = 2 * sum(ranks)
-        rows = (torch.randperm(2 * num_rows)[:num_rows] * width).to(self.device)
-        segments = LoraSegments(
-            token_starts=self._int32([num_tokens * s // num_adapters for s in range(num_adapters + 1)]),
-            ranks=self._int32(ranks),
-            scalings=torch.full((num_adapters,), 2.0, device=self.device),
-            table_starts=self._int32([sum(ranks[:s]) for s in range(num_adapters)]).long(),
-            a_rows=rows[: num_rows // 2],
-            b_rows=rows[num_rows // 2 :],
-            max_rank=max(ranks),
-            max_tokens=-(-num_tokens // num_adapters),
-        )
-        return self._randn(2 * num_rows * width) * width**-0.5, segments
+        rows = torch.randperm(2 * num_rows * num_modules)[: num_rows * num_modules] * width
+        modules = [
+            LoraSegments(
+                token_starts=self._int32([num_tokens * s // num_adapters for s in range(num_adapters + 1)]),
+                ranks=self._int32(ranks),
+                scalings=torch.full((num_adapters,), 2.0, device=self.device),
+                table_starts=self._int32([sum(ranks[:s]) for s in range(num_adapters)]).long(),
+                a_rows=own[: num_rows // 2],
+                b_rows=own[num_rows // 2 :],
+                max_rank=max(ranks),
+                max_tokens=-(-num_tokens // num_adapters),
+            )
+            for own in rows.to(self.device).split(num_rows)
+        ]
+        arena = self._randn(2 * num_rows * num_modules * width) * width**-0.5
+        return arena, LoraGroup.of(modules, [width] * num_modules)
 
     def _compare(self, function: Callable[[Any, Any], Tensor], copies: list[Any]) -> tuple[float, float]:
         for copy in copies:

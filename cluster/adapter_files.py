@@ -1,8 +1,8 @@
 """LoRA adapters in PEFT's file format, read and written without importing PEFT.
 
-Shape letters: R rank, D in, F out. An adapter adds `scaling * b_FR @ a_RD` to the weight of each module it adapts.
-The scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora` (rank-stabilised LoRA, arXiv 2312.03732);
-`rank_pattern` and `alpha_pattern` override `r` and `lora_alpha` for the modules that their keys match.
+Shape letters: R rank, D in, F out. An adapter adds `scaling * b_FR @ a_RD` to the weight of each module it adapts; a
+DoRA (arXiv 2402.09353) then brings each row of the sum to the length that its magnitude says. An embedding is a linear
+module whose input is one-hot: its weight is its table transposed, D is the vocabulary and F the width.
 """
 
 import json
@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +21,47 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cluster.adapter_config import CONFIG, check_kind, rank_of, read_config, scaling_divisor, scaling_of
 from cluster.errors import InvalidAdapterError, StorageError
 
-_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_TENSOR = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# Settings that make an adapter more than `scaling * B @ A` on linear modules: (key, what to call it).
-_UNSUPPORTED_SETTINGS = (
-    ("use_dora", "DoRA"),
-    ("use_qalora", "QALoRA"),
-    ("use_bdlora", "block-diagonal LoRA"),
-    ("lora_bias", "lora_bias"),
-    ("modules_to_save", "modules_to_save"),
-    ("trainable_token_indices", "trainable tokens (trainable_token_indices)"),
-    ("target_parameters", "target_parameters"),
-    ("layer_replication", "layer_replication"),
-    ("alora_invocation_tokens", "activated LoRA (alora_invocation_tokens)"),
-    ("arrow_config", "Arrow"),
-    ("kasa_config", "KaSA"),
-    ("monteclora_config", "MonteCLoRA"),
+_TENSOR = re.compile(
+    re.escape(_PREFIX) + r"(?P<module>.+)\."
+    r"(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?"
+    r"|(?P<base>base_layer)\.weight)"
 )
-# Initialisations that also change the base's weights: the files alone do not say what the adapter adds to the base.
-_UNSUPPORTED_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # Tensors by which an unsupported kind shows even when its configuration keeps silent: (part of the name, the kind).
 _UNSUPPORTED_TENSORS = (
-    ("lora_embedding_", "LoRA of embeddings"),
-    ("lora_magnitude_vector", "DoRA"),
     ("lora_B.bias", "lora_bias"),
     ("modules_to_save", "modules_to_save"),
     ("embed_tokens", "retrained embeddings"),
     ("lm_head", "a retrained lm_head"),
 )
+_NORM_ROWS = 1024  # rows of a weight whose norms are taken at once: bounds what a vocabulary's weight needs beside it
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """What an adapter adds to one linear module: `scaling * b_FR @ a_RD`. The rank is at least 1."""
+    """What an adapter does to one module: `weight + scaling * b_FR @ a_RD`. The rank is at least 1.
+
+    With `magnitude_F` it is a DoRA: each row of that sum is then scaled to have the row's magnitude as its norm.
+    `is_embedding` tells how the factors of an embedding are stored; what they mean is the same (see the module).
+    `kernel` is a convolution's window, over which its weight is flattened: D is the input channels times its size.
+    """
 
     a_RD: Tensor
     b_FR: Tensor
     scaling: float
+    magnitude_F: Tensor | None = None
+    is_embedding: bool = False
+    kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.a_RD.ndim == self.b_FR.ndim == 2, "factors are matrices"
         assert self.a_RD.shape[0] == self.b_FR.shape[1] > 0, "both factors have the same rank, at least 1"
+        assert self.magnitude_F is None or self.magnitude_F.shape == self.b_FR.shape[:1], "one magnitude a row"
+        assert self.a_RD.shape[1] % math.prod(self.kernel) == 0, "the kernel divides the input"
 
     @property
     def rank(self) -> int:
@@ -78,17 +74,38 @@ class LoraFactors:
         return self.b_FR.shape[0], self.a_RD.shape[1]
 
     def delta(self) -> Tensor:
-        """Return the full matrix that is added to the weight, F x D."""
+        """Return the full matrix that is added to the weight, F x D; of a DoRA, before its rows are scaled."""
         return self.scaling * (self.b_FR @ self.a_RD)
+
+    def dora_factor(self, weight_FD: Tensor) -> Tensor:
+        """Return what a DoRA multiplies each row of `weight + delta` with: magnitude / norm, float32 [F] on the CPU."""
+        assert self.magnitude_F is not None, "not a DoRA"
+        a_RD = self.scaling * self.a_RD.to(weight_FD.device)
+        parts = zip(weight_FD.split(_NORM_ROWS), self.b_FR.to(weight_FD.device).split(_NORM_ROWS), strict=True)
+        norms = [torch.linalg.vector_norm(weight.float() + b_FR @ a_RD, dim=1) for weight, b_FR in parts]
+        return self.magnitude_F / torch.cat(norms).cpu()
+
+    def adapted(self, weight_FD: Tensor) -> Tensor:
+        """Return the weight that the module has with the adapter, float32."""
+        adapted_FD = weight_FD.float() + self.delta()
+        return adapted_FD if self.magnitude_F is None else self.dora_factor(weight_FD)[:, None] * adapted_FD
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter: factors by base-model module path (`model.layers.0.self_attn.q_proj`), in sorted order."""
+    """A LoRA adapter: factors by base-model module path (`model.layers.0.self_attn.q_proj`), in sorted order.
+
+    `task_type` is PEFT's name of the model's use, None where it has none.
+
+    PEFT stores the base's own weight beside the factors of an embedding or a head: `base_copies` has what was found of
+    that, as stored (an embedding's is its table), for `check_base_copies`. It is never written.
+    """
 
     factors: dict[str, LoraFactors]
     is_rslora: bool = False
     base_model: str = ""
+    task_type: str | None = "CAUSAL_LM"
+    base_copies: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", dict(sorted(self.factors.items())))
@@ -99,21 +116,26 @@ class Adapter:
         return max((factors.rank for factors in self.factors.values()), default=0)
 
     @property
+    def is_dora(self) -> bool:
+        """Whether any module has DoRA's magnitudes; `delta` is then not all that the adapter does."""
+        return any(factors.magnitude_F is not None for factors in self.factors.values())
+
+    @property
     def num_parameters(self) -> int:
         """The number of stored values in all factors."""
-        return sum(factors.a_RD.numel() + factors.b_FR.numel() for factors in self.factors.values())
+        return sum(tensor.numel() for factors in self.factors.values() for tensor in _values(factors))
 
 
 def load_adapter(folder: Path, max_rank: int | None = None) -> Adapter:
     """Read a PEFT LoRA adapter as float32 CPU tensors.
 
     Every fault of the files is an InvalidAdapterError that names the folder and the cause: a missing or corrupt file,
-    pickled weights, a kind of adapter that is more than LoRA on linear modules, NaN or infinite values, factors whose
-    shapes do not fit together or the configured rank, a rank above `max_rank`. Ranks are checked before data is read.
+    pickled weights, a kind of adapter that is more than LoRA and DoRA, NaN or infinite values, factors whose shapes do
+    not fit together or the configured rank, a rank above `max_rank`. Ranks are checked before data is read.
     """
     try:
-        config = _read_config(folder / _CONFIG)
-        _check_kind(config)
+        config = read_config(folder / CONFIG)
+        check_kind(config)
         return _read_adapter(_weights_file(folder), config, max_rank)
     except InvalidAdapterError as error:
         raise InvalidAdapterError(f"{folder}: {error}") from error
@@ -122,15 +144,17 @@ def load_adapter(folder: Path, max_rank: int | None = None) -> Adapter:
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter so that PEFT loads exactly these deltas; an adapter that was in `folder` is replaced whole.
 
-    Modules are named by full path, so that PEFT adapts the given layers and no others. StorageError when the disk is
+    Modules are named by full path, so that PEFT adapts the given layers and no others. Either all modules are DoRA or
+    none is: PEFT has one switch for all. StorageError when the disk is
     full or the folder cannot be written; what was there is then untouched.
     """
     assert adapter.factors, "an adapter without modules cannot be saved"
+    assert all((f.magnitude_F is None) != adapter.is_dora for f in adapter.factors.values()), "some modules are DoRA"
     aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         aside.mkdir(parents=True)
         save_file(_tensors_of(adapter), aside / _WEIGHTS, metadata={"format": "pt"})
-        (aside / _CONFIG).write_text(json.dumps(_config_of(adapter), indent=2) + "\n")
+        (aside / CONFIG).write_text(json.dumps(_config_of(adapter), indent=2) + "\n")
         _replace_folder(aside, folder)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
         raise StorageError(f"{folder}: the adapter cannot be written: {error}") from error
@@ -150,29 +174,20 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise InvalidAdapterError(f"{_CONFIG} is missing.") from error
-    except (OSError, ValueError) as error:
-        raise InvalidAdapterError(f"{_CONFIG} is not readable as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidAdapterError(f"{_CONFIG} is not a JSON object.")
-    return config
+def check_base_copies(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
+    """Raise InvalidAdapterError if the files bring base weights other than these (out, in) ones: retrained, or resized.
 
-
-def _check_kind(config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise InvalidAdapterError(f"adapters of peft_type {config.get('peft_type')!r} are not supported, only 'LORA'.")
-    kinds = [kind for key, kind in _UNSUPPORTED_SETTINGS if config.get(key)]
-    if (config.get("bias") or "none") != "none":
-        kinds.append(f"bias={config['bias']!r}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_UNSUPPORTED_STARTS):
-        kinds.append(f"init_lora_weights={start!r} that was not converted to plain LoRA")
-    if kinds:
-        raise InvalidAdapterError(f"not supported: {', '.join(kinds)}; only LoRA on linear modules is.")
+    Where the copy's precision is not the base's, they may differ by what rounding to both explains.
+    """
+    for module, copy in adapter.base_copies.items():
+        ours = weights[module].T if adapter.factors[module].is_embedding else weights[module]
+        is_same_dtype = copy.dtype == ours.dtype
+        rtol = 0.0 if is_same_dtype else (torch.finfo(copy.dtype).eps + torch.finfo(ours.dtype).eps) / 2
+        copy = copy.to(ours.device)
+        if copy.shape != ours.shape or not torch.allclose(copy.float(), ours.float(), rtol=rtol, atol=rtol * 1e-4):
+            raise InvalidAdapterError(
+                f"not supported: {module!r} was retrained or resized beside its LoRA (base_layer is not the base's)."
+            )
 
 
 def _weights_file(folder: Path) -> Path:
@@ -186,51 +201,81 @@ def _weights_file(folder: Path) -> Path:
 def _read_adapter(file: Path, config: Mapping[str, Any], max_rank: int | None) -> Adapter:
     try:
         with safe_open(file, framework="pt") as stored:
-            pairs = _pair_up(stored.keys())
-            for module, names in pairs.items():
-                shapes = [tuple(stored.get_slice(name).get_shape()) for name in names]
-                _check_shapes(module, shapes[0], shapes[1], _rank_of(module, config), max_rank)
+            modules = _names_by_module(stored.keys(), bool(config.get("use_dora")))
+            for module, names in modules.items():
+                shapes = {part: tuple(stored.get_slice(name).get_shape()) for part, name in names.items()}
+                _check_shapes(module, shapes, rank_of(module, config), max_rank)
             factors = {
-                module: LoraFactors(
-                    _float32(stored.get_tensor(a_name), a_name),
-                    _float32(stored.get_tensor(b_name), b_name),
-                    _scaling_of(module, config),
-                )
-                for module, (a_name, b_name) in pairs.items()
+                module: _read_factors(stored, names, scaling_of(module, config)) for module, names in modules.items()
             }
+            copies = {m: stored.get_tensor(names["base"]) for m, names in modules.items() if "base" in names}
     except (SafetensorError, OSError) as error:
         raise InvalidAdapterError(f"{_WEIGHTS} is truncated or not a safetensors file: {error}") from error
-    return Adapter(factors, bool(config.get("use_rslora")), str(config.get("base_model_name_or_path") or ""))
+    base_model, task_type = str(config.get("base_model_name_or_path") or ""), config.get("task_type")
+    return Adapter(factors, bool(config.get("use_rslora")), base_model, task_type, copies)
 
 
-def _pair_up(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """From tensor names to (name of A, name of B) by module; a name of any other form is an error."""
+def _names_by_module(names: Iterable[str], is_dora: bool) -> dict[str, dict[str, str]]:
+    """From tensor names to those of each module by part; a name of any other form is an error.
+
+    The parts are A and B, `magnitude` of a DoRA, `base` where a copy of the base is there, and `embedding` (with B's
+    name) if it is one.
+    """
     found: dict[str, dict[str, str]] = {}
     for name in names:
         match = _TENSOR.fullmatch(name)
         if match is None:
             kind = next((kind for part, kind in _UNSUPPORTED_TENSORS if part in name), "a tensor of unknown meaning")
             raise InvalidAdapterError(f"not supported: {kind} (tensor {name!r}).")
-        found.setdefault(match["module"], {})[match["side"]] = name
-    for module, sides in found.items():
-        if len(sides) < 2:
-            raise InvalidAdapterError(f"module {module!r} has lora_{next(iter(sides))} without its counterpart.")
-    if not found:
+        part = match["side"] or match["embedding"] or ("magnitude" if match["magnitude"] else "base")
+        found.setdefault(match["module"], {})[part] = name
+        if match["embedding"]:
+            found[match["module"]]["embedding"] = name
+    if not any("A" in parts for parts in found.values()):
         raise InvalidAdapterError(f"{_WEIGHTS} holds no LoRA weights.")
-    return {module: (sides["A"], sides["B"]) for module, sides in found.items()}
+    for module, parts in found.items():
+        _check_parts(module, parts, is_dora)
+    return found
 
 
-def _check_shapes(
-    module: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...], rank: int, max_rank: int | None
-) -> None:
-    if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[0] != b_shape[1] or 0 in a_shape + b_shape:
+def _check_parts(module: str, parts: Mapping[str, str], is_dora: bool) -> None:
+    sides = [side for side in "AB" if side in parts]
+    if not sides:
+        raise InvalidAdapterError(f"not supported: {module!r} retrained without LoRA (tensor {min(parts.values())!r}).")
+    if len(sides) < 2:
+        raise InvalidAdapterError(f"module {module!r} has lora_{sides[0]} without its counterpart.")
+    if is_dora != ("magnitude" in parts):
+        state = "without" if is_dora else "with"
+        raise InvalidAdapterError(f"module {module!r} is {state} a DoRA magnitude; use_dora in {CONFIG} is {is_dora}.")
+
+
+def _check_shapes(module: str, shapes: Mapping[str, tuple[int, ...]], rank: int, max_rank: int | None) -> None:
+    a_shape, b_shape = shapes["A"], shapes["B"]
+    is_pair = len(a_shape) == len(b_shape) >= 2 and a_shape[0] == b_shape[1] and set(b_shape[2:]) <= {1}
+    if not is_pair or 0 in a_shape + b_shape:
         raise InvalidAdapterError(
             f"module {module!r}: lora_A of shape {a_shape} and lora_B of shape {b_shape} do not make a product."
         )
+    if "magnitude" in shapes and shapes["magnitude"] != b_shape[:1]:
+        raise InvalidAdapterError(
+            f"module {module!r} has {b_shape[0]} outputs, but DoRA magnitudes of shape {shapes['magnitude']}."
+        )
     if a_shape[0] != rank:
-        raise InvalidAdapterError(f"module {module!r} has rank {a_shape[0]}, but {_CONFIG} says {rank}.")
+        raise InvalidAdapterError(f"module {module!r} has rank {a_shape[0]}, but {CONFIG} says {rank}.")
     if max_rank is not None and rank > max_rank:
         raise InvalidAdapterError(f"module {module!r} has rank {rank}, above the limit of {max_rank}.")
+
+
+def _read_factors(stored: Any, names: Mapping[str, str], scaling: float) -> LoraFactors:
+    parts = {part: _float32(stored.get_tensor(names[part]), names[part]) for part in names if part != "base"}
+    return LoraFactors(
+        parts["A"].flatten(1),
+        parts["B"].flatten(1),
+        scaling,
+        magnitude_F=parts.get("magnitude"),
+        is_embedding="embedding" in names,
+        kernel=tuple(parts["A"].shape[2:]),
+    )
 
 
 def _float32(tensor: Tensor, name: str) -> Tensor:
@@ -242,42 +287,21 @@ def _float32(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _rank_of(module: str, config: Mapping[str, Any]) -> int:
-    rank = _setting("r", "rank_pattern", 8, module, config)
-    if rank < 1 or rank != int(rank):
-        raise InvalidAdapterError(f"{_CONFIG}: the rank of {module!r} is {rank}; expected a whole number above 0.")
-    return int(rank)
-
-
-def _scaling_of(module: str, config: Mapping[str, Any]) -> float:
-    alpha = _setting("lora_alpha", "alpha_pattern", 8, module, config)
-    return alpha / _scaling_divisor(_rank_of(module, config), bool(config.get("use_rslora")))
-
-
-def _scaling_divisor(rank: int, is_rslora: bool) -> float:
-    return math.sqrt(rank) if is_rslora else rank
-
-
-def _setting(key: str, pattern_key: str, default: float, module: str, config: Mapping[str, Any]) -> float:
-    """The number that PEFT uses for a module: that of the first pattern which matches the end of its path, or `key`."""
-    patterns = config.get(pattern_key) or {}
-    if not isinstance(patterns, dict):
-        raise InvalidAdapterError(f"{_CONFIG}: {pattern_key} is not a JSON object.")
-    try:
-        matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        value = next(matching, config.get(key, default))
-    except re.error as error:
-        raise InvalidAdapterError(f"{_CONFIG}: {pattern_key} has a bad pattern: {error}") from error
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidAdapterError(f"{_CONFIG}: {key} of {module!r} is {value!r}; expected a number.")
-    return value
+def _values(factors: LoraFactors) -> list[Tensor]:
+    return [factors.a_RD, factors.b_FR, *([] if factors.magnitude_F is None else [factors.magnitude_F])]
 
 
 def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = factors.a_RD.detach().cpu().contiguous().clone()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = factors.b_FR.detach().cpu().contiguous().clone()
+        kind, suffix = ("lora_embedding_", "") if factors.is_embedding else ("lora_", ".weight")
+        stored = {
+            f"{kind}A{suffix}": factors.a_RD.reshape(factors.rank, -1, *factors.kernel),
+            f"{kind}B{suffix}": factors.b_FR.reshape(-1, factors.rank, *(1,) * len(factors.kernel)),
+        }
+        if factors.magnitude_F is not None:
+            stored["lora_magnitude_vector"] = factors.magnitude_F
+        tensors |= {f"{_PREFIX}{module}.{name}": t.detach().cpu().contiguous().clone() for name, t in stored.items()}
     return tensors
 
 
@@ -287,7 +311,7 @@ def _config_of(adapter: Adapter) -> dict[str, Any]:
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "bias": "none",
@@ -295,6 +319,7 @@ def _config_of(adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": adapter.is_rslora,
+        "use_dora": adapter.is_dora,
         "target_modules": list(adapter.factors),
         # PEFT reads these keys as regular expressions.
         "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
@@ -303,7 +328,7 @@ def _config_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def _alpha_of(factors: LoraFactors, is_rslora: bool) -> float:
-    alpha = factors.scaling * _scaling_divisor(factors.rank, is_rslora)
+    alpha = factors.scaling * scaling_divisor(factors.rank, is_rslora)
     whole = round(alpha)
     return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha  # 16 / sqrt(8) * sqrt(8) is not quite 16
 

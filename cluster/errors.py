@@ -6,6 +6,7 @@
     ├── NotFoundError            no such base model, adapter or version
     ├── ConflictError            the name is taken, or a compare-and-swap was lost
     ├── OverloadedError          a queue is full; try again after `retry_after_s`
+    │   └── TenantLimitError     one tenant's share of a queue is full
     ├── InvalidAdapterError      adapter files that cannot be used: shape, NaN, rank, missing file, pickle
     ├── InvalidCheckpointError   base-model files that cannot be used: missing shard, wrong shape or architecture
     ├── InvalidDataError         task rows that cannot be used; names the file and the line
@@ -46,6 +47,10 @@ class OverloadedError(ReloraError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class TenantLimitError(OverloadedError):
+    """One tenant has as many requests waiting as it may; others are served."""
 
 
 class InvalidAdapterError(ReloraError):

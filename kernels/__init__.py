@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kernels.ops import ops_for
-    from kernels.segments import LoraSegments
+    from kernels.segments import LoraGroup, LoraSegments
 
-__all__ = ["LoraSegments", "ops_for"]
+__all__ = ["LoraGroup", "LoraSegments", "ops_for"]
 
 
 def __getattr__(name: str) -> object:
@@ -17,8 +17,8 @@ def __getattr__(name: str) -> object:
         from kernels.ops import ops_for
 
         return ops_for
-    if name == "LoraSegments":
-        from kernels.segments import LoraSegments
+    if name in ("LoraGroup", "LoraSegments"):
+        from kernels import segments
 
-        return LoraSegments
+        return getattr(segments, name)
     raise AttributeError(f"module 'kernels' has no attribute {name!r}")

@@ -11,48 +11,106 @@ element; one thread of a Xeon with AVX512, torch 2.13, 2026-11-22).
 
 from collections import defaultdict
 from collections.abc import Iterator
+from enum import Enum, auto
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.segments import LoraSegments
+from kernels.segments import LoraGroup, LoraSegments
 
-# One product over all tokens gathers rows for every token; a loop over segments gathers once for each, but calls more.
-# As bench/kernels.py measures it, a segment's calls cost as much as 2**16 elements, and the product's as 8 segments'.
-_ELEMENTS_PER_SEGMENT, _SEGMENTS_PER_PRODUCT = 1 << 16, 8
+
+class _Way(Enum):
+    """How to multiply tokens with their adapters' matrices; all are quick somewhere.
+
+    LOOP: segment by segment. ALL: every token with every segment's rows, of which its own count: few calls, and rows
+    are read once. TOKENS: a product for each token with a copy of its own rows.
+    """
+
+    LOOP = auto()
+    ALL = auto()
+    TOKENS = auto()
+
+
+# Costs in ns (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-22): an element of a row to read, a product's
+# multiplication, an element of a token's own copy; the calls of each way, of LOOP for each segment and module.
+_READ, _MULTIPLY, _COPY = 0.13, 0.023, 0.14
+_LOOP_CALLS, _ALL_CALLS, _TOKENS_CALLS = 10_000.0, 14_000.0, 13_000.0
+_MAX_COPIED = 1 << 22  # elements; more of them cost page faults every time, 2 ns each
 # Keys gathered for one fused attention: 1 MB in float32 stays in the cache; more of them cost page faults every time.
 _ELEMENTS_PER_GROUP = 1 << 18
 
 
-def lora_shrink(x_TD: Tensor, arena: Tensor, segments: LoraSegments) -> Tensor:
+def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
     """Project each token onto its adapter's rows of `lora_a`; see `kernels.reference.lora_shrink`."""
-    h_TR = torch.zeros(x_TD.shape[0], segments.max_rank, dtype=torch.float32)
-    windows = _windows(arena, x_TD.shape[1])
-    if _is_batched(segments, x_TD.shape):
-        rows = segments.token_rows
-        a_URD = _gather(windows, rows.a_rows_UR)
-        h_UR = torch.bmm(x_TD[rows.tokens].float()[:, None], a_URD.mT)[:, 0]
-        h_TR[rows.tokens] = h_UR.masked_fill_(~rows.is_row_UR, 0.0)
+    windows, num_adapted = _windows(arena, x_TD.shape[1]), len(group.token_segments)
+    way = _cheapest_way(group, num_adapted, x_TD.shape[1] * group.num_columns, len(group.modules))
+    h_TR = torch.zeros(x_TD.shape[0], group.num_columns, dtype=torch.float32)
+    if group.num_columns == 0:
         return h_TR
-    for start, end, rank, table_start, _ in _each_segment(segments):
-        a_RD = _gather(windows, segments.a_rows[table_start : table_start + rank])
-        torch.mm(x_TD[start:end].float(), a_RD.T, out=h_TR[start:end, :rank])
+    if way is _Way.TOKENS:
+        where, rows_UR, scales_UR = group.inputs_by_token
+        h_UR = torch.bmm(x_TD[where].float()[:, None], _gather(windows, rows_UR).mT)[:, 0]
+        h_TR[where] = h_UR.mul_(scales_UR)
+    elif way is _Way.ALL:
+        rows = _gather(windows, group.inputs_by_segment.rows.flatten())
+        own_TR = (x_TD[:num_adapted].float() @ rows.T).view(-1, group.num_columns)
+        if group.num_segments > 1:
+            own_TR = own_TR.index_select(0, group.token_places)
+        torch.mul(own_TR, group.token_scales, out=h_TR[:num_adapted])
+    else:
+        for module, column in zip(group.modules, group.columns, strict=True):
+            for start, end, rank, table_start, scaling in _each_segment(module):
+                a_RD = _gather(windows, module.a_rows[table_start : table_start + rank])
+                h_TR[start:end, column : column + rank] = (x_TD[start:end].float() @ a_RD.T).mul_(scaling)
     return h_TR
 
 
-def lora_expand(h_TR: Tensor, arena: Tensor, segments: LoraSegments, out_TF: Tensor) -> None:
+def lora_lookup(ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) -> Tensor:
+    """Read the columns of `lora_a` that the ids name; see `kernels.reference.lora_lookup`."""
+    h_TR = torch.zeros(ids_T.shape[0], module.max_rank, dtype=torch.float32)
+    segment_U = torch.repeat_interleave(module.token_starts.diff())
+    tokens = module.ranks[segment_U].nonzero()[:, 0]
+    segment_U, ids_U1 = segment_U[tokens], ids_T[tokens][:, None]
+    ranks_U1, row_R = module.ranks[segment_U][:, None], torch.arange(module.max_rank)
+    firsts_U1 = module.table_starts[segment_U][:, None] + ids_U1 // width * ranks_U1
+    rows_UR = module.a_rows[firsts_U1 + torch.minimum(row_R, ranks_U1 - 1)]
+    values_UR = arena[rows_UR + ids_U1 % width].float() * module.scalings[segment_U][:, None]
+    h_TR[tokens] = values_UR.masked_fill_(row_R >= ranks_U1, 0.0)
+    return h_TR
+
+
+def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
     """Add each adapter's contribution to `out_TF`, in place; see `kernels.reference.lora_expand`."""
-    windows = _windows(arena, out_TF.shape[1])
-    if _is_batched(segments, out_TF.shape):
-        rows = segments.token_rows
-        b_URF = _gather(windows, rows.b_rows_UR)
-        delta_UF = torch.bmm((h_TR[rows.tokens] * rows.scalings_U1)[:, None], b_URF)[:, 0]
-        out_TF[rows.tokens] = (out_TF[rows.tokens] + delta_UF).to(out_TF.dtype)
-        return
-    for start, end, rank, table_start, scaling in _each_segment(segments):
-        b_RF = _gather(windows, segments.b_rows[table_start : table_start + rank])
-        out_TF[start:end].add_(h_TR[start:end, :rank] @ b_RF, alpha=scaling)
+    parts, num_adapted = out_TF.split(group.widths, 1), len(group.token_segments)
+    for index, (module, column, part_TF) in enumerate(zip(group.modules, group.columns, parts, strict=True)):
+        if module.max_rank == 0:
+            continue
+        own_TR, windows = h_TR[:, column : column + module.max_rank], _windows(arena, part_TF.shape[1])
+        way = _cheapest_way(group, num_adapted, part_TF.shape[1] * module.max_rank, 1)
+        if way is _Way.TOKENS:
+            where, rows_UR = group.b_rows_by_token[index]
+            _add(part_TF, where, torch.bmm(own_TR[where][:, None], _gather(windows, rows_UR))[:, 0])
+        elif way is _Way.ALL:
+            rows = _gather(windows, group.b_rows_by_segment[index].flatten())
+            part_TF[:num_adapted].add_(_spread(own_TR[:num_adapted], group) @ rows)
+        else:
+            for start, end, rank, table_start, _ in _each_segment(module):
+                b_RF = _gather(windows, module.b_rows[table_start : table_start + rank])
+                part_TF[start:end].add_(own_TR[start:end, :rank] @ b_RF)
+
+
+def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor | None) -> None:
+    """Scale the base's part of the outputs as DoRA adapters do; see `kernels.reference.dora_scale`."""
+    biases = (None,) * len(group.modules) if bias_F is None else bias_F.split(group.widths)
+    for module, bias, part_TF in zip(group.modules, biases, out_TF.split(group.widths, 1), strict=True):
+        if module.gain_rows is not None:
+            tokens, rows_U = module.gains_by_token
+            base_UF = part_TF[tokens].float()
+            gains_UF = _gather(_windows(arena, part_TF.shape[1]), rows_U)
+            scaled_UF = torch.addcmul(base_UF, gains_UF, base_UF if bias is None else base_UF - bias.float())
+            part_TF[tokens] = scaled_UF.to(out_TF.dtype)
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:
@@ -100,10 +158,32 @@ def _gather(windows: Tensor, offsets: Tensor) -> Tensor:
     return rows.view(*offsets.shape, windows.shape[1]).float()
 
 
-def _is_batched(segments: LoraSegments, shape_TW: tuple[int, ...]) -> bool:
-    num_tokens, width = shape_TW
-    spare_segments = segments.ranks.shape[0] - _SEGMENTS_PER_PRODUCT
-    return num_tokens * width * segments.max_rank <= spare_segments * _ELEMENTS_PER_SEGMENT
+def _cheapest_way(group: LoraGroup, num_tokens: int, matrix: int, num_modules: int) -> _Way:
+    """The way to multiply so many tokens with their segments' matrices of so many elements in all modules."""
+    num_segments, copied = group.num_segments, num_tokens * matrix
+    read, multiply = _READ * num_segments * matrix, _MULTIPLY * copied
+    costs = [
+        (read + multiply + num_segments * num_modules * _LOOP_CALLS, _Way.LOOP),
+        (read + multiply * num_segments + _ALL_CALLS, _Way.ALL),
+    ]
+    if copied <= _MAX_COPIED:
+        costs.append((_COPY * copied + _TOKENS_CALLS, _Way.TOKENS))
+    return min(costs, key=itemgetter(0))[1]
+
+
+def _spread(own_TR: Tensor, group: LoraGroup) -> Tensor:
+    """Each token's h in the columns of its own segment, zero in those of the others."""
+    if group.num_segments == 1:
+        return own_TR
+    spread_PR = torch.zeros(len(own_TR) * group.num_segments, own_TR.shape[1])
+    return spread_PR.index_copy_(0, group.token_places, own_TR).view(len(own_TR), -1)
+
+
+def _add(part_TF: Tensor, where: Tensor | slice, delta_UF: Tensor) -> None:
+    if isinstance(where, slice):
+        part_TF[where].add_(delta_UF)
+    else:
+        part_TF[where] = (part_TF[where] + delta_UF).to(part_TF.dtype)
 
 
 def _each_segment(segments: LoraSegments) -> Iterator[tuple[int, int, int, int, float]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -9,10 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ops:
-    """The four operations of `kernels.reference`, same signatures and meaning, for one kind of device."""
+    """The operations of `kernels.reference`, same signatures and meaning, for one kind of device."""
 
     lora_shrink: Callable[..., Tensor]
+    lora_lookup: Callable[..., Tensor]
     lora_expand: Callable[..., None]
+    dora_scale: Callable[..., None]
     store_kv: Callable[..., None]
     paged_attention: Callable[..., Tensor]
 
@@ -31,21 +34,27 @@ def ops_for(device: str | torch.device) -> Ops:
 def _cpu_ops() -> Ops:
     from kernels import cpu
 
-    return Ops(cpu.lora_shrink, cpu.lora_expand, cpu.store_kv, cpu.paged_attention)
+    return _ops_of(cpu, cpu)
 
 
 def _reference_ops() -> Ops:
     from kernels import reference
 
-    return Ops(reference.lora_shrink, reference.lora_expand, reference.store_kv, reference.paged_attention)
+    return _ops_of(reference, reference)
 
 
 def _triton_ops() -> Ops:
     from kernels import triton_attention, triton_lora
 
+    return _ops_of(triton_lora, triton_attention)
+
+
+def _ops_of(lora: ModuleType, attention: ModuleType) -> Ops:
     return Ops(
-        triton_lora.lora_shrink,
-        triton_lora.lora_expand,
-        triton_attention.store_kv,
-        triton_attention.paged_attention,
+        lora.lora_shrink,
+        lora.lora_lookup,
+        lora.lora_expand,
+        lora.dora_scale,
+        attention.store_kv,
+        attention.paged_attention,
     )

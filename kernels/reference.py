@@ -1,8 +1,9 @@
 """The torch twins: what each operation is, said as plainly as possible. The truth in tests; right on any device.
 
-Shape letters: T tokens, D in, F out, R rank (here the launch's max_rank), P pages, L layers, K key/value heads, H head
-dim, N query heads (in `q_TNH`) or sequences (in `block_tables_NB`), B blocks of the longest sequence, C tokens of
-context, Q tokens of one query, G query heads per key/value head.
+Shape letters: T tokens, D in, F out (of a group: all its modules'), R rank (of a group: the sum of its modules'
+max_rank), P pages, L layers, K key/value heads, H head dim, N query heads (in `q_TNH`) or sequences (in
+`block_tables_NB`), B blocks of the longest sequence, C tokens of context, Q tokens of one query, G query heads per
+key/value head.
 
 Everything is computed in float32 and rounded once to the dtype of the output.
 """
@@ -12,35 +13,75 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.segments import LoraSegments
+from kernels.segments import LoraGroup, LoraSegments
 
 
-def lora_shrink(x_TD: Tensor, arena: Tensor, segments: LoraSegments) -> Tensor:
-    """Project each token onto its adapter's rows of `lora_a`.
+def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
+    """Project each token onto its adapter's rows of `lora_a` in each module of the group, and scale.
 
-    Semantics: `h[t, :rank] = x[t] @ A^T` with A the [rank, D] matrix of t's segment; zero beyond its rank and for
-    tokens without adapter.
+    Semantics: `h[t, column : column + rank] = scaling * (x[t] @ A^T)` with A the [rank, D] matrix of t's segment in the
+    module that owns the columns from `column` on; zero beyond its rank and for tokens without adapter.
 
-    x_TD: any float dtype. arena: flat. Returns float32 [T, max_rank].
+    x_TD: any float dtype. arena: flat. Returns float32 [T, group.num_columns].
     """
-    h_TR = torch.zeros(x_TD.shape[0], segments.max_rank, dtype=torch.float32, device=x_TD.device)
-    for tokens, rank, table_start, _ in _each_segment(segments):
-        a_RD = _rows(arena, segments.a_rows[table_start : table_start + rank], x_TD.shape[1])
-        h_TR[tokens, :rank] = x_TD[tokens].float() @ a_RD.T
+    h_TR = torch.zeros(x_TD.shape[0], group.num_columns, dtype=torch.float32, device=x_TD.device)
+    for module, column in zip(group.modules, group.columns, strict=True):
+        for tokens, rank, table_start, scaling in _each_segment(module):
+            a_RD = _rows(arena, module.a_rows[table_start : table_start + rank], x_TD.shape[1])
+            h_TR[tokens, column : column + rank] = scaling * (x_TD[tokens].float() @ a_RD.T)
     return h_TR
 
 
-def lora_expand(h_TR: Tensor, arena: Tensor, segments: LoraSegments, out_TF: Tensor) -> None:
-    """Add each adapter's contribution to the output of its module, in place.
+def lora_lookup(ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) -> Tensor:
+    """`lora_shrink` where x is one-hot, as the input of an embedding is: the columns of `lora_a` that the ids name.
 
-    Semantics: `out[t] += scaling * (h[t, :rank] @ B^T)` with B^T the [rank, F] matrix of t's segment; other tokens are
-    left as they are.
+    Rows of vocabulary size are cut into pieces of `width` elements (the last one shorter): row i of piece k is entry
+    `table_starts[s] + k * ranks[s] + i` of a_rows.
 
-    h_TR: float32, from `lora_shrink`. out_TF: any float dtype; may be a column slice of a fused projection's output.
+    Semantics: `h[t, :rank] = scaling * A[:, ids[t]]`; zero beyond its rank and for tokens without adapter.
+
+    ids_T: int64. Returns float32 [T, module.max_rank].
     """
-    for tokens, rank, table_start, scaling in _each_segment(segments):
-        b_RF = _rows(arena, segments.b_rows[table_start : table_start + rank], out_TF.shape[1])
-        out_TF[tokens] = (out_TF[tokens].float() + scaling * (h_TR[tokens, :rank] @ b_RF)).to(out_TF.dtype)
+    h_TR = torch.zeros(ids_T.shape[0], module.max_rank, dtype=torch.float32, device=ids_T.device)
+    for tokens, rank, table_start, scaling in _each_segment(module):
+        for t in range(tokens.start, tokens.stop):
+            piece, column = divmod(int(ids_T[t]), width)
+            first = table_start + piece * rank
+            h_TR[t, :rank] = scaling * arena[module.a_rows[first : first + rank] + column].float()
+    return h_TR
+
+
+def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
+    """Add each adapter's contribution to the outputs of the group's modules, in place.
+
+    Semantics: `out[t, module's columns] += h[t, column : column + rank] @ B^T` with B^T the [rank, width] matrix of t's
+    segment in the module; other tokens are left as they are.
+
+    h_TR: float32, from `lora_shrink` or `lora_lookup`. out_TF: any float dtype, the modules' outputs side by side. The
+    rows of lora_b are finite (packing sees to it), so that zero times another adapter's row is zero.
+    """
+    parts = out_TF.split(group.widths, 1)
+    for module, column, part_TF in zip(group.modules, group.columns, parts, strict=True):
+        for tokens, rank, table_start, _ in _each_segment(module):
+            b_RF = _rows(arena, module.b_rows[table_start : table_start + rank], part_TF.shape[1])
+            part_TF[tokens] = (part_TF[tokens].float() + h_TR[tokens, column : column + rank] @ b_RF).to(out_TF.dtype)
+
+
+def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor | None) -> None:
+    """Scale the base's part of the outputs as DoRA adapters do (arXiv 2402.09353, section 4.1), in place.
+
+    Semantics: `out[t] += gain * (out[t] - bias)` in the columns of each module, with the gains of t's segment there:
+    what DoRA's factor (magnitude / norm) has over 1. Tokens of other adapters are left as they are.
+    """
+    biases = (0.0,) * len(group.modules) if bias_F is None else [b.float() for b in bias_F.split(group.widths)]
+    for module, bias, part_TF in zip(group.modules, biases, out_TF.split(group.widths, 1), strict=True):
+        if module.gain_rows is None:
+            continue
+        starts = module.token_starts.tolist()
+        for s, row in enumerate(module.gain_rows.tolist()):
+            if row >= 0:
+                own_TF, gain_F = part_TF[starts[s] : starts[s + 1]], arena[row : row + part_TF.shape[1]].float()
+                own_TF.copy_(own_TF.float() + gain_F * (own_TF.float() - bias))
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:

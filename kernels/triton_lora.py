@@ -15,69 +15,117 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.segments import LoraSegments
+from kernels.segments import LoraGroup, LoraSegments
 
 # The interpreter multiplies the bit patterns of bfloat16 (triton 3.7.1); widened right after each load it is exact.
 _UPCAST = triton.knobs.runtime.interpret
 
 
-def lora_shrink(x_TD: Tensor, arena: Tensor, segments: LoraSegments) -> Tensor:
+def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
     """Project each token onto its adapter's rows of `lora_a`; see `kernels.reference.lora_shrink`."""
     num_in = x_TD.shape[1]
     assert x_TD.stride(1) == arena.stride(0) == 1
-    h_TR = torch.zeros(x_TD.shape[0], segments.max_rank, dtype=torch.float32, device=x_TD.device)
-    block_t, block_r = _tile(segments.max_tokens, 32), _tile(segments.max_rank, 64)
-    grid = (
-        triton.cdiv(segments.max_tokens, block_t),
-        triton.cdiv(segments.max_rank, block_r),
-        segments.ranks.shape[0],
-    )
-    shrink_kernel[grid](
-        x_TD,
+    h_TR = torch.zeros(x_TD.shape[0], group.num_columns, dtype=torch.float32, device=x_TD.device)
+    for module, column in zip(group.modules, group.columns, strict=True):
+        if module.max_rank == 0:
+            continue
+        block_t, block_r = _tile(module.max_tokens, 32), _tile(module.max_rank, 64)
+        shrink_kernel[_grid(module, block_t, module.max_rank, block_r)](
+            x_TD,
+            arena,
+            h_TR[:, column:],
+            module.token_starts,
+            module.ranks,
+            module.scalings,
+            module.table_starts,
+            module.a_rows,
+            num_in,
+            x_TD.stride(0),
+            h_TR.stride(0),
+            module.ranks.stride(0),
+            module.scalings.stride(0),
+            module.table_starts.stride(0),
+            BLOCK_T=block_t,
+            BLOCK_R=block_r,
+            BLOCK_D=min(128, max(16, triton.next_power_of_2(num_in))),
+            UPCAST=_UPCAST,
+        )
+    return h_TR
+
+
+def lora_lookup(ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) -> Tensor:
+    """Read the columns of `lora_a` that the ids name; see `kernels.reference.lora_lookup`."""
+    assert ids_T.stride(0) == arena.stride(0) == 1
+    h_TR = torch.zeros(ids_T.shape[0], module.max_rank, dtype=torch.float32, device=ids_T.device)
+    block_t, block_r = _tile(module.max_tokens, 32), _tile(module.max_rank, 64)
+    lookup_kernel[_grid(module, block_t, module.max_rank, block_r)](
+        ids_T,
         arena,
         h_TR,
-        segments.token_starts,
-        segments.ranks,
-        segments.table_starts,
-        segments.a_rows,
-        num_in,
-        x_TD.stride(0),
+        module.token_starts,
+        module.ranks,
+        module.scalings,
+        module.table_starts,
+        module.a_rows,
+        width,
         h_TR.stride(0),
-        segments.ranks.stride(0),
-        segments.table_starts.stride(0),
+        module.ranks.stride(0),
+        module.scalings.stride(0),
+        module.table_starts.stride(0),
         BLOCK_T=block_t,
         BLOCK_R=block_r,
-        BLOCK_D=min(128, max(16, triton.next_power_of_2(num_in))),
-        UPCAST=_UPCAST,
     )
     return h_TR
 
 
-def lora_expand(h_TR: Tensor, arena: Tensor, segments: LoraSegments, out_TF: Tensor) -> None:
+def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
     """Add each adapter's contribution to `out_TF`, in place; see `kernels.reference.lora_expand`."""
-    num_out = out_TF.shape[1]
     assert out_TF.stride(1) == h_TR.stride(1) == arena.stride(0) == 1
-    block_t, block_f = _tile(segments.max_tokens, 32), min(128, max(16, triton.next_power_of_2(num_out)))
-    grid = (triton.cdiv(segments.max_tokens, block_t), triton.cdiv(num_out, block_f), segments.ranks.shape[0])
-    expand_kernel[grid](
-        h_TR,
-        arena,
-        out_TF,
-        segments.token_starts,
-        segments.ranks,
-        segments.scalings,
-        segments.table_starts,
-        segments.b_rows,
-        num_out,
-        h_TR.stride(0),
-        out_TF.stride(0),
-        segments.ranks.stride(0),
-        segments.scalings.stride(0),
-        segments.table_starts.stride(0),
-        BLOCK_T=block_t,
-        BLOCK_R=_tile(segments.max_rank, 32),
-        BLOCK_F=block_f,
-    )
+    for module, column, part_TF in zip(group.modules, group.columns, out_TF.split(group.widths, 1), strict=True):
+        if module.max_rank == 0:
+            continue
+        num_out = part_TF.shape[1]
+        block_t, block_f = _tile(module.max_tokens, 32), min(128, max(16, triton.next_power_of_2(num_out)))
+        expand_kernel[_grid(module, block_t, num_out, block_f)](
+            h_TR[:, column:],
+            arena,
+            part_TF,
+            module.token_starts,
+            module.ranks,
+            module.table_starts,
+            module.b_rows,
+            num_out,
+            h_TR.stride(0),
+            part_TF.stride(0),
+            module.ranks.stride(0),
+            module.table_starts.stride(0),
+            BLOCK_T=block_t,
+            BLOCK_R=_tile(module.max_rank, 32),
+            BLOCK_F=block_f,
+        )
+
+
+def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor | None) -> None:
+    """Scale the base's part of the outputs as DoRA adapters do; see `kernels.reference.dora_scale`."""
+    assert out_TF.stride(1) == arena.stride(0) == 1
+    biases = (None,) * len(group.modules) if bias_F is None else bias_F.split(group.widths)
+    for module, bias, part_TF in zip(group.modules, biases, out_TF.split(group.widths, 1), strict=True):
+        if module.gain_rows is None:
+            continue
+        num_out = part_TF.shape[1]
+        block_t, block_f = _tile(module.max_tokens, 32), min(128, max(16, triton.next_power_of_2(num_out)))
+        dora_kernel[_grid(module, block_t, num_out, block_f)](
+            arena,
+            part_TF,
+            arena if bias is None else bias,
+            module.token_starts,
+            module.gain_rows,
+            num_out,
+            part_TF.stride(0),
+            HAS_BIAS=bias is not None,
+            BLOCK_T=block_t,
+            BLOCK_F=block_f,
+        )
 
 
 @triton.jit
@@ -87,19 +135,21 @@ def shrink_kernel(
     h_ptr,
     token_starts_ptr,
     ranks_ptr,
+    scalings_ptr,
     table_starts_ptr,
     a_rows_ptr,
     num_in,
     x_stride,
     h_stride,
     ranks_stride,
+    scalings_stride,
     table_stride,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """`h[tile of T, tile of R] = x @ A^T` of segment `program_id(2)`; whole D in one program, in order."""
+    """`h[tile of T, tile of R] = scaling * (x @ A^T)` of segment `program_id(2)`; whole D in one program, in order."""
     segment = tl.program_id(2)
     start = tl.load(token_starts_ptr + segment)
     end = tl.load(token_starts_ptr + segment + 1)
@@ -120,8 +170,46 @@ def shrink_kernel(
             if UPCAST:
                 x, a = x.to(tl.float32), a.to(tl.float32)
             acc += tl.dot(x, a, input_precision="ieee")
+        acc *= tl.load(scalings_ptr + segment * scalings_stride)
         h_offset = token.to(tl.int64) * h_stride
         tl.store(h_ptr + h_offset[:, None] + row, acc, mask=is_token[:, None] & is_row)
+
+
+@triton.jit
+def lookup_kernel(
+    ids_ptr,
+    arena_ptr,
+    h_ptr,
+    token_starts_ptr,
+    ranks_ptr,
+    scalings_ptr,
+    table_starts_ptr,
+    a_rows_ptr,
+    width,
+    h_stride,
+    ranks_stride,
+    scalings_stride,
+    table_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """`h[tile of T, tile of R] = scaling * A[:, ids]^T` of segment `program_id(2)`, A's rows being cut in pieces."""
+    segment = tl.program_id(2)
+    start = tl.load(token_starts_ptr + segment)
+    end = tl.load(token_starts_ptr + segment + 1)
+    rank = tl.load(ranks_ptr + segment * ranks_stride)
+    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if (start + tl.program_id(0) * BLOCK_T < end) & (tl.program_id(1) * BLOCK_R < rank):
+        is_token = token < end
+        is_value = is_token[:, None] & (row < rank)
+        id = tl.load(ids_ptr + token, mask=is_token, other=0)
+        entry = tl.load(table_starts_ptr + segment * table_stride) + (id // width * rank)[:, None] + row
+        a_offset = tl.load(a_rows_ptr + entry, mask=is_value, other=0) + (id % width)[:, None]
+        value = tl.load(arena_ptr + a_offset, mask=is_value, other=0.0).to(tl.float32)
+        h_offset = token.to(tl.int64) * h_stride
+        scaling = tl.load(scalings_ptr + segment * scalings_stride)
+        tl.store(h_ptr + h_offset[:, None] + row, scaling * value, mask=is_value)
 
 
 @triton.jit
@@ -131,20 +219,18 @@ def expand_kernel(
     out_ptr,
     token_starts_ptr,
     ranks_ptr,
-    scalings_ptr,
     table_starts_ptr,
     b_rows_ptr,
     num_out,
     h_stride,
     out_stride,
     ranks_stride,
-    scalings_stride,
     table_stride,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """`out[tile of T, tile of F] += scaling * h @ B^T` of segment `program_id(2)`.
+    """`out[tile of T, tile of F] += h @ B^T` of segment `program_id(2)`.
 
     Rows of 16 bits are widened to h's float32, so that nothing is rounded before the sum.
     """
@@ -169,8 +255,44 @@ def expand_kernel(
         out_offset = out_ptr + (token.to(tl.int64) * out_stride)[:, None] + column
         is_out = is_token[:, None] & is_column
         out = tl.load(out_offset, mask=is_out, other=0.0).to(tl.float32)
-        out += tl.load(scalings_ptr + segment * scalings_stride) * acc
-        tl.store(out_offset, out.to(out_ptr.dtype.element_ty), mask=is_out)
+        tl.store(out_offset, (out + acc).to(out_ptr.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def dora_kernel(
+    arena_ptr,
+    out_ptr,
+    bias_ptr,
+    token_starts_ptr,
+    gain_rows_ptr,
+    num_out,
+    out_stride,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """`out[tile of T, tile of F] += gain * (out - bias)` of segment `program_id(2)`."""
+    segment = tl.program_id(2)
+    start = tl.load(token_starts_ptr + segment)
+    end = tl.load(token_starts_ptr + segment + 1)
+    gain_row = tl.load(gain_rows_ptr + segment)
+    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    if (start + tl.program_id(0) * BLOCK_T < end) & (gain_row >= 0):
+        is_column = column < num_out
+        is_out = (token < end)[:, None] & is_column
+        out_offset = out_ptr + (token.to(tl.int64) * out_stride)[:, None] + column
+        out = tl.load(out_offset, mask=is_out, other=0.0).to(tl.float32)
+        gain = tl.load(arena_ptr + gain_row + column, mask=is_column, other=0.0).to(tl.float32)
+        base = out
+        if HAS_BIAS:
+            base -= tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        tl.store(out_offset, (out + gain * base).to(out_ptr.dtype.element_ty), mask=is_out)
+
+
+def _grid(module: LoraSegments, block_t: int, num_columns: int, block_columns: int) -> tuple[int, int, int]:
+    num_segments = module.ranks.shape[0]
+    return triton.cdiv(module.max_tokens, block_t), triton.cdiv(num_columns, block_columns), num_segments
 
 
 def _tile(size: int, largest: int) -> int:

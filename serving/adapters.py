@@ -1,8 +1,8 @@
 """Which adapters are where: on the host, packed and ready to copy; on the device, in pages of the arena.
 
 There is no fixed number of slots and no padding to a largest rank: an adapter takes as many pages as its rows fill, and
-idle ones give way, least recently used first, to other adapters and to KV cache alike (S-LoRA, arXiv 2311.03285,
-section 5).
+idle ones give way to other adapters and to KV cache alike (S-LoRA, arXiv 2311.03285, section 5), in the order of
+`serving.eviction`.
 
 Shape letters: M target modules of the whole model, N rows of an adapter over all modules, P pages, E elements of a
 page.
@@ -10,28 +10,34 @@ page.
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
+from serving.eviction import EvictionQueue
 from serving.packing import PackedAdapter
 from serving.pages import PageArena
+from serving.residency import Residency, Tier
 
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
     """An adapter in the arena: what a batch needs to know of it. Offsets are in elements of the whole arena.
 
-    ranks_M: int32; scalings_M: float32; table_starts_M, a_rows_N, b_rows_N: int64; all on the arena's device.
+    ranks_M: int32; scalings_M: float32; table_starts_M, a_rows_N, b_rows_N: int64; is_dora_M: bool; all on the arena's
+    device.
     """
 
     key: str
     pages: tuple[int, ...]
     ranks: tuple[int, ...]
+    is_dora: tuple[bool, ...]
     ranks_M: Tensor
     scalings_M: Tensor
     table_starts_M: Tensor
+    is_dora_M: Tensor
     a_rows_N: Tensor
     b_rows_N: Tensor
 
@@ -43,6 +49,9 @@ class _Entry:
     packed: PackedAdapter
     num_holds: int = 0  # requests accepted for it: it stays on the host
     num_pins: int = 0  # sequences running with it: it stays on the device
+    num_uses: int = 0  # sequences that ever ran with it
+    num_requests: int = 0  # that found it on the host
+    load_s: float = 0.0
     resident: ResidentAdapter | None = None
     is_removed: bool = False
 
@@ -55,25 +64,25 @@ class AdapterCache:
     `num_resident` adapters are on the device and take `num_pages_used` pages there.
     """
 
-    def __init__(self, arena: PageArena, memory_PE: Tensor, host_cache_bytes: int):
+    def __init__(self, arena: PageArena, evictions: EvictionQueue, memory_PE: Tensor, host_cache_bytes: int):
         self._arena = arena
+        self._evictions = evictions
         self._memory_PE = memory_PE
         self._host_cache_bytes = host_cache_bytes
         self._host_bytes = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._idle: OrderedDict[str, ResidentAdapter] = OrderedDict()  # resident, not pinned, longest idle first
         self.num_resident = 0
         self.num_pages_used = 0
         self.num_evictions = 0
 
-    def add(self, key: str, packed: PackedAdapter) -> None:
-        """Put an adapter on the host, or find it there; idle ones leave as the byte budget demands.
+    def add(self, key: str, packed: PackedAdapter, load_s: float = 0.0) -> None:
+        """Put an adapter that took so long to load on the host, or find it there; idle ones leave as the bytes demand.
 
         Raises InvalidAdapterError where it can never fit, OverloadedError where all others are in use.
         """
         if key not in self._entries:
             self._make_host_room(packed)
-            self._entries[key] = _Entry(packed)
+            self._entries[key] = _Entry(packed, load_s=load_s)
             self._host_bytes += packed.num_bytes
         self._entries[key].is_removed = False
         self._entries.move_to_end(key)
@@ -89,6 +98,10 @@ class AdapterCache:
             self._entries[key].is_removed = True
             self._forget_if_unused(key)
 
+    def is_resident(self, key: str) -> bool:
+        """Whether it is on the device."""
+        return self._entries[key].resident is not None
+
     def num_pages(self, key: str) -> int:
         """Pages that the adapter takes when resident."""
         return self._entries[key].packed.num_pages
@@ -102,14 +115,16 @@ class AdapterCache:
         if not self.has(key):
             raise NotFoundError(f"adapter {key} is not loaded")
         self._entries[key].num_holds += 1
+        self._entries[key].num_requests += 1
         self._entries.move_to_end(key)
 
-    def drop(self, key: str) -> None:
-        """End one `hold`."""
+    def drop(self, key: str) -> bool:
+        """End one `hold`; False if the adapter was removed and this was the last."""
         entry = self._entries[key]
         assert entry.num_holds > 0, f"adapter {key} is dropped more often than held"
         entry.num_holds -= 1
         self._forget_if_unused(key)
+        return key in self._entries
 
     def acquire(self, key: str) -> ResidentAdapter:
         """Pin it, copied into the arena if it is not there; the caller holds it. Raises OutOfPages."""
@@ -118,8 +133,16 @@ class AdapterCache:
         if entry.resident is None:
             entry.resident = self._copy_in(key, entry.packed)
         entry.num_pins += 1
-        self._idle.pop(key, None)
+        entry.num_uses += 1
+        self._evictions.discard(key)
         return entry.resident
+
+    def prefetch(self, key: str) -> None:
+        """Copy it into the arena for who comes next; it gives way like any idle one. Raises OutOfPages."""
+        entry = self._entries[key]
+        assert entry.resident is None, f"adapter {key} is resident already"
+        entry.resident = self._copy_in(key, entry.packed)
+        self._evictions.add(key, entry.packed.num_pages, float(entry.num_uses), partial(self._evict, key))
 
     def release(self, key: str) -> None:
         """End one `acquire`; without pins it stays resident until the room is needed."""
@@ -128,20 +151,7 @@ class AdapterCache:
         assert entry.resident is not None, f"adapter {key} is pinned but not resident"
         entry.num_pins -= 1
         if entry.num_pins == 0:
-            self._idle[key] = entry.resident
-
-    def make_room(self, num_pages: int, keep: str | None = None) -> bool:
-        """Evict idle adapters other than `keep` until that many pages are free; False, and none evicted, if in vain."""
-        if self._arena.num_free >= num_pages:
-            return True
-        idle = [key for key in self._idle if key != keep]
-        if self._arena.num_free + sum(len(self._idle[key].pages) for key in idle) < num_pages:
-            return False
-        for key in idle:
-            self._evict(key)
-            if self._arena.num_free >= num_pages:
-                break
-        return True
+            self._evictions.add(key, len(entry.resident.pages), float(entry.num_uses), partial(self._evict, key))
 
     @property
     def num_holds(self) -> int:
@@ -163,17 +173,31 @@ class AdapterCache:
         """Host memory that they take."""
         return self._host_bytes
 
+    def residencies(self) -> list[Residency]:
+        """Where each adapter is, and how much it is used."""
+        return [
+            Residency(
+                key,
+                Tier.DEVICE if entry.resident else Tier.HOST,
+                num_bytes=entry.packed.num_bytes,
+                num_hits=entry.num_requests,
+                num_running=entry.num_pins,
+                load_s=entry.load_s,
+            )
+            for key, entry in self._entries.items()
+        ]
+
     def owned_pages(self) -> list[tuple[int, ...]]:
         """Pages of each resident adapter."""
         return [entry.resident.pages for entry in self._entries.values() if entry.resident]
 
     def check_integrity(self) -> None:
-        """Assert that pins, holds, the idle list and the byte count agree."""
+        """Assert that pins, holds, the eviction queue and the byte count agree."""
         for key, entry in self._entries.items():
             assert entry.num_holds >= entry.num_pins >= 0, f"adapter {key} has more pins than holds"
-            assert (key in self._idle) == (entry.resident is not None and entry.num_pins == 0), f"{key} is misfiled"
+            is_idle = entry.resident is not None and entry.num_pins == 0
+            assert is_idle == self._evictions.has(key), f"{key} is misfiled"
             assert not (entry.is_removed and entry.num_holds == 0), f"removed adapter {key} is still here"
-        assert self._idle.keys() <= self._entries.keys(), "an idle adapter is not on the host"
         sizes = [len(pages) for pages in self.owned_pages()]
         assert (self.num_resident, self.num_pages_used) == (len(sizes), sum(sizes)), "counts of residents drifted"
         assert self._host_bytes == sum(entry.packed.num_bytes for entry in self._entries.values()), "host bytes drifted"
@@ -213,9 +237,11 @@ class AdapterCache:
             key=key,
             pages=tuple(pages),
             ranks=packed.ranks,
+            is_dora=packed.is_dora,
             ranks_M=torch.tensor(packed.ranks, dtype=torch.int32, device=device),
             scalings_M=torch.tensor(packed.scalings, dtype=torch.float32, device=device),
             table_starts_M=torch.tensor(packed.table_starts, dtype=torch.int64, device=device),
+            is_dora_M=torch.tensor(packed.is_dora, device=device),
             a_rows_N=moved(packed.a_rows_N),
             b_rows_N=moved(packed.b_rows_N),
         )
@@ -225,17 +251,20 @@ class AdapterCache:
         self.num_evictions += 1
 
     def _free_pages(self, key: str) -> None:
-        pages = self._idle.pop(key).pages
-        self._arena.free(pages)
-        self._entries[key].resident = None
+        entry = self._entries[key]
+        assert entry.resident is not None, f"adapter {key} is evicted but not resident"
+        assert entry.num_pins == 0, f"adapter {key} is evicted but pinned"
+        self._arena.free(entry.resident.pages)
         self.num_resident -= 1
-        self.num_pages_used -= len(pages)
+        self.num_pages_used -= len(entry.resident.pages)
+        entry.resident = None
 
     def _forget_if_unused(self, key: str) -> None:
         if self._entries[key].is_removed and self._entries[key].num_holds == 0:
             self._forget(key)
 
     def _forget(self, key: str) -> None:
-        if key in self._idle:
+        if self._entries[key].resident is not None:
+            self._evictions.discard(key)
             self._free_pages(key)
         self._host_bytes -= self._entries.pop(key).packed.num_bytes

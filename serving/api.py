@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
+from hashlib import blake2b
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -22,8 +23,10 @@ from cluster.errors import InvalidRequestError, ReloraError
 from serving.backend import aclose
 from serving.errors import HTTP_ERRORS, HttpError, error_body, error_headers, http_error
 from serving.gateway import Answer, Gateway
+from serving.lifecycle import residencies
 from serving.metrics import Metrics, MetricsMiddleware
 from serving.replies import ChatShape, CompletionShape, Reply, Shape, sse
+from serving.residency import Residency
 from serving.routing import Target
 from serving.schemas import ChatBody, CompletionBody, LoadAdapterBody, UnloadAdapterBody
 
@@ -83,6 +86,13 @@ async def model(name: str, request: HttpRequest) -> Response:
     raise HTTPException(404, f"The model {name!r} does not exist.")
 
 
+@router.get("/v1/adapters")
+async def adapters(request: HttpRequest) -> Response:
+    """The versions that names lead to, with where their weights are, what they take, and how much they are used."""
+    known = await residencies(_gateway(request).snapshot)
+    return JSONResponse({"object": "list", "data": [_adapter(target, where) for target, where in known]})
+
+
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadAdapterBody, request: HttpRequest) -> Response:
     """Makes an adapter's files the live version of its name."""
@@ -130,7 +140,7 @@ class EventStream(StreamingResponse):
 
 async def _generate(body: CompletionBody | ChatBody, request: HttpRequest, shape: Shape) -> Response:
     started_at = time.monotonic()
-    call = body.call(f"{shape.id_prefix}-{uuid4().hex}")
+    call = body.call(f"{shape.id_prefix}-{uuid4().hex}", _tenant(request))
     answer = await _unless_gone(request, _gateway(request).answer(call, whole=not body.stream))
     if answer is None:
         return Response(status_code=CLIENT_GONE)
@@ -185,6 +195,12 @@ def _count_tokens(request: HttpRequest, base: str, reply: Reply) -> None:
     tokens.labels(base, "completion").inc(usage["completion_tokens"])
 
 
+def _tenant(request: HttpRequest) -> str:
+    """Who asks: a hash of the API key, which OpenAI's limits go by too; "" without one."""
+    key = request.headers.get("authorization", "")
+    return blake2b(key.encode(), digest_size=8).hexdigest() if key else ""
+
+
 def _gateway(request: HttpRequest) -> Gateway:
     return request.app.state.gateway
 
@@ -203,6 +219,22 @@ def _model(gateway: Gateway, target: Target) -> dict[str, Any]:
         "root": target.base,
         "parent": target.base if target.version else None,
         "version": target.label if target.version else None,
+    }
+
+
+def _adapter(target: Target, where: Residency) -> dict[str, Any]:
+    assert target.version is not None, "a base is no adapter"
+    return {
+        "id": target.version.adapter,
+        "object": "adapter",
+        "version": target.label,
+        "status": target.version.status.value,
+        "base": target.base,
+        "tier": where.tier.value,
+        "bytes": where.num_bytes,
+        "hits": where.num_hits,
+        "running": where.num_running,
+        "load_s": round(where.load_s, 6),
     }
 
 

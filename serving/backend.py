@@ -3,13 +3,15 @@
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from cluster.blobs import BlobStore
-from cluster.errors import InvalidAdapterError, NotFoundError, StorageError
+from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError, StorageError
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.loop import EngineLoop
 from serving.request import AdapterRef, Request, TokenEvent
+from serving.residency import Residency
 
 Item = TypeVar("Item")
 
@@ -29,6 +31,17 @@ class Backend(Protocol):
         """The engine's gauges, summed over its replicas; BackendDiedError if no replica is alive."""
         ...
 
+    async def residencies(self) -> list[Residency]:
+        """Where adapters are, from each of its replicas; BackendDiedError if no replica is alive."""
+        ...
+
+    async def release(self, adapter_key: str) -> None:
+        """Let every replica's memory of an adapter go, once the requests under way with it have ended.
+
+        Whoever asks for the adapter later makes the engine fetch it again. BackendDiedError if no replica is alive.
+        """
+        ...
+
 
 class LocalBackend:
     """An engine loop in this process, fed with adapters from the blob store. Owns neither."""
@@ -41,7 +54,7 @@ class LocalBackend:
     async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
         """See `Backend.generate`. StorageError if the adapter cannot be fetched, BackendFailedError if not used."""
         if request.adapter is not None:
-            await self._ensure(request.adapter)
+            request = await self._with_adapter(request, request.adapter)
         try:
             async for events in coalesce(self._loop.generate(request), self._interval_s):
                 yield events
@@ -53,10 +66,32 @@ class LocalBackend:
         self.check_health()
         return self._loop.stats()
 
+    async def residencies(self) -> list[Residency]:
+        """See `Backend.residencies`."""
+        return await self._loop.residencies()
+
+    async def release(self, adapter_key: str) -> None:
+        """See `Backend.release`."""
+        await self._loop.remove_adapter(adapter_key)
+
     def check_health(self) -> None:
         """BackendDiedError if the engine's thread has stopped or failed."""
         if not self._loop.is_healthy:
             raise BackendDiedError("The engine has stopped.")
+
+    async def _with_adapter(self, request: Request, adapter: AdapterRef) -> Request:
+        """The request once its adapter is on the host; the time that took counts for the first token's deadline."""
+        deadline_s = request.terms.first_token_deadline_s
+        started_at = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._ensure(adapter)
+        except TimeoutError as error:
+            raise OverloadedError(f"Adapter {adapter.label} did not come before the first token was due.") from error
+        if deadline_s is None:
+            return request
+        left_s = max(0.0, deadline_s - (time.monotonic() - started_at))
+        return replace(request, terms=replace(request.terms, first_token_deadline_s=left_s))
 
     async def _ensure(self, adapter: AdapterRef) -> None:
         try:

@@ -7,12 +7,13 @@ target modules of the whole model, O rows whose logits are wanted.
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from serving.adapters import ResidentAdapter
-from serving.batch import Batch, LoraBatch
+from serving.batch import Batch, LoraBatch, LoraLayout
 from serving.sequence import Chunk
 
 
@@ -23,63 +24,73 @@ class BatchBuilder:
     and all decode, they are those of the next batch too.
     """
 
-    def __init__(self, page_tokens: int, device: torch.device):
+    def __init__(self, page_tokens: int, device: torch.device, layout: LoraLayout):
         self._page_tokens = page_tokens
         self._device = device
+        self._layout = layout
         self._adapters: tuple[ResidentAdapter, ...] = ()
-        self._lengths: tuple[int, ...] = ()  # tokens of each
+        self._lengths: list[tuple[int, int]] = []  # tokens of each, and those of them that sample
         self._last_lora: LoraBatch | None = None
 
     def build(self, chunks: Seq[Chunk]) -> Batch:
         """The batch of some chunks, those of one adapter side by side and those without one last; never empty."""
-        lengths = [chunk.end - chunk.start for chunk in chunks]
-        ends = list(accumulate(lengths))
         contexts = [chunk.end for chunk in chunks]
+        contexts_N = torch.tensor(contexts)
+        lengths_N = contexts_N - torch.tensor([chunk.start for chunk in chunks])
+        ends_N = lengths_N.cumsum(0)
+        sequences_T = torch.repeat_interleave(lengths_N)
+        positions_T = torch.arange(len(sequences_T)) - (ends_N - contexts_N)[sequences_T]
+        tables_NB, size = self._block_tables(chunks, max(contexts)), self._page_tokens
+        slots_T = tables_NB[sequences_T, positions_T // size].long() * size + positions_T % size
+        samples_N = torch.tensor([chunk.does_sample for chunk in chunks])
         return Batch(
             tokens_T=self._int64([t for c in chunks for t in c.sequence.tokens[c.start : c.end]]),
-            positions_T=self._int64([p for c in chunks for p in range(c.start, c.end)]),
-            slots_T=self._int64([slot for c in chunks for slot in self._slots(c)]),
-            query_starts=self._int32([0, *ends]),
-            context_lens=self._int32(contexts),
-            block_tables_NB=self._int32(self._block_tables(chunks)),
-            logit_rows_O=self._int64([end - 1 for c, end in zip(chunks, ends, strict=True) if c.does_sample]),
-            max_query_tokens=max(lengths),
+            positions_T=positions_T.to(self._device),
+            slots_T=slots_T.to(self._device),
+            query_starts=torch.cat([ends_N.new_zeros(1), ends_N]).to(self._device, torch.int32),
+            context_lens=contexts_N.to(self._device, torch.int32),
+            block_tables_NB=tables_NB.to(self._device),
+            logit_rows_O=(ends_N[samples_N] - 1).to(self._device),
+            max_query_tokens=int(lengths_N.max()),
             max_context_tokens=max(contexts),
             lora=self._lora(chunks),
         )
 
-    def _slots(self, chunk: Chunk) -> list[int]:
-        size, pages = self._page_tokens, chunk.sequence.pages
-        return [pages[position // size] * size + position % size for position in range(chunk.start, chunk.end)]
-
-    def _block_tables(self, chunks: Seq[Chunk]) -> list[list[int]]:
-        tables = [c.sequence.pages[: -(-c.end // self._page_tokens)] for c in chunks]
-        num_blocks = max(map(len, tables))
-        return [table + [0] * (num_blocks - len(table)) for table in tables]
+    def _block_tables(self, chunks: Seq[Chunk], max_context_tokens: int) -> Tensor:
+        """Joined as bytes: a list of lists would make an object of every entry of every step."""
+        num_blocks = -(-max_context_tokens // self._page_tokens)
+        rows = [c.sequence.pages[:num_blocks].tobytes().ljust(num_blocks * 4, b"\0") for c in chunks]
+        return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(chunks), num_blocks)
 
     def _lora(self, chunks: Seq[Chunk]) -> LoraBatch | None:
         adapters, lengths = [], []
         for adapter, members in groupby(chunks, key=lambda chunk: chunk.sequence.resident):
             if adapter is not None:
                 adapters.append(adapter)
-                lengths.append(sum(chunk.end - chunk.start for chunk in members))
+                pairs = [(chunk.end - chunk.start, chunk.does_sample) for chunk in members]
+                lengths.append((sum(length for length, _ in pairs), sum(does_sample for _, does_sample in pairs)))
         if not adapters:
             return None
-        return self._lora_of(tuple(adapters), tuple(lengths))
+        return self._lora_of(tuple(adapters), lengths)
 
-    def _lora_of(self, adapters: tuple[ResidentAdapter, ...], lengths: tuple[int, ...]) -> LoraBatch:
+    def _lora_of(self, adapters: tuple[ResidentAdapter, ...], lengths: list[tuple[int, int]]) -> LoraBatch:
         # An evicted adapter that comes back is another object, with other rows: identity is the right comparison.
         if self._last_lora is None or self._adapters != adapters:
-            self._last_lora = _make_lora(adapters, self._token_starts(lengths), max(lengths))
+            self._last_lora = _make_lora(adapters, self._layout, **self._segments(lengths))
         elif self._lengths != lengths:
-            self._last_lora = replace(
-                self._last_lora, token_starts=self._token_starts(lengths), max_tokens=max(lengths)
-            )
+            self._last_lora = replace(self._last_lora, **self._segments(lengths))
         self._adapters, self._lengths = adapters, lengths
         return self._last_lora
 
-    def _token_starts(self, lengths: Seq[int]) -> Tensor:
-        return self._int32(list(accumulate(lengths, initial=0)))
+    def _segments(self, lengths: Seq[tuple[int, int]]) -> dict[str, Any]:
+        """What of a LoraBatch depends on how many tokens each adapter has in the batch."""
+        num_tokens, num_samples = zip(*lengths, strict=True)
+        return {
+            "token_starts": self._int32(list(accumulate(num_tokens, initial=0))),
+            "sample_starts": self._int32(list(accumulate(num_samples, initial=0))),
+            "max_tokens": max(num_tokens),
+            "max_samples": max(num_samples),
+        }
 
     def _int64(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
@@ -88,15 +99,17 @@ class BatchBuilder:
         return torch.tensor(values, dtype=torch.int32, device=self._device)
 
 
-def _make_lora(adapters: tuple[ResidentAdapter, ...], token_starts: Tensor, max_tokens: int) -> LoraBatch:
+def _make_lora(adapters: tuple[ResidentAdapter, ...], layout: LoraLayout, **segments: Any) -> LoraBatch:
     firsts = accumulate((len(adapter.a_rows_N) for adapter in adapters[:-1]), initial=0)
     return LoraBatch(
-        token_starts=token_starts,
+        layout=layout,
         ranks_SM=torch.stack([adapter.ranks_M for adapter in adapters]),
         scalings_SM=torch.stack([adapter.scalings_M for adapter in adapters]),
         table_starts_SM=torch.stack([a.table_starts_M + first for a, first in zip(adapters, firsts, strict=True)]),
+        is_dora_SM=torch.stack([adapter.is_dora_M for adapter in adapters]),
         a_rows=torch.cat([adapter.a_rows_N for adapter in adapters]),
         b_rows=torch.cat([adapter.b_rows_N for adapter in adapters]),
         max_ranks=tuple(map(max, zip(*(adapter.ranks for adapter in adapters), strict=True))),
-        max_tokens=max_tokens,
+        has_dora=tuple(map(any, zip(*(adapter.is_dora for adapter in adapters), strict=True))),
+        **segments,
     )

@@ -6,36 +6,42 @@ Shape letters: O rows whose logits are wanted, V vocabulary, P pages, E elements
 import json
 import logging
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cluster.adapter_files import Adapter, check_fits
+from cluster.adapter_files import Adapter, check_base_copies, check_fits
 from cluster.config import ServingConfig
 from cluster.errors import (
     ConfigError,
     InvalidAdapterError,
     InvalidCheckpointError,
     InvalidRequestError,
+    OverloadedError,
     ReloraError,
 )
 from serving.adapters import AdapterCache
 from serving.batching import BatchBuilder
+from serving.eviction import EvictionQueue
 from serving.job import Job, make_job
+from serving.memory import new_memory
 from serving.model import CausalLM
-from serving.packing import PackedAdapter, pack_adapter
+from serving.packing import PackedAdapter, dora_factors, pack_adapter
 from serving.pages import PageArena
+from serving.prefixes import PrefixCache
 from serving.request import AdapterRef, FinishReason, Request, TokenEvent
+from serving.residency import Residency
 from serving.sampler import Sampled, sample
 from serving.scheduler import Scheduler
 from serving.sequence import Chunk
+from serving.text import Vocabulary
 from serving.weights import load_model
 
 log = logging.getLogger(__name__)
+
+_STEP_WEIGHT = 0.1  # of the last step in the moving average of their time
 
 
 class Engine:
@@ -50,30 +56,27 @@ class Engine:
     ):
         self.config = config
         self._model = model
-        self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._eos_ids = eos_ids
         self._max_model_tokens = min(config.max_model_tokens, model.max_position)
         self._dtype = getattr(torch, config.dtype)
         device = torch.device(config.device)
         page_elements = _page_elements(model, config)
         num_pages = config.memory_bytes // (page_elements * self._dtype.itemsize)
-        self._memory_PE = torch.zeros(num_pages, page_elements, dtype=self._dtype, device=device)
+        self._memory_PE = new_memory(num_pages, page_elements, self._dtype, device)
         self._arena = PageArena(num_pages)
-        self._adapters = AdapterCache(self._arena, self._memory_PE, config.host_cache_bytes)
-        self._scheduler = Scheduler(
-            self._arena,
-            self._adapters,
-            page_tokens=config.page_tokens,
-            max_batch_tokens=config.max_batch_tokens,
-            max_sequences=config.max_sequences,
-            max_queue=config.max_queue,
-        )
-        self._batches = BatchBuilder(config.page_tokens, device)
+        evictions = EvictionQueue(self._arena)
+        self._adapters = AdapterCache(self._arena, evictions, self._memory_PE, config.host_cache_bytes)
+        self._prefixes = PrefixCache(self._arena, evictions, config.page_tokens)
+        self._scheduler = Scheduler(config, self._arena, self._adapters, self._prefixes, evictions)
+        self._batches = BatchBuilder(config.page_tokens, device, model.lora_layout(page_elements))
         self._jobs: dict[str, Job] = {}
         self._ended_early: list[TokenEvent] = []
         self._num_tokens = 0
         self._num_steps = 0
         self._step_seconds = 0.0
+        self._recent_step_s = 0.0
+        self._num_overdue = 0
 
     @classmethod
     def open(cls, folder: Path, config: ServingConfig) -> "Engine":
@@ -88,10 +91,10 @@ class Engine:
         """Queue a request; its events come from `step`.
 
         Raises InvalidRequestError if it can never be served, NotFoundError if its adapter is not loaded,
-        OverloadedError if the queue is full.
+        OverloadedError if the queue is full, TenantLimitError if the tenant's share of it is.
         """
         self._check(request)
-        job = make_job(request, self._tokenizer, self._eos_ids, self._max_model_tokens)
+        job = make_job(request, self._vocabulary, self._eos_ids, self._max_model_tokens, self.config)
         reason = job.replay()
         if reason is None:
             self._scheduler.submit(job.sequence)
@@ -115,13 +118,14 @@ class Engine:
         """One forward pass of what the scheduler picks: the news of each request that got a token or ended."""
         started_at = time.perf_counter()
         events, self._ended_early = self._ended_early, []
+        events += self._refuse_overdue()
         chunks = self._scheduler.schedule()
         if chunks:
             batch = self._batches.build(chunks)
             logits_OV = self._model.forward(batch, self._memory_PE.view(-1), self.config.page_tokens)
-            events += self._commit(chunks, self._sample(chunks, logits_OV))
-        self._num_steps += 1
-        self._step_seconds += time.perf_counter() - started_at
+            jobs = [self._jobs[chunk.sequence.request.id] for chunk in chunks if chunk.does_sample]
+            events += self._commit(chunks, jobs, sample(logits_OV, [job.sample_row() for job in jobs]))
+        self._book_step(time.perf_counter() - started_at)
         return events
 
     # Adapters.
@@ -130,15 +134,18 @@ class Engine:
         """Lay an adapter out for this engine; any thread may do it. Raises InvalidAdapterError if it does not fit."""
         if adapter.max_rank > self.config.max_rank:
             raise InvalidAdapterError(f"rank {adapter.max_rank} is above the limit of {self.config.max_rank}")
-        check_fits(adapter, self._model.linear_shapes)
-        return pack_adapter(adapter, tuple(self._model.linear_shapes), self._memory_PE.shape[1], self._dtype)
+        check_fits(adapter, self._model.target_shapes)
+        weights = self._model.target_weights()
+        check_base_copies(adapter, weights)
+        factors = dora_factors(adapter, weights)
+        return pack_adapter(adapter, tuple(weights), self._memory_PE.shape[1], self._dtype, factors)
 
-    def add_packed(self, ref: AdapterRef, packed: PackedAdapter) -> None:
-        """Put a packed adapter on the host; nothing happens if it is there.
+    def add_packed(self, ref: AdapterRef, packed: PackedAdapter, load_s: float = 0.0) -> None:
+        """Put a packed adapter on the host, where it came from in so many seconds; nothing happens if it is there.
 
         Raises InvalidAdapterError if the memory can never hold it, OverloadedError if adapters in use leave no room.
         """
-        self._adapters.add(ref.key, packed)
+        self._adapters.add(ref.key, packed, load_s)
 
     def add_adapter(self, ref: AdapterRef, adapter: Adapter) -> None:
         """`pack` and `add_packed`."""
@@ -149,20 +156,30 @@ class Engine:
         return self._adapters.has(key)
 
     def remove_adapter(self, key: str) -> None:
-        """Refuse new requests for an adapter; its memory comes back with the last one that was accepted before."""
+        """Refuse new requests for an adapter; its memory comes back with the last one that was accepted before.
+
+        So does that of its cached prefixes.
+        """
         self._adapters.remove(key)
+        self._prefixes.forget(key)
+
+    def residencies(self) -> list[Residency]:
+        """Where each adapter is that the engine has."""
+        return self._adapters.residencies()
 
     # Books.
 
     def stats(self) -> dict[str, float]:
-        """Gauges and totals; those of several engines may be added up."""
-        num_kv_pages, num_adapter_pages = self._scheduler.num_kv_pages, self._adapters.num_pages_used
+        """Gauges and totals; those of several engines may be added up. Pages of idle prefixes count as free."""
+        num_free, num_adapter_pages = self._arena.num_free, self._adapters.num_pages_used
+        num_cached = self._prefixes.num_idle
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
             "pages": self._arena.num_pages,
-            "pages_free": self._arena.num_free,
-            "pages_kv": num_kv_pages,
+            "pages_free": num_free + num_cached,
+            "pages_cached": num_cached,
+            "pages_kv": self._arena.num_pages - num_free - num_cached - num_adapter_pages,
             "pages_adapters": num_adapter_pages,
             "adapters_resident": self._adapters.num_resident,
             "adapters_on_host": self._adapters.num_on_host,
@@ -170,6 +187,9 @@ class Engine:
             "tokens_generated": self._num_tokens,
             "preemptions": self._scheduler.num_preemptions,
             "evictions": self._adapters.num_evictions,
+            "overdue": self._num_overdue,
+            "prefix_tokens": self._prefixes.num_asked_tokens,
+            "prefix_hit_tokens": self._prefixes.num_hit_tokens,
             "steps": self._num_steps,
             "step_seconds": self._step_seconds,
         }
@@ -193,30 +213,42 @@ class Engine:
         if not 0 <= min(tokens) <= max(tokens) < self._model.vocab_size:
             raise InvalidRequestError(f"the prompt has token ids outside of the vocabulary of {self._model.vocab_size}")
 
-    def _sample(self, chunks: Seq[Chunk], logits_OV: Tensor) -> list[Sampled]:
-        jobs = [self._jobs[chunk.sequence.request.id] for chunk in chunks if chunk.does_sample]
-        return sample(logits_OV, [job.sample_row() for job in jobs])
+    def _refuse_overdue(self) -> list[TokenEvent]:
+        """End those whose first token cannot come in time any more, rather than compute for nobody."""
+        events = []
+        for sequence in self._scheduler.overdue(time.monotonic() + self._recent_step_s):
+            request = sequence.request
+            self.abort(request.id)
+            self._num_overdue += 1
+            error = OverloadedError("the first token cannot come before the request's deadline: too many are waiting")
+            events.append(TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=error))
+        return events
 
-    def _commit(self, chunks: Seq[Chunk], picks: Seq[Sampled]) -> Iterator[TokenEvent]:
-        remaining = iter(picks)
+    def _book_step(self, seconds: float) -> None:
+        self._num_steps += 1
+        self._step_seconds += seconds
+        self._recent_step_s += _STEP_WEIGHT * (seconds - self._recent_step_s)
+
+    def _commit(self, chunks: Seq[Chunk], jobs: Seq[Job], picks: Seq[Sampled]) -> list[TokenEvent]:
+        """Book the chunks; `jobs` and `picks` are of those that sample, in order."""
+        remaining = zip(jobs, picks, strict=True)
+        events = []
         for chunk in chunks:
-            if not chunk.does_sample:
-                self._scheduler.commit(chunk, None)
-                continue
-            job, pick = self._jobs[chunk.sequence.request.id], next(remaining)
-            if pick.is_valid:
-                yield self._advance(job, chunk, pick)
+            if chunk.does_sample:
+                job, pick = next(remaining)
+                events.append(self._advance(job, chunk, pick) if pick.is_valid else self._fail(job))
             else:
-                yield self._fail(job)
+                self._scheduler.commit(chunk, None)
+        return events
 
     def _advance(self, job: Job, chunk: Chunk, pick: Sampled) -> TokenEvent:
-        self._scheduler.commit(chunk, pick.token)
+        token, request_id = pick.token, job.request.id
+        self._scheduler.commit(chunk, token)
         self._num_tokens += 1
-        text, reason = job.read(pick.token, num_tokens=len(job.sequence.tokens))
+        text, reason = job.read(token, len(job.sequence.tokens))
         if reason is not None:
-            self.abort(job.request.id)
-        logprobs = (pick.logprob,) if pick.logprob is not None else ()
-        return TokenEvent(job.request.id, (pick.token,), text, logprobs, reason)
+            self.abort(request_id)
+        return TokenEvent(request_id, (token,), text, () if pick.logprob is None else (pick.logprob,), reason)
 
     def _fail(self, job: Job) -> TokenEvent:
         """End a request whose logits are not finite. Its batch mates are not touched: no value crosses sequences."""

@@ -14,6 +14,7 @@ from cluster.errors import (
     OverloadedError,
     ReloraError,
     StorageError,
+    TenantLimitError,
     TrainingError,
 )
 
@@ -43,6 +44,7 @@ HTTP_ERRORS: dict[type[ReloraError], HttpError] = {
     NotFoundError: HttpError(404, "not_found_error", "model_not_found"),
     ConflictError: HttpError(409, "conflict_error", "conflict"),
     OverloadedError: HttpError(503, "overloaded_error", "overloaded"),
+    TenantLimitError: HttpError(429, "rate_limit_error", "rate_limit_exceeded"),
     BackendDiedError: HttpError(503, "unavailable_error", "engine_unavailable"),
     BackendFailedError: HttpError(500, "server_error", "engine_failed"),
     StorageError: HttpError(503, "unavailable_error", "storage_unavailable"),
@@ -64,6 +66,6 @@ def error_body(message: str, http: HttpError, param: str | None = None) -> dict[
 
 def error_headers(error: ReloraError, http: HttpError) -> dict[str, str]:
     """`Retry-After` in whole seconds where trying again makes sense."""
-    if http.status != 503:
+    if http.status not in (429, 503):
         return {}
     return {"Retry-After": str(max(1, round(getattr(error, "retry_after_s", 1.0))))}

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,16 +31,16 @@ from cluster.registry import Registry, Version
 from cluster.rollout import CANARY_FAILURE
 from serving.backend import Backend, aclose, merge
 from serving.errors import BackendDiedError, BackendFailedError
+from serving.lifecycle import HEALTH_TIMEOUT_S, release, release_gone
 from serving.prompts import Prompt, Prompter
 from serving.publish import publish, store, withdraw
-from serving.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent
+from serving.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent
 from serving.routing import Snapshot, Target
 
 log = logging.getLogger(__name__)
 
 MAX_RESUBMISSIONS = 3
 BACKOFF_S = 0.2
-HEALTH_TIMEOUT_S = 5.0
 
 # What the engine may find wrong with files while it generates: a client that only named them is not to blame.
 _NOT_THE_CLIENTS = (InvalidAdapterError, InvalidCheckpointError)
@@ -61,6 +61,7 @@ class Call:
     sampling: SamplingParams
     num_choices: int = 1
     is_unlimited: bool = False
+    terms: Terms = field(default_factory=Terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,9 +116,12 @@ class Gateway:
     async def refresh(self) -> None:
         """Takes a snapshot not older than this call; calls that come together share one."""
         asked_at = time.monotonic()
+        before = None
         async with self._refreshing:
             if self.snapshot.taken_at < asked_at:
-                self.snapshot = await asyncio.to_thread(self._look)
+                before, self.snapshot = self.snapshot, await asyncio.to_thread(self._look)
+        if before is not None:
+            await release_gone(before, self.snapshot)
 
     async def answer(self, call: Call, *, whole: bool) -> Answer:
         """Starts a call; returns with its first part there, or with all of them when `whole`.
@@ -147,7 +151,12 @@ class Gateway:
             served_bases=self.snapshot.backends.keys(),
             max_rank=self._serving.max_rank,
         )
-        await self._try_out(AdapterRef(key, name, 0, blob_key=key), found)
+        try:
+            await self._try_out(AdapterRef(key, name, 0, blob_key=key), found)
+        except ReloraError:
+            if (found, key) not in self.snapshot.adapters():
+                await release(self.snapshot.backend(found), key)
+            raise
         version = await asyncio.to_thread(publish, self._registry, name, found, key)
         await self.refresh()
         return version
@@ -214,10 +223,15 @@ class Gateway:
                 prompt_tokens=tokens,
                 sampling=self._sampling(call, choice, len(tokens)),
                 adapter=target.adapter,
+                terms=self._terms(call),
             )
             for index, tokens in enumerate(prompts)
             for choice in range(call.num_choices)
         ]
+
+    def _terms(self, call: Call) -> Terms:
+        deadline_s = call.terms.first_token_deadline_s or self._serving.first_token_deadline_s or None
+        return replace(call.terms, first_token_deadline_s=deadline_s)
 
     def _sampling(self, call: Call, choice: int, num_prompt_tokens: int) -> SamplingParams:
         sampling = call.sampling

@@ -1,20 +1,21 @@
 """One request in the engine: its sequence, and how its tokens become text and come to an end."""
 
 import secrets
+import time
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from transformers import PreTrainedTokenizerBase
-
+from cluster.config import ServingConfig
+from serving.prefixes import PrefixKeys
 from serving.request import FinishReason, Request
 from serving.sampler import SampleRow
 from serving.sequence import Sequence
-from serving.text import Detokenizer
+from serving.text import Detokenizer, Vocabulary
 
 _NUM_SEEDS = 1 << 63
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Job:
     """Owned by the engine. `seed` is the request's own, or was drawn when it came; `eos_ids` end the sequence."""
 
@@ -22,11 +23,10 @@ class Job:
     text: Detokenizer
     seed: int
     eos_ids: Set[int]
+    request: Request = field(init=False)
 
-    @property
-    def request(self) -> Request:
-        """What the client asked for."""
-        return self.sequence.request
+    def __post_init__(self) -> None:
+        self.request = self.sequence.request
 
     def read(self, token: int, num_tokens: int) -> tuple[str, FinishReason | None]:
         """The text to show for a token that makes the sequence `num_tokens` long, and if it is the last, why."""
@@ -52,23 +52,39 @@ class Job:
 
     def sample_row(self) -> SampleRow:
         """How its next token is chosen."""
-        sampling = self.request.sampling
-        return SampleRow(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=self.seed,
-            position=len(self.sequence.tokens),
-            num_logprobs=sampling.num_logprobs,
-        )
+        how = self.request.sampling
+        position = len(self.sequence.tokens)
+        return SampleRow(how.temperature, how.top_p, how.top_k, self.seed, position, how.num_logprobs)
 
 
-def make_job(request: Request, tokenizer: PreTrainedTokenizerBase, eos_ids: Set[int], max_model_tokens: int) -> Job:
+def make_job(
+    request: Request, vocabulary: Vocabulary, eos_ids: Set[int], max_model_tokens: int, config: ServingConfig
+) -> Job:
     """A job that has not read its resumed tokens yet; it ends at `max_tokens` or with the context."""
     sampling = request.sampling
+    sequence = Sequence(
+        request,
+        min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),
+        prefix_keys=_prefix_keys(request, config),
+        deadline_at=_deadline_at(request),
+    )
     return Job(
-        sequence=Sequence(request, min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens)),
-        text=Detokenizer(tokenizer, sampling.stop),
+        sequence=sequence,
+        text=Detokenizer(vocabulary, sampling.stop),
         seed=secrets.randbelow(_NUM_SEEDS) if sampling.seed is None else sampling.seed,
         eos_ids=frozenset() if sampling.ignore_eos else eos_ids,
     )
+
+
+def _prefix_keys(request: Request, config: ServingConfig) -> PrefixKeys | None:
+    if config.prefix_cache == "off" or not request.terms.can_cache:
+        return None
+    tenant = request.terms.tenant if config.prefix_cache == "tenant" else ""
+    owner = request.adapter.key if request.adapter else None
+    return PrefixKeys(owner, (tenant, request.terms.cache_salt), config.page_tokens)
+
+
+def _deadline_at(request: Request) -> float | None:
+    """When the first token is due, by the monotonic clock; one that another replica has begun is not refused."""
+    deadline_s = request.terms.first_token_deadline_s
+    return None if deadline_s is None or request.resumed_tokens else time.monotonic() + deadline_s

@@ -7,19 +7,22 @@ read on loader threads, so that a cold adapter delays nobody but those who asked
 import asyncio
 import logging
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from cluster.adapter_files import load_adapter
-from cluster.errors import ReloraError
+from cluster.errors import ReloraError, StorageError
 from serving.engine import Engine
 from serving.errors import BackendDiedError
+from serving.loads import Loads
 from serving.request import AdapterRef, FinishReason, Request, TokenEvent, TokenLogprob
+from serving.residency import Residency
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +35,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, num_loaders: int = 4):
         self._engine = engine
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._loaders = ThreadPoolExecutor(num_loaders, thread_name_prefix="adapter-loader")
-        self._loads: dict[str, Future[None]] = {}  # by adapter key; guarded by _changed
+        self._loads = Loads(num_loaders)
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # only the engine thread takes any off
         self._changed = threading.Condition()
         self._is_open = False  # whether commands are taken; guarded by _changed
@@ -51,7 +53,6 @@ class EngineLoop:
             self._is_open = False
             self._changed.notify()
         self._thread.join()
-        self._loaders.shutdown(wait=False)
 
     @property
     def is_healthy(self) -> bool:
@@ -88,15 +89,28 @@ class EngineLoop:
         """Load an adapter's files if the engine does not have it; `folder` may be a function that fetches them first.
 
         Runs on a loader thread, once for all who ask at the same time. Raises what went wrong (InvalidAdapterError,
-        StorageError, ...); the next call tries again.
+        StorageError, ...), and StorageError after `adapter_load_timeout_s`; the next call tries again.
         """
-        if not self.has_adapter(ref.key):
+        if self.has_adapter(ref.key):
+            return
+        if not self._is_open:
+            raise BackendDiedError("The engine does not run.")
+        load = self._loads.ask(ref.key, lambda: self._load(ref, folder))
+        timeout_s = self._engine.config.adapter_load_timeout_s
+        try:
             # Shielded: others may wait for the same load when this caller goes away.
-            await asyncio.shield(asyncio.wrap_future(self._load_once(ref, folder)))
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(load)), timeout_s)
+        except TimeoutError:
+            self._loads.give_up(ref.key, load, timeout_s)
+            raise StorageError(f"adapter {ref.label}: its files did not come in {timeout_s:g} s") from None
 
     async def remove_adapter(self, key: str) -> None:
         """See `Engine.remove_adapter`."""
         await self._call(lambda: self._engine.remove_adapter(key))
+
+    async def residencies(self) -> list[Residency]:
+        """See `Engine.residencies`."""
+        return await self._call(self._engine.residencies)
 
     # Any thread.
 
@@ -114,25 +128,14 @@ class EngineLoop:
                 future.set_exception(BackendDiedError("The engine does not run."))
         return future
 
-    def _load_once(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> "Future[None]":
-        with self._changed:
-            if not self._is_open:
-                raise BackendDiedError("The engine does not run.")
-            load = self._loads.get(ref.key)
-            if load is None:
-                load = self._loads[ref.key] = self._loaders.submit(self._load, ref, folder)
-        return load
-
     # Loader threads.
 
     def _load(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
-        try:
-            path = folder if isinstance(folder, Path) else folder()
-            packed = self._engine.pack(load_adapter(path, self._engine.config.max_rank))
-            self._post(lambda: self._engine.add_packed(ref, packed)).result()
-        finally:
-            with self._changed:
-                del self._loads[ref.key]
+        started_at = time.perf_counter()
+        path = folder if isinstance(folder, Path) else folder()
+        packed = self._engine.pack(load_adapter(path, self._engine.config.max_rank))
+        load_s = time.perf_counter() - started_at
+        self._post(lambda: self._engine.add_packed(ref, packed, load_s)).result()
 
     # The engine thread.
 

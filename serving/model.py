@@ -16,11 +16,14 @@ from torch.nn.functional import embedding, linear, silu
 
 from kernels import ops_for
 from kernels.ops import Ops
-from serving.batch import Batch
+from kernels.segments import LoraGroup
+from serving.batch import Batch, LoraLayout
 from serving.model_config import ModelConfig
+from serving.packing import piece_width
 from serving.rope import rope_tables, rotate
 
 MODULE_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _PARENTS = ("self_attn",) * 4 + ("mlp",) * 3  # of the kinds above
 
 
@@ -64,14 +67,13 @@ class Projection:
 
     def __call__(self, x_TD: Tensor, step: _Step) -> tuple[Tensor, ...]:
         """Return each module's output: column slices of one tensor."""
-        outputs = linear(x_TD, self.weight_FD, self.bias_F).split(self.widths, dim=-1)
-        if step.batch.lora is not None:
-            for module, out_TF in enumerate(outputs, self.first_module):
-                segments = step.batch.lora.modules[module]
-                if segments is not None:
-                    h_TR = step.ops.lora_shrink(x_TD, step.arena, segments)
-                    step.ops.lora_expand(h_TR, step.arena, segments, out_TF)
-        return outputs
+        out_TF = linear(x_TD, self.weight_FD, self.bias_F)
+        group = step.batch.lora.groups.get(self.first_module) if step.batch.lora is not None else None
+        if group is not None:
+            if group.has_gains:
+                step.ops.dora_scale(step.arena, group, out_TF, self.bias_F)
+            step.ops.lora_expand(step.ops.lora_shrink(x_TD, step.arena, group), step.arena, group, out_TF)
+        return out_TF.split(self.widths, dim=-1)
 
     def parameters(self) -> dict[str, Tensor]:
         """Views of each module's weight and bias, by name within the layer."""
@@ -151,8 +153,9 @@ class Layer:
 class CausalLM:
     """A language model of the Llama family. The weights are unset until `serving.weights.load_model` fills them.
 
-    `linear_shapes` has (out, in) of every target module by its path, in the order of the module index. `vocab_size`
-    bounds token ids, `max_position` the tokens of a context.
+    `target_shapes` has (out, in) of every module that adapters may change, by its path, in the order of the module
+    index: `linear_shapes`, then the embedding (whose input is one-hot), then the head. `vocab_size` bounds token ids,
+    `max_position` the tokens of a context.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
@@ -167,6 +170,8 @@ class CausalLM:
         self.vocab_size = config.vocab_size
         self.max_position = config.max_position
         self.linear_shapes = self._linear_shapes()
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.target_shapes = {**self.linear_shapes, EMBEDDING: (hidden, vocab), HEAD: (vocab, hidden)}
         self._cos_PC, self._sin_PC = rope_tables(config, dtype, device)
         self._ops = ops_for(device)
 
@@ -192,10 +197,48 @@ class CausalLM:
             cos_TC=self._cos_PC[batch.positions_T],
             sin_TC=self._sin_PC[batch.positions_T],
         )
-        x_TD = embedding(batch.tokens_T, self.embedding_VD)
+        x_TD = self._embed(step)
         for layer in self.layers:
             x_TD = layer(x_TD, step)
-        return linear(self.norm(x_TD[batch.logit_rows_O]), self.head_VD).float()
+        return self._logits(self.norm(x_TD[batch.logit_rows_O]), step)
+
+    def target_weights(self) -> dict[str, Tensor]:
+        """The weight (out, in) of each target module, in the order of their index; the embedding's is transposed."""
+        named = self.parameters()
+        linears = {path: named[f"{path}.weight"] for path in self.linear_shapes}
+        return {**linears, EMBEDDING: self.embedding_VD.T, HEAD: self.head_VD}
+
+    def lora_layout(self, page_elements: int) -> LoraLayout:
+        """Which target modules share an input, and how rows of vocabulary size are cut."""
+        projections = [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return LoraLayout(
+            widths={projection.first_module: projection.widths for projection in projections},
+            embedding=len(self.linear_shapes),
+            hidden_size=self.config.hidden_size,
+            vocab_size=self.vocab_size,
+            piece_width=piece_width(self.vocab_size, page_elements),
+        )
+
+    def _embed(self, step: _Step) -> Tensor:
+        tokens_T, lora = step.batch.tokens_T, step.batch.lora
+        x_TD = embedding(tokens_T, self.embedding_VD)
+        if lora is not None and lora.embedding is not None:
+            if lora.embedding.has_gains:
+                step.ops.dora_scale(step.arena, lora.embedding, x_TD, None)
+            module, width = lora.embedding.modules[0], lora.layout.piece_width
+            h_TR = step.ops.lora_lookup(tokens_T, step.arena, module, width)
+            step.ops.lora_expand(h_TR, step.arena, lora.embedding, x_TD)
+        return x_TD
+
+    def _logits(self, x_OD: Tensor, step: _Step) -> Tensor:
+        logits_OV, lora = linear(x_OD, self.head_VD).float(), step.batch.lora
+        if lora is not None and lora.head is not None:
+            if lora.head.has_gains:
+                step.ops.dora_scale(step.arena, lora.head, logits_OV, None)
+            first_piece = LoraGroup.of(lora.head.modules[:1], lora.head.widths[:1])
+            h_OR = step.ops.lora_shrink(x_OD, step.arena, first_piece)
+            step.ops.lora_expand(h_OR, step.arena, lora.head, logits_OV)
+        return logits_OV
 
     def _linear_shapes(self) -> dict[str, tuple[int, int]]:
         weights = self.parameters()

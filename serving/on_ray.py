@@ -7,6 +7,7 @@ gateway finds it by name, so bases come and go while the gateway runs.
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -29,6 +30,7 @@ from serving.golden import check_golden
 from serving.loop import EngineLoop
 from serving.prompts import Prompter
 from serving.request import FinishReason, Request, TokenEvent
+from serving.residency import Residency
 
 GATEWAY = "gateway"
 ENGINE_PREFIX = "engine-"
@@ -58,6 +60,14 @@ class EngineDeployment:
     async def stats(self) -> dict[str, float]:
         """This replica's gauges."""
         return await self._backend.stats()
+
+    async def residencies(self) -> list[Residency]:
+        """Where adapters are on this replica."""
+        return await self._backend.residencies()
+
+    async def release(self, adapter_key: str) -> None:
+        """Let this replica's memory of an adapter go."""
+        await self._backend.release(adapter_key)
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -111,11 +121,23 @@ class HandleBackend:
 
     async def stats(self) -> dict[str, float]:
         """See `Backend.stats`."""
+        replicas = await self._ask_all("stats")
+        return {key: sum(stats[key] for stats in replicas) for key in replicas[0]}
+
+    async def residencies(self) -> list[Residency]:
+        """See `Backend.residencies`."""
+        return [report for reports in await self._ask_all("residencies") for report in reports]
+
+    async def release(self, adapter_key: str) -> None:
+        """See `Backend.release`."""
+        await self._ask_all("release", adapter_key)
+
+    async def _ask_all(self, method: str, *arguments: str) -> list[Any]:
         with _our_errors():
-            replicas = await self._handle.broadcast("stats").results_async()
+            replicas = await self._handle.broadcast(method, *arguments).results_async()
         if not replicas:
             raise BackendDiedError("No replica of the engine runs.")
-        return {key: sum(stats[key] for stats in replicas) for key in replicas[0]}
+        return replicas
 
 
 class ServeBackends:

@@ -34,7 +34,8 @@ def store(
     if base not in served_bases:
         raise NotFoundError(f"No base model {base!r} is served; there are {', '.join(sorted(served_bases))}.")
     path = _local_folder(folder)
-    check_fits(load_adapter(path, max_rank=max_rank), open_checkpoint(Path(registry.base(base).path)).linear_shapes())
+    shapes = open_checkpoint(Path(registry.base(base).path)).adaptable_shapes()
+    check_fits(load_adapter(path, max_rank=max_rank), shapes)
     return base, blobs.put_folder(path)
 
 

@@ -1,7 +1,8 @@
 """What a client asked for, and what it gets back. All frozen: whoever holds one may keep it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,22 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a request is served, beside others.
+
+    `priority`: lower is more urgent. `tenant` is whose share of the queue it takes. With `first_token_deadline_s` it is
+    refused once its first token cannot come in that time. KV of its prefix is shared with requests of the same
+    `cache_salt`, and with none where `can_cache` is False.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    first_token_deadline_s: float | None = None
+    cache_salt: str = ""
+    can_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,7 @@ class Request:
     sampling: SamplingParams
     adapter: AdapterRef | None = None
     resumed_tokens: tuple[int, ...] = ()
+    terms: Terms = Terms()
 
 
 class FinishReason(StrEnum):
@@ -74,8 +92,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One step's news of one request: new text and tokens, and on the last event the reason for the end.
 
     `text` is what may be shown: text that could still become a stop string or an unfinished UTF-8 character is held
@@ -85,6 +102,6 @@ class TokenEvent:
     request_id: str
     tokens: tuple[int, ...] = ()
     text: str = ""
-    logprobs: tuple[TokenLogprob, ...] = field(default=())
+    logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: Exception | None = None

@@ -83,6 +83,12 @@ class Snapshot:
         bases = [Target(name) for name in sorted(self.bases) if name in self.backends]
         return bases + [Target(route.live.base, route.live) for _, route in sorted(self.routes.items())]
 
+    def adapters(self) -> dict[tuple[str, str], Target]:
+        """The live versions and canaries, by base and content hash; one of those with the same files."""
+        versions = [v for route in self.routes.values() for v in (route.canary, route.live) if v is not None]
+        targets = [Target(version.base, version) for version in versions]
+        return {(target.base, target.adapter.key): target for target in targets if target.adapter is not None}
+
     def needed_bases(self) -> set[str]:
         """The bases whose engines must be alive for all to be well."""
         return {route.live.base for route in self.routes.values()} | self.backends.keys()

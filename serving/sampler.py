@@ -8,7 +8,7 @@ parameters ask for, and its one random number comes from a counter-based generat
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ _MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 48  # few enough that uniform * total < total in float64
 
 
-@dataclass(frozen=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """How one row's token is chosen; the fields mean what they mean in `SamplingParams`.
 
     `position` is the position in the sequence of the token to be chosen. A request without a seed brings one drawn
@@ -47,8 +46,7 @@ class SampleRow:
         return self.top_k > 0 or self.top_p < 1.0
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One row's token. Where `is_valid` is False its logits were NaN or infinite, and the token means nothing."""
 
     token: int
@@ -64,9 +62,10 @@ def sample(logits_OV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     assert logits_OV.shape[0] == len(rows), f"{logits_OV.shape[0]} rows of logits, {len(rows)} of parameters"
     if not rows:
         return []
-    is_valid_O = logits_OV.amax(-1).isfinite()  # amax hands on NaN, and -inf where nothing may be chosen
-    logits_OV = logits_OV.masked_fill(~is_valid_O[:, None], 0.0)
-    tokens_O = logits_OV.argmax(-1)
+    largest_O, tokens_O = logits_OV.max(-1)
+    is_valid_O = largest_O.isfinite()  # the maximum hands on NaN, and -inf where nothing may be chosen
+    if not is_valid_O.all():  # a copy of all logits takes longer than all the rest
+        logits_OV = logits_OV.masked_fill(~is_valid_O[:, None], 0.0)
     for is_filtered, draw in ((False, _draw), (True, _draw_filtered)):
         chosen = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_filtered == is_filtered]
         if chosen:

@@ -1,42 +1,57 @@
 """Who runs in the next step, and who waits: continuous batching with chunked prefill over a paged memory.
 
-A step's budget of tokens goes to decodes first, then to prefills under way, then to new sequences, each in the order of
-arrival. Memory is never promised twice and never runs out: when a decode finds no page, the youngest sequence gives its
-pages back and is computed anew later (recompute, as in vLLM, arXiv 2309.06180, section 4.5). The oldest can always go
-on, since all others can be made to give way and a request that could not run alone is refused at `submit`: no deadlock.
+A step's budget of tokens goes to decodes first, then to prefills under way, then to those that wait: first the ones
+that were preempted, then newcomers as `serving.waiting` chooses. Memory is never promised twice and never runs out:
+when a decode finds no page, the least urgent and youngest sequence gives its pages back and is computed anew later
+(recompute, as in vLLM, arXiv 2309.06180, section 4.5). The first of those that run can always go on, since all others
+can be made to give way and a request that could not run alone is refused at `submit`: no deadlock.
 """
 
-from collections import deque
+from array import array
+from bisect import insort
 from collections.abc import Iterator
 
-from cluster.errors import InvalidRequestError, OverloadedError
+from cluster.config import ServingConfig
+from cluster.errors import InvalidRequestError
 from serving.adapters import AdapterCache
+from serving.eviction import EvictionQueue
 from serving.pages import PageArena
+from serving.prefixes import PrefixCache
 from serving.sequence import Chunk, Sequence
+from serving.waiting import WaitingQueue
+
+# How many of those who are next may have their adapters copied in ahead: one copy a step, none that undoes another.
+_PREFETCH_FLOWS = 4
 
 
 class Scheduler:
-    """The owner of all sequences and of the pages of their KV. Both queues are in the order of arrival."""
+    """The owner of all sequences and of the pages of their KV. Those that run are in the order of their `rank`."""
 
     def __init__(
         self,
+        config: ServingConfig,
         arena: PageArena,
         adapters: AdapterCache,
-        *,
-        page_tokens: int,
-        max_batch_tokens: int,
-        max_sequences: int,
-        max_queue: int,
+        prefixes: PrefixCache,
+        evictions: EvictionQueue,
     ):
         self._arena = arena
         self._adapters = adapters
-        self._page_tokens = page_tokens
-        self._max_batch_tokens = max_batch_tokens
+        self._prefixes = prefixes
+        self._evictions = evictions
+        self._page_tokens = config.page_tokens
+        self._max_batch_tokens = config.max_batch_tokens
         # Each running sequence is sure of one token a step.
-        self._max_running = min(max_sequences, max_batch_tokens)
-        self._max_queue = max_queue
-        self._waiting: deque[Sequence] = deque()
+        self._max_running = min(config.max_sequences, config.max_batch_tokens)
+        self._waiting = WaitingQueue(
+            adapters.is_resident,
+            max_waiting=config.max_queue,
+            max_per_tenant=config.max_queue_per_tenant or None,
+            max_overtakes=config.max_overtakes,
+        )
+        self._preempted: list[Sequence] = []  # by rank
         self._running: list[Sequence] = []
+        self._num_admitted = 0
         self.num_preemptions = 0
 
     @property
@@ -47,17 +62,15 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for their first step, or for their next one after a preemption."""
-        return len(self._waiting)
-
-    @property
-    def num_kv_pages(self) -> int:
-        """Pages that hold KV."""
-        return sum(len(sequence.pages) for sequence in self._running)
+        return len(self._waiting) + len(self._preempted)
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises InvalidRequestError if it could never run, OverloadedError if the queue is full."""
-        if len(self._waiting) >= self._max_queue:
-            raise OverloadedError(f"the queue is full: {len(self._waiting)} requests are waiting")
+        """Queue a sequence.
+
+        Raises InvalidRequestError if it could never run, OverloadedError if the queue is full, and NotFoundError if its
+        adapter is not on the host.
+        """
+        self._waiting.check_room(sequence.request.terms.tenant)
         key = sequence.adapter_key
         if key is not None:
             self._adapters.hold(key)
@@ -66,17 +79,23 @@ class Scheduler:
         except InvalidRequestError:
             self._drop_adapter(sequence)
             raise
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
+
+    def overdue(self, now: float) -> list[Sequence]:
+        """Those who still wait though their first token was due; each is told once, and `finish` is the caller's."""
+        return list(self._waiting.overdue(now))
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, sequences of one adapter side by side and those without one last."""
-        chunks = list(self._decodes())
+        chunks = self._decodes()
         budget = self._max_batch_tokens - len(chunks)
         prefills = self._prefills()
         while budget and (sequence := next(prefills, None)):
             num_tokens = min(budget, sequence.num_pending)
             chunks.append(_chunk(sequence, num_tokens))
             budget -= num_tokens
+        if len(self._running) == self._max_running:
+            self._prefetch()
         return sorted(chunks, key=_batch_order)
 
     def commit(self, chunk: Chunk, token: int | None) -> None:
@@ -86,82 +105,140 @@ class Scheduler:
         sequence.num_stored = chunk.end
         if token is not None:
             sequence.tokens.append(token)
+        if chunk.end // self._page_tokens > sequence.num_cached_pages and sequence.prefix_keys is not None:
+            self._cache_full_pages(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, wherever it is: the one place where all that it holds is given back."""
-        if sequence in self._running:
+        if sequence.rank is None:
+            self._waiting.remove(sequence)
+        elif sequence.pages:
             self._running.remove(sequence)
             self._vacate(sequence)
         else:
-            self._waiting.remove(sequence)
+            self._preempted.remove(sequence)
+        if sequence.rank is not None:
+            self._waiting.charge(sequence, len(sequence.tokens) - sequence.num_given)
         self._drop_adapter(sequence)
 
     def check_integrity(self) -> None:
-        """Assert that every page has one owner, and that pins and holds are those of the sequences here."""
-        self._arena.check_integrity([*self._adapters.owned_pages(), *(s.pages for s in self._running)])
+        """Assert that every page has the owners that it should, and that pins and holds are those of the sequences."""
+        owned = [*self._adapters.owned_pages(), *(s.pages for s in self._running), self._prefixes.owned_pages()]
+        self._arena.check_integrity(owned)
         self._adapters.check_integrity()
-        for sequence in self._waiting:
+        self._prefixes.check_integrity()
+        self._evictions.check_integrity()
+        self._waiting.check_integrity()
+        for sequence in (*self._waiting, *self._preempted):
             assert not sequence.pages, "a waiting sequence holds pages"
             assert sequence.resident is None, "a waiting sequence holds a pin"
         assert self._adapters.num_pins == sum(s.resident is not None for s in self._running), "pins drifted"
-        everyone = [*self._running, *self._waiting]
+        everyone = [*self._running, *self._preempted, *self._waiting]
         assert self._adapters.num_holds == sum(s.adapter_key is not None for s in everyone), "holds drifted"
 
-    def _decodes(self) -> Iterator[Chunk]:
-        for sequence in list(self._running):
-            # One that was preempted by an older one in this very loop has everything pending again.
-            if sequence.num_stored and sequence.num_pending == 1 and self._secure_next_page(sequence):
-                yield _chunk(sequence, 1)
+    def _decodes(self) -> list[Chunk]:
+        chunks = []
+        for sequence in tuple(self._running):
+            # One that was preempted by an earlier one in this very loop has everything pending again.
+            num_tokens, num_stored = len(sequence.tokens), sequence.num_stored
+            if not num_stored or num_stored != num_tokens - 1:
+                continue
+            if num_tokens <= len(sequence.pages) * self._page_tokens or self._secure_next_page(sequence):
+                chunks.append(Chunk(sequence, num_stored, num_tokens, True))
+        return chunks
 
     def _prefills(self) -> Iterator[Sequence]:
-        yield from [sequence for sequence in self._running if sequence.num_pending > 1 or not sequence.num_stored]
-        while self._waiting and len(self._running) < self._max_running and self._admit(self._waiting[0]):
-            yield self._running[-1]
+        yield from [s for s in self._running if s.num_stored != len(s.tokens) - 1 or not s.num_stored]
+        while len(self._running) < self._max_running:
+            sequence = self._preempted[0] if self._preempted else self._waiting.choose()
+            if sequence is None or not self._admit(sequence):
+                return
+            yield sequence
 
     def _secure_next_page(self, sequence: Sequence) -> bool:
-        """A page for the next token, the youngest's if need be; False if that is this one: it sits the step out."""
-        if len(sequence.pages) >= self._num_pages(len(sequence.tokens)):
-            return True
-        while not self._adapters.make_room(1):
+        """A page for the next token, the last's if need be; False if that is this one: it sits the step out."""
+        while not self._evictions.make_room(1):
             victim = self._running[-1]
             if victim is sequence:
                 return False
             self._preempt(victim)
-        sequence.pages += self._arena.allocate(1)
+        sequence.pages.extend(self._arena.allocate(1))
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give the first in the queue its adapter and pages for all tokens that it has so far, or leave it there."""
-        key = sequence.adapter_key
-        num_kv_pages = self._num_pages(len(sequence.tokens))
+        """Give a waiting sequence its adapter and pages for all tokens that it has so far, or leave it where it is."""
+        key, num_tokens = sequence.adapter_key, len(sequence.tokens)
+        pages = self._known_pages(sequence)
+        num_missing = self._num_pages(num_tokens) - len(pages)
         num_adapter_pages = self._adapters.num_pages_missing(key) if key is not None else 0
-        if not self._adapters.make_room(num_kv_pages + num_adapter_pages, keep=key):
+        if not self._evictions.make_room(num_missing + num_adapter_pages, keep=(key,)):
+            self._prefixes.release(pages)
             return False
         if key is not None:
             sequence.resident = self._adapters.acquire(key)
-        sequence.pages = self._arena.allocate(num_kv_pages)
-        self._running.append(self._waiting.popleft())
+        if sequence.prefix_keys is not None:
+            self._prefixes.count(pages, num_tokens)
+        sequence.num_cached_pages = len(pages)
+        sequence.num_stored = len(pages) * self._page_tokens
+        sequence.pages = array("i", pages + self._arena.allocate(num_missing))
+        self._move_to_running(sequence)
         return True
 
+    def _prefetch(self) -> None:
+        """While the batch is full, copy in an adapter of those who are next, so that they need not wait for it then."""
+        upcoming = self._waiting.upcoming(_PREFETCH_FLOWS)
+        for key in upcoming:
+            num_pages = self._adapters.num_pages_missing(key)
+            if num_pages and self._evictions.make_room(num_pages, keep=upcoming):
+                self._adapters.prefetch(key)
+                return
+
+    def _known_pages(self, sequence: Sequence) -> list[int]:
+        """Pages of its longest known prefix; the last token is always computed, since its logits are wanted."""
+        if sequence.prefix_keys is None:
+            return []
+        num_pages = (len(sequence.tokens) - 1) // self._page_tokens
+        return self._prefixes.take(sequence.prefix_keys.up_to(sequence.tokens, num_pages))
+
+    def _move_to_running(self, sequence: Sequence) -> None:
+        if sequence.rank is None:
+            self._num_admitted += 1
+            sequence.rank = (sequence.request.terms.priority, self._num_admitted)
+            sequence.num_given = len(sequence.tokens)
+            self._waiting.admit(sequence, sequence.num_pending)
+        else:
+            self._preempted.remove(sequence)
+        insort(self._running, sequence, key=_rank)
+
+    def _cache_full_pages(self, sequence: Sequence) -> None:
+        keys = sequence.prefix_keys
+        assert keys is not None, "a sequence that is not cached"
+        num_pages = sequence.num_stored // self._page_tokens
+        names = keys.up_to(sequence.tokens, num_pages)
+        for i in range(sequence.num_cached_pages, num_pages):
+            sequence.pages[i] = self._prefixes.put(names[i], sequence.pages[i], keys.owner)
+        sequence.num_cached_pages = num_pages
+
     def _preempt(self, sequence: Sequence) -> None:
-        """Send the youngest back to the head of the queue; whoever waits there already came later."""
-        assert self._running.pop() is sequence, "only the youngest is preempted"
+        """Send the last one back to those who are next."""
+        assert self._running.pop() is sequence, "only the last is preempted"
         self._vacate(sequence)
-        self._waiting.appendleft(sequence)
+        insort(self._preempted, sequence, key=_rank)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def _vacate(self, sequence: Sequence) -> None:
-        self._arena.free(sequence.pages)
-        sequence.pages = []
-        sequence.num_stored = 0
+        self._prefixes.release(sequence.pages)
+        sequence.pages = array("i")
+        sequence.num_stored = sequence.num_cached_pages = 0
         if sequence.resident is not None:
             self._adapters.release(sequence.resident.key)
             sequence.resident = None
 
     def _drop_adapter(self, sequence: Sequence) -> None:
-        if sequence.adapter_key is not None:
-            self._adapters.drop(sequence.adapter_key)
+        key = sequence.adapter_key
+        if key is not None and not self._adapters.drop(key):
+            self._prefixes.forget(key)
 
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
@@ -181,6 +258,11 @@ class Scheduler:
 def _chunk(sequence: Sequence, num_tokens: int) -> Chunk:
     end = sequence.num_stored + num_tokens
     return Chunk(sequence, sequence.num_stored, end, does_sample=end == len(sequence.tokens))
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    assert sequence.rank is not None, "it never ran"
+    return sequence.rank
 
 
 def _batch_order(chunk: Chunk) -> tuple[bool, str]:

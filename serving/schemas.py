@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from serving.gateway import Call
 from serving.prompts import Chat, Prompt
-from serving.request import SamplingParams
+from serving.request import SamplingParams, Terms
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 100
 
 # Bookkeeping of OpenAI's own service: accepted, because clients send it, and without effect on the answer.
 IGNORED = frozenset(
@@ -50,7 +51,12 @@ class StreamOptions(BaseModel):
 
 
 class GenerationBody(BaseModel):
-    """What completions and chat completions have in common."""
+    """What completions and chat completions have in common.
+
+    Beside OpenAI's fields: vLLM's `top_k`, `ignore_eos`, `priority` (lower is more urgent) and `cache_salt`; `cache`
+    False neither uses KV of earlier requests nor leaves any; `first_token_deadline_s` asks for a refusal rather than a
+    first token later than that.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -65,6 +71,10 @@ class GenerationBody(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], max_length=MAX_STOPS)
     ignore_eos: bool = False
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    first_token_deadline_s: Annotated[float, Field(gt=0)] | None = None
+    cache: bool = True
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -97,6 +107,9 @@ class GenerationBody(BaseModel):
             **limit,
         )
 
+    def _terms(self, tenant: str) -> Terms:
+        return Terms(self.priority, tenant, self.first_token_deadline_s, self.cache_salt or "", self.cache)
+
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
@@ -120,10 +133,16 @@ class CompletionBody(GenerationBody):
             raise ValueError(f"prompt: {len(self.prompt)} prompts times n={self.n} is over the limit of {MAX_CHOICES}")
         return self
 
-    def call(self, id: str) -> Call:
-        """The call that this body asks for."""
-        sampling = self._sampling(self.max_tokens, self.logprobs)
-        return Call(id=id, model=self.model, prompts=tuple(self.prompt), sampling=sampling, num_choices=self.n)
+    def call(self, id: str, tenant: str) -> Call:
+        """The call that this body of a tenant asks for."""
+        return Call(
+            id=id,
+            model=self.model,
+            prompts=tuple(self.prompt),
+            sampling=self._sampling(self.max_tokens, self.logprobs),
+            num_choices=self.n,
+            terms=self._terms(tenant),
+        )
 
 
 class TextPart(BaseModel):
@@ -163,8 +182,8 @@ class ChatBody(GenerationBody):
             raise ValueError("top_logprobs: needs logprobs=true")
         return self
 
-    def call(self, id: str) -> Call:
-        """The call that this body asks for; without a limit the answer may fill the model's context."""
+    def call(self, id: str, tenant: str) -> Call:
+        """The call that this body of a tenant asks for; without a limit the answer may fill the model's context."""
         max_tokens = self.max_completion_tokens or self.max_tokens
         return Call(
             id=id,
@@ -173,6 +192,7 @@ class ChatBody(GenerationBody):
             sampling=self._sampling(max_tokens, self.top_logprobs if self.logprobs else None),
             num_choices=self.n,
             is_unlimited=max_tokens is None,
+            terms=self._terms(tenant),
         )
 
 

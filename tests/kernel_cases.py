@@ -11,22 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.segments import LoraSegments
+from kernels.segments import LoraGroup, LoraSegments
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleCase:
+    """One module's adapters, each a list by adapter: ranks, scalings, factors, and DoRA gains where it has any."""
+
+    ranks: list[int]
+    scalings: list[float]
+    a: list[Tensor]
+    b: list[Tensor]
+    gains: list[Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
 class LoraCase:
-    """One module's adapters over one batch. `adapter_of_T[t]` is the adapter of token t, or None."""
+    """A group of modules and their adapters over one batch. `adapter_of_T[t]` is the adapter of token t, or None."""
 
     x_TD: Tensor
     base_TF: Tensor
+    bias_F: Tensor
     arena: Tensor
-    segments: LoraSegments
+    group: LoraGroup
     adapter_of_T: list[int | None]
-    ranks: list[int]
-    scalings: list[float]
-    a_by_adapter: list[Tensor]
-    b_by_adapter: list[Tensor]
+    modules: list[ModuleCase]
 
 
 def popular(popularity: str, num_tokens: int, num_adapters: int, rng: random.Random) -> list[int]:
@@ -49,44 +58,96 @@ def lora_case(
     num_adapters: int = 4,
     ranks: list[int] | None = None,
     num_in: int = 24,
-    num_out: int = 40,
+    widths: tuple[int, ...] = (40,),
+    has_dora: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
 ) -> LoraCase:
-    """Random adapters of the given ranks (or of mixed ones, 0 among them) and tokens that use them."""
+    """Random adapters of the given ranks (or of mixed ones, 0 among them) and tokens that use them.
+
+    Each further module has the ranks of the one before it, by one adapter on. With `has_dora` every other adapter is
+    a DoRA where it has a rank.
+    """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ranks = ranks or [rng.choice([0, 1, 2, 3, 5, 8, 13, 16, 33, 64]) for _ in range(num_adapters)]
     if max(ranks) == 0:
         ranks[0] = 4
     used = popular(popularity, num_tokens - num_plain, len(ranks), rng)
-    a_by_adapter = [_randn(generator, rank, num_in).to(dtype) for rank in ranks]
-    b_by_adapter = [_randn(generator, num_out, rank).to(dtype) for rank in ranks]
-    arena, a_rows, b_rows = _scatter(a_by_adapter, [b.T for b in b_by_adapter], dtype, rng)
-    scalings = [rng.choice([0.25, 1.0, 2.0, 3.5]) for _ in ranks]
-    segments = _segments(used, ranks, scalings, a_rows, b_rows, rng)
-    move = {"device": device}
+    modules = []
+    for m, width in enumerate(widths):
+        turned = [ranks[(i + m) % len(ranks)] for i in range(len(ranks))]
+        modules.append(_module(turned, num_in, width, has_dora, dtype, rng, generator))
+    arena, offsets = _scatter([_matrices(module) for module in modules], dtype, rng)
+    segments = [_segments(used, *pair, rng) for pair in zip(modules, offsets, strict=True)]
     return LoraCase(
-        x_TD=_randn(generator, num_tokens, num_in).to(dtype).to(**move),
-        base_TF=_randn(generator, num_tokens, num_out).to(dtype).to(**move),
-        arena=arena.to(**move),
-        segments=_moved(segments, device),
+        x_TD=_randn(generator, num_tokens, num_in).to(dtype).to(device),
+        base_TF=_randn(generator, num_tokens, sum(widths)).to(dtype).to(device),
+        bias_F=_randn(generator, sum(widths)).to(dtype).to(device),
+        arena=arena.to(device),
+        group=LoraGroup.of([_moved(one, device) for one in segments], widths),
         adapter_of_T=[*used, *([None] * num_plain)],
-        ranks=ranks,
-        scalings=scalings,
-        a_by_adapter=a_by_adapter,
-        b_by_adapter=b_by_adapter,
+        modules=modules,
     )
 
 
 def dense_lora(case: LoraCase) -> Tensor:
-    """`base + scaling * B A x` token by token with the dense F x D matrix, in float64."""
-    out_TF = case.base_TF.double().cpu()
-    for t, adapter in enumerate(case.adapter_of_T):
-        if adapter is not None:
-            delta_FD = case.b_by_adapter[adapter].double() @ case.a_by_adapter[adapter].double()
-            out_TF[t] += case.scalings[adapter] * (delta_FD @ case.x_TD[t].double().cpu())
-    return out_TF.to(case.base_TF.dtype)
+    """`base + scaling * B A x` token by token with the dense F x D matrix, in float64; DoRA's gains first."""
+    parts = case.base_TF.double().cpu().split(case.group.widths, 1)
+    biases = case.bias_F.double().cpu().split(case.group.widths)
+    for module, bias_F, out_TF in zip(case.modules, biases, parts, strict=True):
+        for t, adapter in enumerate(case.adapter_of_T):
+            if adapter is not None:
+                gain_F = module.gains[adapter]
+                if gain_F is not None:
+                    out_TF[t] += gain_F.double() * (out_TF[t] - bias_F)
+                delta_FD = module.b[adapter].double() @ module.a[adapter].double()
+                out_TF[t] += module.scalings[adapter] * (delta_FD @ case.x_TD[t].double().cpu())
+    return torch.cat(parts, 1).to(case.base_TF.dtype)
+
+
+def run_lora(ops: Any, case: LoraCase, out_TF: Tensor) -> None:
+    """All operations of a group, as the model calls them."""
+    if case.group.has_gains:
+        ops.dora_scale(case.arena, case.group, out_TF, case.bias_F)
+    ops.lora_expand(ops.lora_shrink(case.x_TD, case.arena, case.group), case.arena, case.group, out_TF)
+
+
+@dataclass(frozen=True, eq=False)
+class LookupCase:
+    """Adapters of one embedding, whose rows are cut into pieces of `width`, over the ids of one batch."""
+
+    ids_T: Tensor
+    arena: Tensor
+    module: LoraSegments
+    width: int
+    expected_TR: Tensor
+
+
+def lookup_case(
+    *,
+    ranks: list[int],
+    num_tokens: int = 16,
+    num_plain: int = 0,
+    vocab: int = 50,
+    width: int = 20,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> LookupCase:
+    """Random adapters, used in turn; what is expected comes from their whole matrices."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    used = popular("distinct", num_tokens - num_plain, len(ranks), rng)
+    module = _module(ranks, vocab, 1, False, dtype, rng, generator)
+    pieces = [list(a_RD.split(width, 1)) for a_RD in module.a]
+    arena, offsets = _scatter([[row for piece in own for row in piece] for own in pieces], dtype, rng)
+    empty = [[] for _ in ranks]
+    segments = _segments(used, module, [(rows, none, none) for rows, none in zip(offsets, empty, strict=True)], rng)
+    ids_T = torch.randint(0, vocab, (num_tokens,), generator=generator)
+    expected_TR = torch.zeros(num_tokens, max(ranks[s] for s in set(used)))
+    for t, s in enumerate(used):
+        expected_TR[t, : ranks[s]] = module.scalings[s] * module.a[s][:, ids_T[t]].float()
+    return LookupCase(ids_T.to(device), arena.to(device), _moved(segments, device), width, expected_TR.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,54 +257,76 @@ def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator) * 0.5
 
 
-def _scatter(
-    a_by_adapter: list[Tensor], b_by_adapter: list[Tensor], dtype: torch.dtype, rng: random.Random
-) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-    """Rows one by one at random places with gaps of NaN between them, the arena's last element being a row's."""
-    rows = [
-        (side, s, i)
-        for side, group in enumerate((a_by_adapter, b_by_adapter))
-        for s, w in enumerate(group)
-        for i in range(len(w))
-    ]
-    rng.shuffle(rows)
-    offsets: tuple[list[list[int]], list[list[int]]] = (
-        [[0] * len(w) for w in a_by_adapter],
-        [[0] * len(w) for w in b_by_adapter],
-    )
-    pieces, at = [], 0
-    for side, s, i in rows:
-        row, gap = (a_by_adapter, b_by_adapter)[side][s][i], rng.randint(0, 9)
-        pieces += [torch.full((gap,), float("nan"), dtype=dtype), row]
-        offsets[side][s][i] = at + gap
-        at += gap + len(row)
-    return torch.cat(pieces), *offsets
-
-
-def _segments(
-    used: list[int],
+def _module(
     ranks: list[int],
-    scalings: list[float],
-    a_rows: list[list[int]],
-    b_rows: list[list[int]],
+    num_in: int,
+    width: int,
+    has_dora: bool,
+    dtype: torch.dtype,
     rng: random.Random,
-) -> LoraSegments:
+    generator: torch.Generator,
+) -> ModuleCase:
+    gains = [_randn(generator, width).to(dtype) if has_dora and s % 2 == 0 else None for s in range(len(ranks))]
+    return ModuleCase(
+        ranks=ranks,
+        scalings=[rng.choice([0.25, 1.0, 2.0, 3.5]) for _ in ranks],
+        a=[_randn(generator, rank, num_in).to(dtype) for rank in ranks],
+        b=[_randn(generator, width, rank).to(dtype) for rank in ranks],
+        gains=[gain if rank else None for rank, gain in zip(ranks, gains, strict=True)],
+    )
+
+
+def _matrices(module: ModuleCase) -> list[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Rows by adapter: of lora_a, of lora_b transposed, of the gains."""
+    gains = [[] if gain is None else [gain] for gain in module.gains]
+    return [(list(a), list(b.T), gain) for a, b, gain in zip(module.a, module.b, gains, strict=True)]
+
+
+def _scatter(lists: list[list[Any]], dtype: torch.dtype, rng: random.Random) -> tuple[Tensor, list[list[Any]]]:
+    """Rows one by one at random places with gaps of NaN between them, the arena's last element being a row's.
+
+    Takes lists of lists of rows, nested as one likes, and returns the arena and the offsets nested the same way.
+    """
+    rows: list[Tensor] = []
+    flatten(lists, rows.append)
+    order = rng.sample(range(len(rows)), len(rows))
+    offsets, pieces, at = [0] * len(rows), [], 0
+    for index in order:
+        gap = rng.randint(0, 9)
+        pieces += [torch.full((gap,), float("nan"), dtype=dtype), rows[index]]
+        offsets[index] = at + gap
+        at += gap + len(rows[index])
+    remaining = iter(offsets)
+    return torch.cat(pieces), flatten(lists, lambda _: next(remaining))
+
+
+def flatten(nested: Any, visit: Any) -> Any:
+    """Apply a function to all leaves in order; the results, nested the same way."""
+    return [flatten(one, visit) for one in nested] if isinstance(nested, list | tuple) else visit(nested)
+
+
+def _segments(used: list[int], module: ModuleCase, offsets: Any, rng: random.Random) -> LoraSegments:
     """Only adapters that a token uses have a segment; tables lie in the row table in random order."""
     present = sorted(set(used))
     counts = [used.count(s) for s in present]
     starts, table_a, table_b = {}, [0], [0]
-    for s in rng.sample(range(len(ranks)), len(ranks)):
+    for s in rng.sample(range(len(module.ranks)), len(module.ranks)):
+        a_rows, b_rows, _ = offsets[s]
         starts[s] = len(table_a)
-        table_a, table_b = table_a + a_rows[s], table_b + b_rows[s]
+        padding = [0] * abs(len(a_rows) - len(b_rows))
+        table_a, table_b = table_a + (a_rows + padding)[: max(len(a_rows), len(b_rows))], table_b + b_rows
+        table_b += [0] * (len(table_a) - len(table_b))
+    gains = [offsets[s][2][0] if offsets[s][2] else -1 for s in present]
     return LoraSegments(
         token_starts=torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32),
-        ranks=torch.tensor([ranks[s] for s in present], dtype=torch.int32),
-        scalings=torch.tensor([scalings[s] for s in present], dtype=torch.float32),
+        ranks=torch.tensor([module.ranks[s] for s in present], dtype=torch.int32),
+        scalings=torch.tensor([module.scalings[s] for s in present], dtype=torch.float32),
         table_starts=torch.tensor([starts[s] for s in present], dtype=torch.int64),
         a_rows=torch.tensor(table_a, dtype=torch.int64),
         b_rows=torch.tensor(table_b, dtype=torch.int64),
-        max_rank=max(ranks[s] for s in present),
+        max_rank=max(module.ranks[s] for s in present),
         max_tokens=max(counts, default=0),
+        gain_rows=torch.tensor(gains, dtype=torch.int64) if max(gains) >= 0 else None,
     )
 
 

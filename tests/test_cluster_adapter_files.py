@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cluster.adapter_files import Adapter, LoraFactors, check_fits, load_adapter, save_adapter
+from cluster.adapter_files import Adapter, LoraFactors, check_base_copies, check_fits, load_adapter, save_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidAdapterError, StorageError
 from tests.worlds import KINDS, make_adapter, make_checkpoint
@@ -43,9 +43,12 @@ def logits_of_peft(checkpoint: Path, folder: Path) -> torch.Tensor:
 
 def logits_of_merged(checkpoint: Path, adapter: Adapter) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    if "lm_head" in adapter.factors or "model.embed_tokens" in adapter.factors:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # where they are tied
     with torch.no_grad():
         for module, factors in adapter.factors.items():
-            model.get_submodule(module).weight += factors.delta()
+            weight = model.get_submodule(module).weight
+            weight.copy_(factors.adapted(weight.T).T if factors.is_embedding else factors.adapted(weight))
         return model(TOKENS).logits
 
 
@@ -75,16 +78,22 @@ def random_adapter(checkpoint: Path, *, is_rslora: bool, keep: str = "") -> Adap
         {"alpha_pattern": {"o_proj": 3.5, r"layers\.1\..*v_proj": 2}},
         {"rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 7, "down_proj": 1}},
         {"modules": ("v_proj",), "rank": 1, "alpha": 3},
+        {"dora": True, "rslora": True, "rank_pattern": {"q_proj": 3}},
+        {"modules": ("embed_tokens",)},
+        {"modules": ("lm_head", "embed_tokens", "q_proj"), "rank_pattern": {"lm_head": 3}},
+        {"modules": ("lm_head", "embed_tokens", "q_proj"), "dora": True},
     ],
     ids=lambda s: "+".join(s) or "plain",
 )
 def test_reads_an_adapter_as_peft_does(tmp_path: Path, checkpoint: Path, settings: dict[str, Any]):
     ranks = settings.pop("rank_pattern", {})
-    by_kind = {kind: rank for key, rank in ranks.items() for kind in KINDS if key.endswith(kind)}
+    by_kind = {kind: rank for key, rank in ranks.items() for kind in (*KINDS, "lm_head") if key.endswith(kind)}
     folder = make_adapter(tmp_path / "adapter", checkpoint, rank_pattern=by_kind, **settings)
     rewrite_config(folder, rank_pattern=ranks)
     adapter = load_adapter(folder)
-    assert len(adapter.factors) == 2 * len(settings.get("modules", KINDS))
+    kinds = settings.get("modules", KINDS)
+    assert len(adapter.factors) == sum(1 if kind in ("embed_tokens", "lm_head") else 2 for kind in kinds)
+    assert adapter.is_dora == settings.get("dora", False)
     reference = logits_of_peft(checkpoint, folder)
     assert_same_logits(logits_of_merged(checkpoint, adapter), reference)
     plain = AutoModelForCausalLM.from_pretrained(checkpoint)(TOKENS).logits
@@ -113,6 +122,82 @@ def test_reads_what_peft_itself_writes(tmp_path: Path, checkpoint: Path):
     assert adapter.base_model == str(checkpoint)
     assert adapter.max_rank == 7
     assert_same_logits(logits_of_merged(checkpoint, adapter), reference)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}]
+    + [
+        {"target_modules": [*names, "q_proj"]} for names in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])
+    ],
+    ids=["embedding-tying", "embedding", "head", "both"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's remarks on tied weights and saved embeddings
+def test_embeddings_and_heads_go_to_and_fro(
+    tmp_path: Path, checkpoint: Path, tied: Path, is_tied: bool, targets: dict[str, Any], use_dora: bool
+):
+    """What PEFT writes means the same to us, and what we then write the same to PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tied if is_tied else checkpoint
+    config = LoraConfig(r=4, init_lora_weights=False, use_dora=use_dora, **targets)
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 1.3 if "magnitude" in name else 0.2 if "embedding" in name else 1.0
+        reference = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = load_adapter(tmp_path / "theirs")
+    assert ("model.embed_tokens" in adapter.base_copies) == ("embed_tokens" in targets["target_modules"])
+    assert_same_logits(logits_of_merged(base, adapter), reference)
+    save_adapter(adapter, tmp_path / "ours")
+    assert not load_adapter(tmp_path / "ours").base_copies
+    assert_same_logits(logits_of_peft(base, tmp_path / "ours"), reference)
+
+
+def test_a_convolution_is_flattened_and_written_back(tmp_path: Path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 5, (2, 4)), torch.nn.ReLU(), torch.nn.Conv2d(5, 7, 1))
+
+    images = torch.randn(2, 3, 6, 6)
+    model = get_peft_model(network(), LoraConfig(r=2, init_lora_weights=False, target_modules=["0", "2"])).eval()
+    with torch.no_grad():
+        reference = model(images)
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = load_adapter(tmp_path / "theirs")
+    assert {name: (f.shape, f.kernel) for name, f in adapter.factors.items()} == {
+        "0": ((5, 24), (2, 4)),
+        "2": ((7, 5), (1, 1)),
+    }
+    save_adapter(adapter, tmp_path / "ours")
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(network(), tmp_path / "ours").eval()(images), reference)
+
+
+def test_a_copy_of_the_base_has_to_be_the_bases(tmp_path: Path, checkpoint: Path):
+    folder = make_adapter(tmp_path / "adapter", checkpoint, modules=("embed_tokens", "lm_head"))
+    stored = open_checkpoint(checkpoint)
+    table, head = (stored.load(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    weights = {"model.embed_tokens": table.T, "lm_head": head}
+    table_name, head_name = (f"base_model.model.{name}.base_layer.weight" for name in weights)
+    rewrite_tensors(folder, {table_name: table, head_name: head.bfloat16()})
+    check_base_copies(load_adapter(folder), weights)
+    check_base_copies(load_adapter(folder), {name: weight.half() for name, weight in weights.items()})
+    for name, changed in ((table_name, table[:-1]), (table_name, table + 0.1), (head_name, head * 1.1)):
+        rewrite_tensors(folder, {table_name: table, head_name: head, name: changed})
+        with pytest.raises(InvalidAdapterError, match="retrained or resized"):
+            check_base_copies(load_adapter(folder), weights)
 
 
 @pytest.mark.parametrize("is_rslora", [False, True])
@@ -209,7 +294,7 @@ def assert_refused(folder: Path, *words: str, max_rank: int | None = None) -> No
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "without a DoRA magnitude"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias='all'"),
@@ -244,9 +329,10 @@ def test_a_configuration_that_cannot_be_served_is_refused_by_name(folder: Path, 
         (f"{Q0}.lora_A.weight", torch.ones(8, 60, 1), ["(8, 60, 1)"]),
         (f"{Q0}.lora_A.weight", torch.ones(8, 0), ["(8, 0)"]),
         (f"{Q0}.lora_A.weight", None, ["lora_B without its counterpart"]),
-        (f"{Q0}.lora_magnitude_vector", torch.ones(60), ["DoRA"]),
+        (f"{Q0}.lora_magnitude_vector", torch.ones(60), ["use_dora", "with a DoRA magnitude"]),
         (f"{Q0}.lora_B.bias", torch.ones(60), ["lora_bias"]),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(8, 260), ["embeddings"]),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(8, 260), ["lora_A without"]),
+        ("base_model.model.model.embed_tokens.base_layer.weight", torch.ones(260, 60), ["retrained", "embed_tokens"]),
         ("base_model.model.model.embed_tokens.weight", torch.ones(260, 60), ["embeddings"]),
         ("base_model.model.lm_head.weight", torch.ones(260, 60), ["lm_head"]),
         ("something.else", torch.ones(3), ["unknown", "something.else"]),

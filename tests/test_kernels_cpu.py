@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu, ops_for, reference
-from tests.kernel_cases import attention_case, guarded, guards_intact, lora_case
+from tests.kernel_cases import attention_case, guarded, guards_intact, lookup_case, lora_case, run_lora
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def assert_close(actual, expected, dtype=None):
@@ -18,67 +18,85 @@ def assert_close(actual, expected, dtype=None):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+WAYS = list(cpu._Way)
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+def way(request, monkeypatch):
+    monkeypatch.setattr(cpu, "_cheapest_way", lambda *_: request.param)
+    return request.param
+
+
 @quick
 @given(
-    is_batched=st.none() | st.booleans(),
+    way=st.sampled_from([None, *WAYS]),
     popularity=st.sampled_from(["distinct", "uniform", "zipf", "identical"]),
     num_tokens=st.integers(1, 40),
     num_plain=st.integers(0, 6),
     ranks=st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 31, 64]), min_size=1, max_size=20).filter(any),
-    widths=st.tuples(st.sampled_from([1, 24, 192, 1100]), st.sampled_from([1, 17, 96, 1100])),
+    num_in=st.sampled_from([1, 24, 192, 1100]),
+    widths=st.sampled_from([(1,), (17,), (1100,), (96, 17, 17), (33, 33)]),
+    has_dora=st.booleans(),
     dtype=DTYPES,
     seed=st.integers(0, 999),
 )
-def test_lora_equals_the_twin(is_batched, popularity, num_tokens, num_plain, ranks, widths, dtype, seed):
-    case = lora_case(
-        popularity=popularity,
-        num_tokens=num_tokens + num_plain,
-        num_plain=num_plain,
-        ranks=ranks,
-        num_in=widths[0],
-        num_out=widths[1],
-        dtype=dtype,
-        seed=seed,
-    )
-    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.segments)
+def test_lora_equals_the_twin(way, num_tokens, num_plain, dtype, **options):
+    case = lora_case(num_tokens=num_tokens + num_plain, num_plain=num_plain, dtype=dtype, **options)
+    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.group)
     expected_TF, actual_TF = case.base_TF.clone(), case.base_TF.clone()
-    reference.lora_expand(expected_h, case.arena, case.segments, expected_TF)
+    run_lora(reference, case, expected_TF)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if is_batched is not None:
-            monkeypatch.setattr(cpu, "_is_batched", lambda segments, shape: is_batched)
-        actual_h = cpu.lora_shrink(case.x_TD, case.arena, case.segments)
-        cpu.lora_expand(expected_h, case.arena, case.segments, actual_TF)
-    torch.testing.assert_close(actual_h, expected_h, rtol=1e-5, atol=2e-5)
+        if way is not None:
+            monkeypatch.setattr(cpu, "_cheapest_way", lambda *_: way)
+        actual_h = cpu.lora_shrink(case.x_TD, case.arena, case.group)
+        run_lora(cpu, case, actual_TF)
+    scale = torch.cat([expected_h.flatten(), torch.ones(1)]).abs().max().item()
+    torch.testing.assert_close(actual_h / scale, expected_h / scale, rtol=1e-5, atol=1e-5)
     scale = max(1.0, expected_TF.abs().max().item())
     assert_close(actual_TF / scale, expected_TF / scale)
 
 
-@pytest.mark.parametrize("is_batched", [False, True], ids=["loop", "batched"])
-def test_both_ways_equal_the_twin_on_a_strided_output(monkeypatch, is_batched):
-    monkeypatch.setattr(cpu, "_is_batched", lambda segments, shape: is_batched)
-    case = lora_case(popularity="zipf", ranks=[5, 0, 16, 3], num_tokens=20, num_plain=3, seed=7)
+def test_both_ways_equal_the_twin_on_a_strided_output(way):
+    case = lora_case(
+        popularity="zipf", ranks=[5, 0, 16, 3], widths=(24, 16), num_tokens=20, num_plain=3, has_dora=True, seed=7
+    )
     wide = torch.randn(20, 100)
     expected, actual = wide.clone(), wide.clone()
     for ops, out in ((reference, expected), (cpu, actual)):
-        h_TR = ops.lora_shrink(case.x_TD, case.arena, case.segments)
-        ops.lora_expand(h_TR, case.arena, case.segments, out[:, 30:70])
+        run_lora(ops, case, out[:, 30:70])
     assert_close(actual, expected)
     assert torch.equal(actual[:, :30], wide[:, :30])
     assert torch.equal(actual[:, 70:], wide[:, 70:])
 
 
-@pytest.mark.parametrize("is_batched", [False, True], ids=["loop", "batched"])
-def test_an_adapter_that_overflowed_hurts_nobody_else(monkeypatch, is_batched):
-    monkeypatch.setattr(cpu, "_is_batched", lambda segments, shape: is_batched)
-    case = lora_case(popularity="distinct", ranks=[2, 8, 0], num_tokens=6, seed=8)
-    wide = case.segments.table_starts[1]
-    for row in case.segments.a_rows[wide : wide + 8].tolist():
-        case.arena[row : row + 24] = torch.inf
+@pytest.mark.parametrize("what", ["a", "b", "gain"])
+def test_an_adapter_that_overflowed_hurts_nobody_else(way, what):
+    """The last adapter is the bad one; the second leaves the first module alone, whose rows are read in its stead."""
+    case = lora_case(popularity="distinct", ranks=[2, 0, 8], widths=(40, 9), num_tokens=6, has_dora=True, seed=8)
+    module = case.group.modules[0]
+    rows = (module.a_rows if what == "a" else module.b_rows)[module.table_starts[2] :][:8].tolist()
+    for row in rows if what != "gain" else [int(module.gain_rows[2])]:
+        case.arena[row : row + (24 if what == "a" else 40)] = torch.inf if what == "a" else 3e38
     out_TF = case.base_TF.clone()
-    cpu.lora_expand(cpu.lora_shrink(case.x_TD, case.arena, case.segments), case.arena, case.segments, out_TF)
-    assert out_TF[:2].isfinite().all()
-    assert not out_TF[2:4].isfinite().any()
-    assert torch.equal(out_TF[4:], case.base_TF[4:])
+    run_lora(cpu, case, out_TF)
+    assert out_TF[:4].isfinite().all()
+    assert not out_TF[4:, :40].isfinite().all()
+
+
+@quick
+@given(
+    ranks=st.lists(st.sampled_from([0, 1, 3, 8, 31]), min_size=1, max_size=8).filter(any),
+    num_tokens=st.integers(8, 40),
+    num_plain=st.integers(0, 6),
+    width=st.sampled_from([1, 7, 20, 49, 50]),
+    dtype=DTYPES,
+    seed=st.integers(0, 999),
+)
+def test_lookup_equals_the_twin(num_tokens, num_plain, **options):
+    case = lookup_case(num_tokens=num_tokens + num_plain, num_plain=num_plain, **options)
+    actual = cpu.lora_lookup(case.ids_T, case.arena, case.module, case.width)
+    assert torch.equal(actual, reference.lora_lookup(case.ids_T, case.arena, case.module, case.width))
+    assert torch.equal(actual, case.expected_TR)
 
 
 sequences = st.lists(

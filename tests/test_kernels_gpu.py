@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import ops_for, reference
-from tests.kernel_cases import attention_case, dense_attention, lora_case
+from tests.kernel_cases import attention_case, dense_attention, lookup_case, lora_case, run_lora
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,29 +21,40 @@ def assert_close(actual, expected):
 
 @DTYPES
 @pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical"])
-@pytest.mark.parametrize(("num_tokens", "widths"), [(32, (192, 200)), (300, (1100, 37))])
-def test_lora_equals_the_twin_and_itself(popularity, num_tokens, widths, dtype):
+@pytest.mark.parametrize(("num_tokens", "num_in", "widths"), [(32, 192, (200, 64, 64)), (300, 1100, (37,))])
+def test_lora_equals_the_twin_and_itself(popularity, num_tokens, num_in, widths, dtype):
     case = lora_case(
         popularity=popularity,
         num_tokens=num_tokens,
         num_plain=3,
         ranks=[8, 0, 64, 3, 100, 16],
-        num_in=widths[0],
-        num_out=widths[1],
+        num_in=num_in,
+        widths=widths,
+        has_dora=True,
         dtype=dtype,
         device="cuda",
         seed=1,
     )
     ops = ops_for("cuda")
-    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.segments)
-    actual_h = ops.lora_shrink(case.x_TD, case.arena, case.segments)
-    torch.testing.assert_close(actual_h, expected_h, rtol=1e-4, atol=1e-4)
-    assert torch.equal(actual_h, ops.lora_shrink(case.x_TD, case.arena, case.segments))
+    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.group)
+    actual_h = ops.lora_shrink(case.x_TD, case.arena, case.group)
+    scale = max(1.0, expected_h.abs().max().item())
+    torch.testing.assert_close(actual_h / scale, expected_h / scale, rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual_h, ops.lora_shrink(case.x_TD, case.arena, case.group))
     expected_TF, actual_TF = case.base_TF.clone(), case.base_TF.clone()
-    reference.lora_expand(expected_h, case.arena, case.segments, expected_TF)
-    ops.lora_expand(expected_h, case.arena, case.segments, actual_TF)
+    run_lora(reference, case, expected_TF)
+    run_lora(ops, case, actual_TF)
     scale = max(1.0, expected_TF.abs().max().item())
     assert_close(actual_TF / scale, expected_TF / scale)
+
+
+@DTYPES
+def test_lookup_equals_the_twin(dtype):
+    case = lookup_case(
+        ranks=[8, 0, 64, 3], num_tokens=80, num_plain=3, vocab=300, width=130, dtype=dtype, device="cuda"
+    )
+    actual = ops_for("cuda").lora_lookup(case.ids_T, case.arena, case.module, case.width)
+    assert torch.equal(actual, reference.lora_lookup(case.ids_T, case.arena, case.module, case.width))
 
 
 @DTYPES

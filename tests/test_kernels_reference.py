@@ -6,36 +6,46 @@ import pytest
 import torch
 
 from kernels import reference
-from tests.kernel_cases import attention_case, dense_attention, dense_lora, lora_case
+from tests.kernel_cases import attention_case, dense_attention, dense_lora, lookup_case, lora_case, run_lora
 
 
+@pytest.mark.parametrize("widths", [(40,), (40, 17, 17)], ids=["one", "three"])
+@pytest.mark.parametrize("has_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical"])
-def test_lora_adds_each_tokens_own_dense_delta(popularity):
-    case = lora_case(popularity=popularity, num_tokens=23, num_adapters=9, seed=3)
-    h_TR = reference.lora_shrink(case.x_TD, case.arena, case.segments)
+def test_lora_adds_each_tokens_own_dense_delta(popularity, has_dora, widths):
+    case = lora_case(popularity=popularity, num_tokens=23, num_adapters=9, has_dora=has_dora, widths=widths, seed=3)
     out_TF = case.base_TF.clone()
-    reference.lora_expand(h_TR, case.arena, case.segments, out_TF)
-    assert h_TR.shape == (23, case.segments.max_rank)
-    assert h_TR.dtype == torch.float32
+    run_lora(reference, case, out_TF)
     torch.testing.assert_close(out_TF, dense_lora(case), rtol=1e-5, atol=1e-5)
 
 
 def test_shrink_is_zero_beyond_the_rank_and_without_adapter():
-    case = lora_case(ranks=[3, 0, 8], num_tokens=12, num_plain=2, seed=1)
-    h_TR = reference.lora_shrink(case.x_TD, case.arena, case.segments)
-    for token, adapter in enumerate(case.adapter_of_T):
-        rank = 0 if adapter is None else case.ranks[adapter]
-        assert torch.count_nonzero(h_TR[token, rank:]) == 0
-        assert rank == 0 or torch.count_nonzero(h_TR[token, :rank]) == rank
+    case = lora_case(ranks=[3, 0, 8], widths=(40, 9), num_tokens=12, num_plain=2, seed=1)
+    h_TR = reference.lora_shrink(case.x_TD, case.arena, case.group)
+    assert h_TR.dtype == torch.float32
+    for module, columns in zip(case.modules, h_TR.split([one.max_rank for one in case.group.modules], 1), strict=True):
+        for token, adapter in enumerate(case.adapter_of_T):
+            rank = 0 if adapter is None else module.ranks[adapter]
+            assert torch.count_nonzero(columns[token, rank:]) == 0
+            assert rank == 0 or torch.count_nonzero(columns[token, :rank]) == rank
 
 
-def test_expand_leaves_tokens_without_adapter_bit_for_bit():
-    case = lora_case(ranks=[4, 0], num_tokens=9, num_plain=3, seed=2)
+def test_expand_and_dora_leave_other_tokens_bit_for_bit():
+    case = lora_case(ranks=[4, 0], num_tokens=9, num_plain=3, has_dora=True, seed=2)
     out_TF = case.base_TF.clone()
-    reference.lora_expand(torch.ones(9, 4), case.arena, case.segments, out_TF)
+    reference.dora_scale(case.arena, case.group, out_TF, case.bias_F)
+    reference.lora_expand(torch.ones(9, 4), case.arena, case.group, out_TF)
     untouched = [t for t, adapter in enumerate(case.adapter_of_T) if adapter != 0]
     assert len(untouched) > 3
     assert torch.equal(out_TF[untouched], case.base_TF[untouched])
+    assert not torch.equal(out_TF[0], case.base_TF[0])
+
+
+def test_lookup_reads_the_column_of_each_id():
+    case = lookup_case(ranks=[3, 0, 8], num_tokens=14, num_plain=2, seed=4)
+    actual = reference.lora_lookup(case.ids_T, case.arena, case.module, case.width)
+    torch.testing.assert_close(actual, case.expected_TR)
+    assert actual.abs().amax(1).count_nonzero() > 6
 
 
 def test_store_kv_writes_the_slots_and_nothing_else():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernels import reference
-from tests.kernel_cases import attention_case, dense_lora, guarded, guards_intact, lora_case
+from tests.kernel_cases import attention_case, dense_lora, guarded, guards_intact, lookup_case, lora_case, run_lora
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "fp16"])
@@ -65,16 +65,16 @@ def _check_lora(popularity: str, dtype: torch.dtype, **options: object) -> None:
     from kernels import triton_lora
 
     case = lora_case(popularity=popularity, dtype=dtype, **options)
-    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.segments)
+    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.group)
     with pytest.MonkeyPatch.context() as monkeypatch:
         allocations = _guard_allocations(monkeypatch)
-        actual_h = triton_lora.lora_shrink(case.x_TD, case.arena, case.segments)
-    torch.testing.assert_close(actual_h, expected_h, rtol=1e-5, atol=1e-5)
+        actual_h = triton_lora.lora_shrink(case.x_TD, case.arena, case.group)
+    torch.testing.assert_close(actual_h, expected_h, rtol=1e-5, atol=2e-5)
     assert [guards_intact(whole) for whole in allocations] == [True]
     wide, whole = guarded((case.base_TF.shape[0], case.base_TF.shape[1] + 5), dtype)
     out_TF = wide[:, 3:-2]
     out_TF.copy_(case.base_TF)
-    triton_lora.lora_expand(expected_h, case.arena, case.segments, out_TF)
+    run_lora(triton_lora, case, out_TF)
     expected_TF = dense_lora(case)
     scale = max(1.0, expected_TF.abs().max().item())
     _assert_close(out_TF / scale, expected_TF / scale)
@@ -83,11 +83,36 @@ def _check_lora(popularity: str, dtype: torch.dtype, **options: object) -> None:
     assert wide[:, -2:].isnan().all()
 
 
+def _check_lookup(dtype: torch.dtype, **options: object) -> None:
+    from kernels import triton_lora
+
+    case = lookup_case(dtype=dtype, **options)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        allocations = _guard_allocations(monkeypatch)
+        actual = triton_lora.lora_lookup(case.ids_T, case.arena, case.module, case.width)
+    assert torch.equal(actual, case.expected_TR)
+    assert [guards_intact(whole) for whole in allocations] == [True]
+
+
+@DTYPES
+@pytest.mark.parametrize("ranks", [[3, 0, 8], [70]], ids=["mixed", "tiles"])
+def test_lookup_equals_whole_rows(interpreter: Executor, ranks: list[int], dtype: torch.dtype):
+    options = {"ranks": ranks, "num_tokens": 37, "num_plain": 1, "width": 7, "seed": 5}
+    interpreter.submit(_check_lookup, dtype, **options).result()
+
+
 @DTYPES
 @pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical"])
 def test_lora_equals_the_twin(interpreter: Executor, popularity: str, dtype: torch.dtype):
-    options = {"num_tokens": 7, "num_plain": 1, "ranks": [3, 0, 16], "num_in": 37, "num_out": 45, "seed": 11}
+    options = {"num_tokens": 7, "num_plain": 1, "ranks": [3, 0, 16], "num_in": 37, "widths": (45, 5), "seed": 11}
     interpreter.submit(_check_lora, popularity, dtype, **options).result()
+
+
+@pytest.mark.parametrize("widths", [(40,), (130, 5, 5)], ids=["one", "three"])
+@DTYPES
+def test_dora_among_others(interpreter: Executor, dtype: torch.dtype, widths: tuple[int, ...]):
+    options = {"num_tokens": 9, "num_plain": 1, "ranks": [3, 0, 16], "widths": widths, "has_dora": True, "seed": 12}
+    interpreter.submit(_check_lora, "distinct", dtype, **options).result()
 
 
 @pytest.mark.parametrize(
@@ -97,8 +122,8 @@ def test_lora_equals_the_twin(interpreter: Executor, popularity: str, dtype: tor
             "num_tokens": 40,
             "ranks": [70, 5],
         },  # more than one tile of tokens, of ranks (shrink) and steps of it (expand)
-        {"num_tokens": 3, "ranks": [1, 64], "num_in": 150, "num_out": 1},  # more than one step over D
-        {"num_tokens": 2, "ranks": [2], "num_in": 1, "num_out": 130},  # more than one tile of F
+        {"num_tokens": 3, "ranks": [1, 64], "num_in": 150, "widths": (1,)},  # more than one step over D
+        {"num_tokens": 2, "ranks": [2], "num_in": 1, "widths": (130,)},  # more than one tile of F
     ],
     ids=["tiles", "wide-in", "wide-out"],
 )
@@ -110,8 +135,8 @@ def _check_bfloat16_through_upcast() -> None:
     from kernels import triton_lora
 
     case = lora_case(num_tokens=6, ranks=[3, 9], dtype=torch.bfloat16, seed=2)
-    actual_h = triton_lora.lora_shrink(case.x_TD, case.arena, case.segments)
-    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.segments)
+    actual_h = triton_lora.lora_shrink(case.x_TD, case.arena, case.group)
+    expected_h = reference.lora_shrink(case.x_TD, case.arena, case.group)
     torch.testing.assert_close(actual_h, expected_h, rtol=1e-5, atol=1e-5)
 
 
@@ -179,7 +204,7 @@ def test_store_kv_equals_the_twin_and_stays_inside(interpreter: Executor, page_t
 
 
 INT_POINTERS = {"query_starts_ptr", "context_lens_ptr", "block_tables_ptr", "token_starts_ptr", "ranks_ptr"}
-LONG_POINTERS = {"table_starts_ptr", "a_rows_ptr", "b_rows_ptr", "slots_ptr"}
+LONG_POINTERS = {"table_starts_ptr", "a_rows_ptr", "b_rows_ptr", "gain_rows_ptr", "ids_ptr", "slots_ptr"}
 
 
 def _type_of(name: str, element: str) -> str:
@@ -215,6 +240,8 @@ VARIANTS = {
     "shrink-prefill": ("lora", "shrink_kernel", {"BLOCK_T": 32, "BLOCK_R": 64, "BLOCK_D": 128, "UPCAST": False}),
     "expand-decode": ("lora", "expand_kernel", {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_F": 128}),
     "expand-prefill": ("lora", "expand_kernel", {"BLOCK_T": 32, "BLOCK_R": 32, "BLOCK_F": 128}),
+    "lookup": ("lora", "lookup_kernel", {"BLOCK_T": 16, "BLOCK_R": 16}),
+    "dora": ("lora", "dora_kernel", {"HAS_BIAS": True, "BLOCK_T": 32, "BLOCK_F": 128}),
     "store": ("attention", "store_kernel", {"PAGE_TOKENS": 16, "BLOCK": 1024}),
     "decode": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 128, "BLOCK_M": 16, "BLOCK_H": 128}),
     "prefill": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 128, "BLOCK_M": 64, "BLOCK_H": 128}),

@@ -9,7 +9,8 @@ from torch import Tensor
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
 from serving.adapters import AdapterCache, ResidentAdapter
-from serving.packing import PackedAdapter, pack_adapter
+from serving.eviction import EvictionQueue
+from serving.packing import PackedAdapter, dora_factors, pack_adapter, piece_width
 from serving.pages import OutOfPages, PageArena
 
 SHAPES = {"a.q_proj": (60, 36), "a.v_proj": (20, 36), "a.down_proj": (36, 92)}  # (out, in)
@@ -36,8 +37,9 @@ def packed(rank: int = 4, seed: int = 0) -> PackedAdapter:
 class World:
     def __init__(self, num_pages: int, host_cache_bytes: int = BIG):
         self.arena = PageArena(num_pages)
+        self.evictions = EvictionQueue(self.arena)
         self.memory_PE = torch.full((num_pages, PAGE), float("nan"))
-        self.cache = AdapterCache(self.arena, self.memory_PE, host_cache_bytes)
+        self.cache = AdapterCache(self.arena, self.evictions, self.memory_PE, host_cache_bytes)
 
     def rows(self, resident: ResidentAdapter, module: str) -> tuple[Tensor, Tensor]:
         """lora_a and lora_b of a module as the kernels would read them from the arena."""
@@ -102,6 +104,53 @@ def test_resident_rows_are_the_adapter() -> None:
     world.check(scattered[0::2])
 
 
+@pytest.mark.parametrize("page_elements", [41, 60, 200])
+def test_rows_longer_than_a_page_are_cut_into_pieces(page_elements: int) -> None:
+    """A head of 130 outputs and an embedding of 130 inputs, as a module of rank 3 each; both are DoRA."""
+    generator = torch.Generator().manual_seed(1)
+    tall = LoraFactors(torch.randn(3, 36, generator=generator), torch.randn(130, 3, generator=generator), 2.0)
+    wide = LoraFactors(torch.randn(3, 130, generator=generator), torch.randn(36, 3, generator=generator), 0.5)
+    dora = {"head": torch.rand(130, generator=generator), "embedding": torch.rand(36, generator=generator)}
+    adapter = Adapter({"head": tall, "embedding": wide})
+    blob = pack_adapter(adapter, ("embedding", "head"), page_elements, torch.float32, dora)
+    width = piece_width(130, page_elements)
+    assert width <= page_elements
+    long_rows = {0: (wide.a_RD, blob.a_rows_N), 1: (tall.b_FR.T * dora["head"], blob.b_rows_N)}
+    for m, (rows, table) in long_rows.items():
+        for i, row in enumerate(rows):
+            entries = [blob.table_starts[m] + k * 3 + i for k in range(-(-130 // width))]
+            assert torch.equal(read(blob, table[entries], 130, width), row)
+    gains = blob.b_rows_N[blob.table_starts[1] + 3 * -(-130 // width) :]
+    torch.testing.assert_close(read(blob, gains, 130, width), dora["head"] - 1.0)
+    short_gains = blob.b_rows_N[blob.table_starts[0] + 3 : blob.table_starts[0] + 4]
+    torch.testing.assert_close(read(blob, short_gains, 36, 36), dora["embedding"] - 1.0)
+    assert blob.is_dora == (True, True)
+
+
+def read(blob: PackedAdapter, offsets: Tensor, num_elements: int, width: int) -> Tensor:
+    """A row from its pieces; each lies in one page."""
+    pieces = []
+    for start, offset in zip(range(0, num_elements, width), offsets.tolist(), strict=False):
+        length, page = min(width, num_elements - start), blob.blob_PE.shape[1]
+        assert offset // page == (offset + length - 1) // page
+        pieces.append(blob.blob_PE.view(-1)[offset : offset + length])
+    return torch.cat(pieces)
+
+
+def test_a_plain_adapter_has_no_room_for_gains() -> None:
+    blob = packed(rank=4)
+    assert blob.is_dora == (False,) * 3
+    assert len(blob.a_rows_N) == len(blob.b_rows_N) == 8
+
+
+def test_a_dora_of_a_row_without_length_is_refused() -> None:
+    factors = LoraFactors(torch.zeros(2, 36), torch.zeros(20, 2), 1.0, torch.ones(20))
+    adapter = Adapter({"a.v_proj": factors})
+    factor = dora_factors(adapter, {"a.v_proj": torch.zeros(20, 36)})
+    with pytest.raises(InvalidAdapterError, match="float32"):
+        pack_adapter(adapter, MODULES, PAGE, torch.float32, factor)
+
+
 def test_values_beyond_the_dtype_are_refused() -> None:
     adapter = make({"a.q_proj": 2})
     adapter.factors["a.q_proj"].a_RD[0, 0] = 1e6
@@ -121,10 +170,10 @@ def test_idle_adapter_stays_until_the_room_is_needed() -> None:
     world = World(packed().num_pages)
     world.cache.add("k", packed())
     world.use("k")
-    assert not world.cache.make_room(1)
+    assert not world.evictions.make_room(1)
     world.unuse("k")
     assert world.arena.num_free == 0
-    assert world.cache.make_room(1)
+    assert world.evictions.make_room(1)
     assert world.arena.num_free == world.arena.num_pages
     assert world.cache.num_evictions == 1
     world.check()
@@ -139,7 +188,7 @@ def test_least_recently_used_goes_first() -> None:
         world.unuse(key)
     world.use("b")
     world.unuse("b")
-    assert world.cache.make_room(1)
+    assert world.evictions.make_room(1)
     assert world.cache.num_pages_missing("a") > 0
     assert world.cache.num_pages_missing("b") == world.cache.num_pages_missing("c") == 0
 
@@ -150,8 +199,8 @@ def test_make_room_in_vain_evicts_nothing() -> None:
         world.cache.add(key, packed())
         world.use(key)
     world.unuse("a")
-    assert not world.cache.make_room(packed().num_pages + 1)
-    assert not world.cache.make_room(1, keep="a")
+    assert not world.evictions.make_room(packed().num_pages + 1)
+    assert not world.evictions.make_room(1, keep=("a",))
     assert world.cache.num_resident == 2
 
 
@@ -160,7 +209,7 @@ def test_evicted_adapter_comes_back_the_same() -> None:
     world.cache.add("k", pack_adapter(adapter, MODULES, PAGE, torch.float32))
     world.use("k")
     world.unuse("k")
-    assert world.cache.make_room(30)
+    assert world.evictions.make_room(30)
     taken = world.arena.allocate(7)
     a_RD, b_FR = world.rows(world.use("k"), "a.v_proj")
     assert torch.equal(a_RD, adapter.factors["a.v_proj"].a_RD)
@@ -267,14 +316,14 @@ def test_random_operations_keep_exact_books(operations: list[tuple[str, int]]) -
             except OverloadedError:
                 assert used
         elif operation == "use" and world.cache.has(key):
-            if world.cache.make_room(world.cache.num_pages_missing(key), keep=key):
+            if world.evictions.make_room(world.cache.num_pages_missing(key), keep=(key,)):
                 world.use(key)
                 used.append(key)
         elif operation == "unuse" and used:
             world.unuse(used.pop(i % len(used)))
         elif operation == "remove":
             world.cache.remove(key)
-        elif operation == "kv" and world.cache.make_room(i):
+        elif operation == "kv" and world.evictions.make_room(i):
             kv.append(world.arena.allocate(i))
         elif operation == "free" and kv:
             world.arena.free(kv.pop())

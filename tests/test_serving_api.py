@@ -477,6 +477,42 @@ def test_adapters_come_and_go_over_http(server: Server, tmp_path: Path):
     assert server.post("/v1/unload_lora_adapter", lora_name="mine").status_code == 404
 
 
+def test_adapters_are_listed_with_where_they_are(server: Server, tmp_path: Path):
+    path = make_adapter(tmp_path / "new", server.files / "v1", rank=2, seed=17)
+    server.post("/v1/load_lora_adapter", lora_name="listed", lora_path=str(path), base_model_name="v1")
+    for _ in range(2):
+        server.client.completions.create(model="listed", prompt="x", max_tokens=1)
+    listed = httpx.get(f"{server.url}/v1/adapters").json()
+    (mine,) = [one for one in listed["data"] if one["id"] == "listed"]
+    assert mine.pop("bytes") > 1000
+    assert 0 < mine.pop("load_s") < 10
+    assert mine == {
+        "id": "listed",
+        "object": "adapter",
+        "version": "listed@1",
+        "status": "live",
+        "base": "v1",
+        "tier": "device",
+        "hits": 3,  # the first token at the door, and two requests
+        "running": 0,
+    }
+    server.post("/v1/unload_lora_adapter", lora_name="listed")
+
+
+def test_a_salt_keeps_caches_apart_and_cache_false_uses_none(server: Server):
+    def hits() -> float:
+        return server.loops["v1"].stats()["prefix_hit_tokens"]
+
+    body = {"model": "v1", "prompt": "a prompt of more than one page of tokens", "max_tokens": 4, "temperature": 0}
+    text = server.post("/v1/completions", **body).json()["choices"][0]["text"]
+    before = hits()
+    for more in ({"cache_salt": "mine"}, {"cache": False}):
+        assert server.post("/v1/completions", **body, **more).json()["choices"][0]["text"] == text
+        assert hits() == before
+    assert server.post("/v1/completions", **body).json()["choices"][0]["text"] == text
+    assert hits() == before + 32
+
+
 def test_unloading_lets_running_requests_finish(server: Server, tmp_path: Path):
     path = make_adapter(tmp_path / "a", server.files / "v1", rank=2, seed=6)
     server.post("/v1/load_lora_adapter", lora_name="leaving", lora_path=str(path), base_model_name="v1")

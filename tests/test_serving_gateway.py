@@ -27,8 +27,10 @@ from serving.backend import coalesce, merge
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway import Answer, Call, Gateway
 from serving.golden import check_golden
+from serving.lifecycle import residencies
 from serving.prompts import Prompter
-from serving.request import FinishReason, Request, SamplingParams, TokenEvent
+from serving.request import FinishReason, Request, SamplingParams, Terms, TokenEvent
+from serving.residency import Residency, Tier
 from tests.worlds import make_adapter, make_checkpoint
 
 
@@ -41,6 +43,8 @@ class FakeBackend:
     error: Exception | None = None
     requests: list[Request] = field(default_factory=list)
     num_open: int = 0
+    kept: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
 
     def text(self, request: Request) -> str:
         who = f"{self.base}/{request.adapter.label if request.adapter else '-'}/{request.sampling.seed} "
@@ -64,6 +68,12 @@ class FakeBackend:
 
     async def stats(self) -> dict[str, float]:
         return {"running": float(self.num_open)}
+
+    async def residencies(self) -> list[Residency]:
+        return [Residency(key, Tier.HOST, num_bytes=10) for key in self.kept]
+
+    async def release(self, adapter_key: str) -> None:
+        self.released.append(adapter_key)
 
 
 @dataclass
@@ -386,6 +396,45 @@ async def test_unloading_takes_the_canary_along(world: World):
     await gateway.unload_adapter("intent")
     assert world.registry.version(canary.id).status is Status.ROLLED_BACK
     assert gateway.snapshot.routes == {}
+
+
+async def test_engines_are_told_of_adapters_that_no_name_leads_to(world: World, tmp_path: Path):
+    gateway = world.gateway()
+    first = await gateway.load_adapter("mine", str(world.folder / "adapter"), "v1")
+    alias = await gateway.load_adapter("alias", str(world.folder / "adapter"), "v1")
+    assert first.content_hash == alias.content_hash
+    backend = world.backends["v1"]
+    other = make_adapter(tmp_path / "other", world.folder / "v1", rank=5, seed=9)
+    second = await gateway.load_adapter("mine", str(other), "v1")
+    assert backend.released == [], "the alias still leads to the first weights"
+    await gateway.unload_adapter("alias")
+    assert backend.released == [first.content_hash]
+    await gateway.unload_adapter("mine")
+    assert backend.released == [first.content_hash, second.content_hash]
+
+
+async def test_adapters_are_listed_with_where_they_are(world: World):
+    live = world.add("intent", "v1", Status.LIVE)
+    world.add("idle", "v2", Status.LIVE)
+    gateway = world.gateway()
+    await gateway.refresh()
+    world.backends["v1"].kept = [live.content_hash] * 2  # on two replicas
+    listed = {target.label: where for target, where in await residencies(gateway.snapshot)}
+    assert {label: (where.tier, where.num_bytes) for label, where in listed.items()} == {
+        "intent@1": (Tier.HOST, 20),
+        "idle@1": (Tier.STORE, 0),
+    }
+
+
+async def test_a_deadline_of_the_configuration_is_for_those_who_bring_none(world: World):
+    gateway = world.gateway()
+    gateway._serving = ServingConfig(first_token_deadline_s=7.0)
+    await gateway.refresh()
+    await ask(gateway, "v1")
+    await ask(gateway, "v1", terms=Terms(first_token_deadline_s=3.0, tenant="t", cache_salt="s"))
+    none, own = (request.terms for request in world.backends["v1"].requests)
+    assert none == Terms(first_token_deadline_s=7.0)
+    assert own == Terms(first_token_deadline_s=3.0, tenant="t", cache_salt="s")
 
 
 def _rank_above_limit(folder: Path, base: Path) -> None:

@@ -235,6 +235,24 @@ async def test_failed_load_is_told_to_all_and_tried_again(loop: EngineLoop, fold
     assert loop.has_adapter(REF.key)
 
 
+async def test_hung_load_is_given_up_for_all_and_begun_anew(folders: tuple[Path, Path]) -> None:
+    config = ServingConfig(memory_bytes=4 << 20, adapter_load_timeout_s=0.3)
+    loop = EngineLoop(Engine.open(folders[0], config), num_loaders=1)
+    loop.start()
+    hung, fine = Source(folders[1]), Source(folders[1])
+    fine.is_open.set()
+    loads = [asyncio.create_task(loop.ensure_adapter(REF, hung)) for _ in range(3)]
+    loads.append(asyncio.create_task(loop.ensure_adapter(replace(REF, key="queued behind it"), fine)))
+    outcomes = await asyncio.gather(*loads, return_exceptions=True)
+    assert all(isinstance(outcome, StorageError) for outcome in outcomes[:3])
+    await loop.ensure_adapter(REF, fine)
+    assert loop.has_adapter(REF.key)
+    hung.is_open.set()
+    assert tokens_of(await drain(loop.generate(request(adapter=REF))))
+    assert [(one.key, one.num_hits) for one in await loop.residencies() if one.key == REF.key] == [(REF.key, 1)]
+    loop.stop()
+
+
 async def test_unusable_files_are_refused(loop: EngineLoop, folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapterError):
         await loop.ensure_adapter(REF, tmp_path)

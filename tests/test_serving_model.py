@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from cluster.adapter_files import Adapter, load_adapter
+from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidCheckpointError
 from serving.batch import Batch, LoraBatch
 from serving.model import MODULE_KINDS, CausalLM
@@ -120,7 +121,7 @@ class World:
         self.free_pages = order.tolist()  # of the first half; adapters lie in the second
         self.adapters = list(adapters)
         self.next_offset = NUM_PAGES // 2 * self.page_elements
-        self.rows = [[self._place(adapter, module) for module in self.model.linear_shapes] for adapter in adapters]
+        self.rows = [[self._place(adapter, module) for module in self.model.target_shapes] for adapter in adapters]
 
     def _place(self, adapter: Adapter, module: str) -> tuple[list[int], list[int]]:
         factors = adapter.factors.get(module)
@@ -171,11 +172,17 @@ class World:
             return None
         rows_SM = [self.rows[adapter] for adapter, _ in members]
         ranks_SM = torch.tensor([[len(a) for a, _ in rows_M] for rows_M in rows_SM])
-        modules = list(self.model.linear_shapes)
+        modules = list(self.model.target_shapes)
         scalings = [[self.adapters[a].factors[m].scaling if m in self.adapters[a].factors else 0.0 for m in modules]
                     for a, _ in members]  # fmt: skip
+        token_starts = torch.tensor([0, *(length for _, length in members)]).cumsum(0).int()
         return LoraBatch(
-            token_starts=torch.tensor([0, *(length for _, length in members)]).cumsum(0).int(),
+            layout=self.model.lora_layout(self.page_elements),
+            token_starts=token_starts,
+            sample_starts=token_starts,  # nobody reads these: no adapter here has a head
+            max_samples=0,
+            is_dora_SM=torch.zeros_like(ranks_SM, dtype=torch.bool),
+            has_dora=(False,) * len(modules),
             ranks_SM=ranks_SM.int(),
             scalings_SM=torch.tensor(scalings),
             table_starts_SM=(ranks_SM.flatten().cumsum(0) - ranks_SM.flatten()).view(ranks_SM.shape),
@@ -269,6 +276,10 @@ def test_module_index_and_shapes(checkpoints):
     assert [path.rsplit(".", 1)[1] for path in paths] == list(MODULE_KINDS) * model.num_layers
     assert model.linear_shapes["model.layers.1.self_attn.k_proj"] == (3 * 18, 60)
     assert model.linear_shapes["model.layers.0.mlp.down_proj"] == (60, 92)
+    assert model.target_shapes == open_checkpoint(checkpoints("qwen3")).adaptable_shapes()
+    assert list(model.target_shapes)[len(paths) :] == ["model.embed_tokens", "lm_head"]
+    assert (model.target_shapes["model.embed_tokens"], model.target_shapes["lm_head"]) == ((60, 261), (261, 60))
+    assert {path: tuple(weight.shape) for path, weight in model.target_weights().items()} == model.target_shapes
     assert (model.num_layers, model.num_kv_heads, model.head_dim) == (2, 3, 18)
     assert (model.vocab_size, model.max_position) == (261, 512)
 

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
-from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError
+from cluster.config import ServingConfig
+from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError, TenantLimitError
 from serving.adapters import AdapterCache
+from serving.eviction import EvictionQueue
 from serving.packing import PackedAdapter, pack_adapter
 from serving.pages import PageArena
-from serving.request import AdapterRef, Request, SamplingParams
+from serving.prefixes import PrefixCache, PrefixKeys
+from serving.request import AdapterRef, Request, SamplingParams, Terms
 from serving.scheduler import Scheduler
 from serving.sequence import Chunk, Sequence
+from serving.waiting import CLUSTERING_TOKENS
 
 PAGE_TOKENS, PAGE_ELEMENTS = 4, 64
 
@@ -24,19 +28,40 @@ def packed(num_pages: int) -> PackedAdapter:
 
 
 class World:
-    def __init__(self, num_pages: int = 100, **limits: int):
-        self.arena = PageArena(num_pages)
-        self.adapters = AdapterCache(self.arena, torch.zeros(num_pages, PAGE_ELEMENTS), 1 << 30)
+    def __init__(self, num_pages: int = 100, is_cached: bool = False, **limits: int):
         settings = {"max_batch_tokens": 64, "max_sequences": 16, "max_queue": 100, **limits}
-        self.max_batch_tokens = settings["max_batch_tokens"]
-        self.scheduler = Scheduler(self.arena, self.adapters, page_tokens=PAGE_TOKENS, **settings)
+        config = ServingConfig(page_tokens=PAGE_TOKENS, **settings)
+        self.max_batch_tokens = config.max_batch_tokens
+        self.arena = PageArena(num_pages)
+        evictions = EvictionQueue(self.arena)
+        self.adapters = AdapterCache(self.arena, evictions, torch.zeros(num_pages, PAGE_ELEMENTS), 1 << 30)
+        self.prefixes = PrefixCache(self.arena, evictions, PAGE_TOKENS)
+        self.scheduler = Scheduler(config, self.arena, self.adapters, self.prefixes, evictions)
+        self.is_cached = is_cached
         self.num_submitted = 0
 
-    def submit(self, num_prompt: int, num_new: int = 1, adapter: str | None = None) -> Sequence:
+    @property
+    def num_free(self) -> int:
+        """Pages that are free, or given up on demand."""
+        return self.arena.num_free + self.prefixes.num_idle
+
+    def submit(
+        self,
+        num_prompt: int,
+        num_new: int = 1,
+        adapter: str | None = None,
+        *,
+        salt: str = "",
+        deadline_at: float | None = None,
+        **wishes: object,
+    ) -> Sequence:
         ref = AdapterRef(adapter, adapter, 1, adapter) if adapter else None
         prompt = tuple(range(num_prompt))
-        request = Request(str(self.num_submitted), prompt, SamplingParams(max_tokens=num_new), ref)
-        sequence = Sequence(request, limit_tokens=num_prompt + num_new)
+        request = Request(
+            str(self.num_submitted), prompt, SamplingParams(max_tokens=num_new), ref, terms=Terms(**wishes)
+        )
+        keys = PrefixKeys(adapter, (salt,), PAGE_TOKENS) if self.is_cached else None
+        sequence = Sequence(request, limit_tokens=num_prompt + num_new, prefix_keys=keys, deadline_at=deadline_at)
         self.scheduler.submit(sequence)
         self.num_submitted += 1
         return sequence
@@ -48,7 +73,7 @@ class World:
         assert sum(chunk.end - chunk.start for chunk in chunks) <= self.max_batch_tokens
         for chunk in chunks:
             self.scheduler.commit(chunk, len(chunk.sequence.tokens) if chunk.does_sample else None)
-            if chunk.sequence.is_full:
+            if is_full(chunk.sequence):
                 self.scheduler.finish(chunk.sequence)
         self.scheduler.check_integrity()
         return chunks
@@ -59,6 +84,14 @@ class World:
                 return
             assert self.step(), "a step without work while sequences are left"
         raise AssertionError("the scheduler does not come to an end")
+
+
+def is_full(sequence: Sequence) -> bool:
+    return len(sequence.tokens) >= sequence.limit_tokens
+
+
+def num_output(sequence: Sequence) -> int:
+    return len(sequence.tokens) - len(sequence.request.prompt_tokens)
 
 
 def spans(chunks: list[Chunk]) -> list[tuple[str, int, int]]:
@@ -86,9 +119,9 @@ def test_prefill_is_cut_by_the_budget_and_decodes_go_first() -> None:
     world.step()
     long = world.submit(8, 2)
     assert [spans(world.step()) for _ in range(2)] == [[("0", 2, 3), ("1", 0, 3)], [("0", 3, 4), ("1", 3, 6)]]
-    assert not long.num_output_tokens
+    assert not num_output(long)
     assert spans(world.step()) == [("0", 4, 5), ("1", 6, 8)]
-    assert long.num_output_tokens == 1
+    assert num_output(long) == 1
 
 
 def test_one_step_admits_as_many_as_the_budget_holds() -> None:
@@ -172,7 +205,7 @@ def test_youngest_gives_way_and_comes_back() -> None:
     world.step()
     world.step()
     assert spans(world.step()) == [("0", 8, 9)]
-    assert (young.num_preemptions, young.num_stored, young.pages) == (1, 0, [])
+    assert (young.num_preemptions, young.num_stored, len(young.pages)) == (1, 0, 0)
     assert len(young.tokens) == 9
     world.drain()
     assert old.tokens == young.tokens == [*range(15)]
@@ -186,8 +219,8 @@ def test_preempted_are_served_before_later_arrivals() -> None:
     late = world.submit(1, 1)
     while not young.num_preemptions:
         world.step()
-    assert not late.num_output_tokens
-    while not old.is_full:
+    assert not num_output(late)
+    while not is_full(old):
         world.step()
     assert [chunk.sequence for chunk in world.step()] == [young, late]
 
@@ -240,19 +273,24 @@ def test_abort_gives_everything_back(num_steps: int) -> None:
     assert world.arena.num_free == world.arena.num_pages
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_traffic_ends_with_all_memory_back(seed: int) -> None:
+def test_random_traffic_ends_with_all_memory_back(seed: int, is_cached: bool) -> None:
     draw = random.Random(seed)
     world = World(
-        num_pages=draw.randint(8, 20), max_batch_tokens=draw.choice([2, 5, 16]), max_sequences=draw.choice([2, 8])
+        num_pages=draw.randint(8, 20),
+        is_cached=is_cached,
+        max_batch_tokens=draw.choice([2, 5, 16]),
+        max_sequences=draw.choice([2, 8]),
     )
     for key, num_pages in zip("abcd", (1, 2, 3, 4), strict=True):
         world.adapters.add(key, packed(num_pages))
     alive: list[Sequence] = []
     for _ in range(150):
         if draw.random() < 0.4:
-            alive.append(world.submit(draw.randint(1, 8), draw.randint(1, 8), draw.choice(["a", "b", "c", "d", None])))
-        if draw.random() < 0.05 and alive and not (victim := draw.choice(alive)).is_full:
+            adapter, priority = draw.choice(["a", "b", "c", "d", None]), draw.choice([0, 0, 1])
+            alive.append(world.submit(draw.randint(1, 8), draw.randint(1, 8), adapter, priority=priority))
+        if draw.random() < 0.05 and alive and not is_full(victim := draw.choice(alive)):
             world.scheduler.finish(victim)
             alive.remove(victim)
         world.step()
@@ -261,4 +299,96 @@ def test_random_traffic_ends_with_all_memory_back(seed: int) -> None:
         assert sequence.tokens == [*range(sequence.limit_tokens)]
     for key in "abcd":
         world.adapters.remove(key)
-    assert world.arena.num_free == world.arena.num_pages
+    assert world.num_free == world.arena.num_pages
+    assert (world.prefixes.num_hit_tokens > 0) == is_cached
+
+
+# Who is next.
+
+
+def test_urgent_ones_go_first_and_give_way_last() -> None:
+    world = World(num_pages=4, max_sequences=2)
+    late, soon = world.submit(7, 8, priority=1), world.submit(7, 8, priority=0)
+    assert [chunk.sequence for chunk in world.step()] == [soon, late]
+    while not late.num_preemptions:
+        world.step()
+    world.drain()
+    assert soon.num_preemptions == 0
+
+
+def test_resident_adapters_go_first_unless_they_had_much_more() -> None:
+    world = World(num_pages=2, max_sequences=1)  # room for one adapter and one sequence
+    for key in "ab":
+        world.adapters.add(key, packed(1))
+    world.submit(1, 1, "a")
+    world.drain()
+    order = [world.submit(2, 1, key) for key in "baa"]
+    served = [chunk.sequence for _ in order for chunk in world.step()]
+    assert served == [order[1], order[2], order[0]]
+    world.submit(1, 1, "a")
+    world.drain()
+    world.scheduler._waiting.charge(order[1], CLUSTERING_TOKENS + 1)
+    order = [world.submit(2, 1, key) for key in "ab"]
+    assert [chunk.sequence for _ in order for chunk in world.step()] == order[::-1], "though a is resident"
+
+
+def test_adapters_of_those_who_are_next_come_in_while_the_batch_is_full() -> None:
+    world = World(num_pages=12, max_sequences=1)
+    for key in "abc":
+        world.adapters.add(key, packed(3))
+    world.submit(4, 6)
+    for key in "abc":
+        world.submit(4, 2, key)
+    for num_resident in (1, 2, 3, 3):
+        world.step()
+        assert world.adapters.num_resident == num_resident
+    assert world.adapters.num_evictions == 0
+    world.drain()
+
+
+def test_prefetching_does_not_undo_itself() -> None:
+    world = World(num_pages=10, max_sequences=1)
+    for key in "abc":
+        world.adapters.add(key, packed(3))
+    world.submit(4, 20)
+    for key in "abc":
+        world.submit(4, 2, key)
+    for _ in range(10):
+        world.step()
+    assert (world.adapters.num_resident, world.adapters.num_evictions) == (2, 0)
+    world.drain()
+
+
+def test_a_newcomer_does_not_wait_behind_anothers_backlog() -> None:
+    world = World(max_sequences=1, max_overtakes=100)
+    world.adapters.add("a", packed(1))
+    for _ in range(60):
+        world.submit(50, 1)
+    world.step()
+    mine = world.submit(50, 1, "a")
+    assert mine in [world.step()[0].sequence for _ in range(3)]
+
+
+def test_a_tenant_may_not_fill_the_queue() -> None:
+    world = World(max_queue=4, max_queue_per_tenant=2)
+    for _ in range(2):
+        world.submit(1, 1, tenant="a")
+    with pytest.raises(TenantLimitError):
+        world.submit(1, 1, tenant="a")
+    world.submit(1, 1, tenant="b")
+    world.drain()
+    world.submit(1, 1, tenant="a")
+    world.drain()
+
+
+def test_only_those_who_wait_are_overdue() -> None:
+    world = World(max_sequences=1)
+    running, waiting, patient = (world.submit(2, 5, deadline_at=at) for at in (10.0, 11.0, 20.0))
+    world.step()
+    assert world.scheduler.overdue(9.0) == []
+    assert world.scheduler.overdue(12.0) == [waiting]
+    world.scheduler.finish(waiting)
+    assert world.scheduler.overdue(13.0) == []
+    world.drain()
+    assert world.scheduler.overdue(30.0) == []
+    assert (is_full(running), is_full(patient)) == (True, True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from serving.text import Detokenizer
+from serving.text import MAX_WINDOW, Detokenizer, Vocabulary
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps.\nA new line begins here; naïve café.",
@@ -79,7 +79,7 @@ each_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, stop)
+    detokenizer = Detokenizer(Vocabulary(tokenizer), stop)
     return [*(detokenizer.push(token) for token in tokens), detokenizer.finish()]
 
 
@@ -127,7 +127,7 @@ def test_pieces_together_are_the_decoded_text(name: str, data: st.DataObject):
 def test_text_ends_before_the_first_stop_string(name: str, data: st.DataObject, stop: list[str]):
     tokenizer, tokens = TOKENIZERS[name], data.draw(token_lists(name))
     seen = tokens_to_stop(tokenizer, tokens, stop)
-    detokenizer = Detokenizer(tokenizer, stop)
+    detokenizer = Detokenizer(Vocabulary(tokenizer), stop)
     shown, stopped_after = "", None
     for count, token in enumerate(tokens, 1):
         shown += detokenizer.push(token)
@@ -147,7 +147,7 @@ def test_unfinished_characters_are_never_shown(name: str, data: st.DataObject):
     tokenizer = TOKENIZERS[name]
     text = data.draw(st.text(alphabet="abé 数😀👍🏽\nß", max_size=20))
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(Vocabulary(tokenizer))
     assert not any("\ufffd" in detokenizer.push(token) for token in tokens)
 
 
@@ -155,7 +155,7 @@ def test_unfinished_characters_are_never_shown(name: str, data: st.DataObject):
 def test_text_is_shown_as_soon_as_it_is_decided(name: str):
     tokenizer = TOKENIZERS[name]
     tokens = tokenizer.encode("The quick brown fox jumps over the lazy dog", add_special_tokens=False)
-    detokenizer, shown = Detokenizer(tokenizer), ""
+    detokenizer, shown = Detokenizer(Vocabulary(tokenizer)), ""
     for count, token in enumerate(tokens, 1):
         shown += detokenizer.push(token)
         assert shown == whole(tokenizer, tokens[:count])
@@ -166,7 +166,7 @@ def test_a_stop_string_in_a_byte_token_stops_at_once():
     tokenizer = TOKENIZERS["byte_fallback"]
     newline = tokenizer.convert_tokens_to_ids("<0x0A>")
     tokens = [*tokenizer.encode("The fox", add_special_tokens=False), newline]
-    detokenizer = Detokenizer(tokenizer, ("\n",))
+    detokenizer = Detokenizer(Vocabulary(tokenizer), ("\n",))
     assert "".join(detokenizer.push(token) for token in tokens) == "The fox"
     assert detokenizer.is_stopped
     assert detokenizer.push(tokens[0]) == ""
@@ -210,3 +210,44 @@ def test_tokens_beyond_the_tokenizer_are_silent():
     tokenizer = TOKENIZERS["byte_level"]
     tokens = [*tokenizer.encode("a", add_special_tokens=False), len(tokenizer) + 3, *tokenizer.encode("b")]
     assert "".join(pieces_of(tokenizer, tokens)) == "ab"
+
+
+class CountingVocabulary(Vocabulary):
+    """Remembers the longest list of tokens that it had to decode."""
+
+    longest = 0
+
+    def decode(self, tokens: list[int]) -> str:
+        self.longest = max(self.longest, len(tokens))
+        return super().decode(tokens)
+
+
+def degenerate(name: str) -> dict[str, list[int]]:
+    """Endless output of which no token completes a character: lone bytes, or a run of bytes that is never valid."""
+    tokenizer = TOKENIZERS[name]
+    if name == "byte_level":
+        (lone,) = tokenizer.convert_tokens_to_ids(["\u0122"])  # byte 0x80 in the byte-level alphabet
+        (start,) = tokenizer.convert_tokens_to_ids(["\u00e2"])  # byte 0xE2, the first of three
+        return {"lone bytes": [lone] * 500, "beginnings": [start] * 500}
+    lone, e2, x82, xac = tokenizer.convert_tokens_to_ids(["<0x80>", "<0xE2>", "<0x82>", "<0xAC>"])
+    return {"lone bytes": [lone] * 500, "many characters": [e2, x82, xac] * 200}
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_degenerate_output_costs_no_more_per_token(name: str):
+    tokenizer = TOKENIZERS[name]
+    for tokens in degenerate(name).values():
+        vocabulary = CountingVocabulary(tokenizer)
+        detokenizer = Detokenizer(vocabulary)
+        text = "".join(detokenizer.push(token) for token in tokens) + detokenizer.finish()
+        assert text == whole(tokenizer, tokens)
+        assert vocabulary.longest <= 2 * MAX_WINDOW + 8
+
+
+@each_tokenizer
+def test_special_tokens_without_end_cost_nothing(name: str):
+    tokenizer = TOKENIZERS[name]
+    vocabulary = CountingVocabulary(tokenizer)
+    detokenizer = Detokenizer(vocabulary)
+    assert "".join(detokenizer.push(tokenizer.eos_token_id) for _ in range(500)) == ""
+    assert vocabulary.longest == 0

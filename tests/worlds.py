@@ -4,6 +4,7 @@ Sizes avoid powers of two where the architecture allows, so that masks and tails
 random weights is large enough that greedy outputs vary from prompt to prompt.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cluster.checkpoints import open_checkpoint
+from cluster.checkpoints import Checkpoint, open_checkpoint
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODEL_TYPES = {
@@ -72,6 +73,7 @@ def make_adapter(
     rank: int = 8,
     alpha: float = 16.0,
     rslora: bool = False,
+    dora: bool = False,
     modules: Sequence[str] = KINDS,
     seed: int = 0,
     scale: float = 0.15,
@@ -81,21 +83,25 @@ def make_adapter(
     """Writes a random PEFT adapter, strong enough to change greedy outputs, and returns its folder.
 
     Written by hand in PEFT's file format, so that tests of our own reader and writer do not depend on themselves.
-    `rank_pattern` keys are module kinds here ("q_proj"), which PEFT matches as suffixes.
+    `rank_pattern` keys are module kinds here ("q_proj"), which PEFT matches as suffixes. `modules` may have
+    "embed_tokens" and "lm_head"; with `dora` all have magnitudes, up to 40 % off the norms of the base.
     """
-    import json
-
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for module, (num_out, num_in) in sorted(open_checkpoint(checkpoint).linear_shapes().items()):
+    stored = open_checkpoint(checkpoint)
+    for module, (num_out, num_in) in sorted(stored.adaptable_shapes().items()):
         kind = module.rsplit(".", 1)[-1]
         if kind not in modules:
             continue
         r = (rank_pattern or {}).get(kind, rank)
+        infix, suffix = ("lora_embedding_", "") if kind == "embed_tokens" else ("lora_", ".weight")
         prefix = f"base_model.model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(r, num_in, generator=generator) * scale
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(num_out, r, generator=generator) * scale
+        tensors[f"{prefix}.{infix}A{suffix}"] = torch.randn(r, num_in, generator=generator) * scale
+        tensors[f"{prefix}.{infix}B{suffix}"] = torch.randn(num_out, r, generator=generator) * scale
+        if dora:
+            factors_F = 0.6 + 0.8 * torch.rand(num_out, generator=generator)
+            tensors[f"{prefix}.lora_magnitude_vector"] = factors_F * weight_of(stored, module).norm(dim=1)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
@@ -104,6 +110,7 @@ def make_adapter(
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": rslora,
+        "use_dora": dora,
         "target_modules": list(modules),
         "rank_pattern": rank_pattern or {},
         "alpha_pattern": alpha_pattern or {},
@@ -115,3 +122,10 @@ def make_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     return folder
+
+
+def weight_of(checkpoint: Checkpoint, module: str) -> torch.Tensor:
+    """The weight (out, in) of an adaptable module: an embedding's table transposed, a tied head's embedding."""
+    name = "model.embed_tokens" if module == "lm_head" and "lm_head.weight" not in checkpoint.names() else module
+    weight = checkpoint.load(f"{name}.weight").float()
+    return weight.T if module.endswith("embed_tokens") else weight
