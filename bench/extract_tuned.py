@@ -1,0 +1,143 @@
+"""A real model, fully fine-tuned for a task, its extraction, and how good both are when served.
+
+All weights are trained: embeddings, norms and every linear. The learning rate is chosen on validation rows. Quality is
+the share of test rows that the engine answers with exactly the label, greedily: once with the tuned checkpoint as its
+base, once with the old base and the extracted adapter.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch.nn.functional import cross_entropy
+
+from bench.specialists import BenchTask, load_bench_task
+from cluster.adapter_files import Adapter, load_adapter
+from cluster.checkpoints import open_checkpoint
+from cluster.config import ServingConfig
+from readapt.data import Encoder, Row, collate, encoder_for
+from readapt.evaluate import Evaluator
+from readapt.extract import Settings, extract
+from readapt.extract_files import Extraction
+from readapt.extract_report import read_report
+from readapt.extract_verify import verify_into_report
+from readapt.lora import load_base
+from readapt.spectra import Budget, EnergyShare, FixedRank, Knee, Rule
+from serving.engine import Engine
+from serving.request import AdapterRef, Request, SamplingParams
+
+LEARNING_RATES = (3e-4, 1e-3)
+WARMUP_STEPS = 20
+DEFAULT_ENERGY = 0.95
+ENERGIES = (0.5, 0.8, 0.9, DEFAULT_ENERGY, 0.99)
+RANKS = (4, 8, 16, 32, 64)
+BUDGETS = (231_424, 462_848, 925_696)  # what ranks 8, 16 and 32 take on this model
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One full fine-tuning. Rows are drawn with replacement; AdamW, a cosine, norms of gradients clipped at 1."""
+
+    task: str
+    steps: int = 300
+    batch_rows: int = 16
+    seed: int = 0
+
+
+def measure(kit: Path, work: Path, recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
+    """Tune (unless `work` has it), extract, verify and serve; qualities in points on the test rows."""
+    base = kit / "models" / "stories3m-v1"
+    task = BenchTask(recipe.task)
+    encoder = encoder_for(base, task.max_tokens)
+    rows = load_bench_task(task, kit, encoder)
+    tuned = work / f"tuned-{recipe.task}"
+    if not (tuned / "recipe.json").is_file() or json.loads((tuned / "recipe.json").read_text())["of"] != asdict(recipe):
+        _tune(base, tuned, recipe, encoder, rows.train, rows.valid)
+    out = work / f"extracted-{recipe.task}"
+    shutil.rmtree(out, ignore_errors=True)
+    rules: list[Rule] = [*map(EnergyShare, ENERGIES), *map(FixedRank, RANKS), *map(Budget, BUDGETS), Knee()]
+    done = extract(open_checkpoint(base), open_checkpoint(tuned), out, Settings(tuple(rules)))
+    verify_into_report(done, base, tuned, _test_file(work, recipe.task, rows.test))
+    return _qualities(done, base, tuned, rows.test, say) | {
+        "recipe": json.loads((tuned / "recipe.json").read_text()),
+        "verify": read_report(out)["verify"],
+    }
+
+
+def _qualities(
+    done: Extraction, base: Path, tuned: Path, rows: Sequence[Row], say: Callable[[str], None]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"base": served(base, None, rows), "tuned": served(tuned, None, rows), "adapters": {}}
+    facts = {adapter["rule"]: adapter for adapter in read_report(done.folder)["adapters"]}
+    for label, folder in done.adapters.items():
+        quality = served(base, load_adapter(folder), rows)
+        chosen = {key: facts[label][key] for key in ("parameters", "energy", "rank_min", "rank_median", "rank_max")}
+        result["adapters"][label] = {"quality": quality, **chosen}
+        say(f"served: tuned {result['tuned']:.1f}, {label} {quality:.1f} ({facts[label]['parameters']:,} parameters)")
+    return result
+
+
+def served(base: Path, adapter: Adapter | None, rows: Sequence[Row]) -> float:
+    """Percent of rows that an engine on the CPU answers exactly, greedily."""
+    engine = Engine.open(base, TypeAdapter(ServingConfig).validate_python({"max_rank": 1024}))
+    encoder = encoder_for(base, 256)
+    ref = None if adapter is None else AdapterRef("extracted", "extracted", 1, "extracted")
+    if ref is not None and adapter is not None:
+        engine.add_adapter(ref, adapter)
+    sampling = SamplingParams(temperature=0.0, max_tokens=16)
+    for index, row in enumerate(rows):
+        engine.submit(Request(str(index), tuple(encoder.encode_prompt(row.prompt)), sampling, ref))
+    texts = dict.fromkeys(map(str, range(len(rows))), "")
+    while engine.has_work:
+        for event in engine.step():
+            texts[event.request_id] += event.text
+    return 100 * sum(texts[str(i)].strip() == row.completion.strip() for i, row in enumerate(rows)) / len(rows)
+
+
+def _tune(
+    base: Path, tuned: Path, recipe: Recipe, encoder: Encoder, train: Sequence[Row], valid: Sequence[Row]
+) -> None:
+    found = {}
+    for rate in LEARNING_RATES:
+        model = _train(base, recipe, rate, encoder, train)
+        found[rate] = Evaluator(model, encoder, valid, "exact_match")().quality, model
+    best = max(found, key=lambda rate: found[rate][0])
+    shutil.rmtree(tuned, ignore_errors=True)
+    shutil.copytree(base, tuned)
+    (tuned / "model.safetensors").unlink()
+    found[best][1].save_pretrained(tuned)
+    shutil.copy(base / "generation_config.json", tuned)  # training needs a plainer one
+    by_rate = {str(rate): quality for rate, (quality, _) in found.items()}
+    (tuned / "recipe.json").write_text(json.dumps({"of": asdict(recipe), "valid_quality": by_rate, "chosen": best}))
+
+
+def _train(base: Path, recipe: Recipe, learning_rate: float, encoder: Encoder, rows: Sequence[Row]) -> Any:
+    model = load_base(base).requires_grad_(True)
+    encoded = encoder.encode_all(rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps - WARMUP_STEPS)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [WARMUP_STEPS])
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for _ in range(recipe.steps):
+        chosen = torch.randint(len(encoded), (recipe.batch_rows,), generator=generator).tolist()
+        batch = collate([encoded[index] for index in chosen])
+        logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels_BT[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.requires_grad_(False)
+
+
+def _test_file(work: Path, task: str, rows: Sequence[Row]) -> Path:
+    file = work / f"test-{task}.jsonl"
+    file.write_text("\n".join(json.dumps(asdict(row)) for row in rows) + "\n")
+    return file
