@@ -1,0 +1,232 @@
+"""Class-incremental learning measured: `relora bench continual`. JSON, and a table with the targets.
+
+Two streams: the ten domains of 15 intents of CLINC150, and four data sets one after the other. Two subjects: a real
+pre-trained encoder with a growing classifier, and a causal LM that writes labels. The arms are in `continual_arms`. All
+settings were chosen on validation rows; what is reported is on test rows.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ENCODER_ARMS = ("means", "sequential_means", "method_linear")
+"""These differ from others by the classifier, which a writer does not have."""
+LINEAR_ARMS = ("sequential", "method_linear")
+ARMS = (
+    *ENCODER_ARMS,
+    "sequential",
+    "sequential_masked",
+    "method",
+    "released_code",
+    "contrast",
+    "rank_reduction",
+    "distillation",
+    "oracle",
+    "joint",
+)
+SUBJECTS = ("encoder", "writer")
+STREAMS = ("clinc150", "mixed")
+MIXED_ARMS = ("means", "sequential", "method", "contrast", "rank_reduction", "distillation", "oracle", "joint")
+QUICK_ARMS = ("sequential", "method", "contrast", "rank_reduction", "distillation", "joint")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: rows of each class, steps of each stage, stages (None: all) and seeds."""
+
+    train_rows: int
+    test_rows: int
+    encoder_steps: int
+    writer_steps: int
+    stages: int | None
+    seeds: tuple[int, ...]
+
+
+FULL = Size(train_rows=30, test_rows=10, encoder_steps=24, writer_steps=60, stages=None, seeds=(0, 1, 2))
+QUICK = Size(train_rows=10, test_rows=5, encoder_steps=8, writer_steps=20, stages=3, seeds=(0,))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one stream, one subject, one seed."""
+
+    stream: str
+    subject: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The key under which it is stored."""
+        return f"{self.stream}/{self.subject}/{self.arm}/{self.seed}"
+
+
+def run(
+    kit: Path,
+    out: Path,
+    *,
+    is_quick: bool = False,
+    encoder: Path | None = None,
+    jobs: int = 1,
+    subjects: Sequence[str] = SUBJECTS,
+    streams: Sequence[str] = STREAMS,
+    split: str = "test",
+    console: Console,
+) -> dict[str, Any]:
+    """Measures what `out` does not hold yet, writing it after each cell, and prints the table. Returns the report."""
+    size = QUICK if is_quick else FULL
+    facts = _facts(size, split)
+    done = _read(out, facts)
+    missing = [cell for cell in _cells(size, is_quick, subjects, streams) if cell.name not in done]
+    for cell, result in _measured(missing, kit, encoder, size, split, jobs):
+        done[cell.name] = result
+        _write(out, {"facts": facts, "cells": done})
+        console.print(f"{cell.name}: {result['accuracy_final']:.1f} after {result['seconds']:.0f} s")
+    report = {"facts": facts, "arms": summarise(done), "cells": done}
+    report["targets"] = targets(report["arms"])
+    _write(out, report)
+    _show(report, console)
+    return report
+
+
+def _facts(size: Size, split: str) -> dict[str, Any]:
+    """What the figures rest on; cells are taken over from an earlier run only where all but date and machine agree."""
+    from bench.continual_settings import settings_for
+
+    steps = {"encoder": size.encoder_steps, "writer": size.writer_steps}
+    return {
+        "size": _plain(size),
+        "settings": {subject: _plain(settings_for(subject, steps[subject])) for subject in SUBJECTS},
+        "split": split,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU used, one thread a cell",
+    }
+
+
+def _plain(record: Any) -> Any:
+    return json.loads(json.dumps(asdict(record)))
+
+
+def _cells(size: Size, is_quick: bool, subjects: Sequence[str], streams: Sequence[str]) -> Iterator[Cell]:
+    for seed in size.seeds:
+        for stream in streams:
+            for subject in subjects:
+                for arm in QUICK_ARMS if is_quick else MIXED_ARMS if stream == "mixed" else ARMS:
+                    if arm not in ENCODER_ARMS or subject == "encoder":
+                        yield Cell(stream, subject, arm, seed)
+
+
+def _measured(
+    cells: Sequence[Cell], kit: Path, encoder: Path | None, size: Size, split: str, jobs: int
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = {pool.submit(measure, cell, kit, encoder, size, split): cell for cell in cells}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def measure(cell: Cell, kit: Path, encoder: Path | None, size: Size, split: str) -> dict[str, Any]:
+    """One cell, in this process, on one thread."""
+    import torch
+    from transformers.utils import logging
+
+    from bench.continual_arms import run_arm
+    from bench.continual_settings import settings_for
+    from bench.continual_subjects import Head, load_stream, open_subject
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    stream = load_stream(kit, cell.stream, size.train_rows, size.test_rows, split)[: size.stages]
+    head: Head = "linear" if cell.arm in LINEAR_ARMS else "means"
+    subject = open_subject(cell.subject, kit, encoder, stream, head)
+    steps = size.encoder_steps if cell.subject == "encoder" else size.writer_steps
+    course = run_arm(cell.arm, subject, len(stream), settings_for(cell.subject, steps), cell.seed)
+    return {
+        **course.scores([len(task.test) for task in stream]),
+        "parameters": course.parameters,
+        "seconds": course.seconds,
+        "directions": course.directions,
+        "moments": course.moments,
+        "matrix": course.matrix,
+    }
+
+
+def summarise(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means over seeds by "stream/subject/arm", the spread of the final accuracy, and how many seeds there were."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, result in done.items():
+        groups.setdefault(name.rpartition("/")[0], []).append(result)
+    return {name: _mean(results) for name, results in sorted(groups.items())}
+
+
+def _mean(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    numbers = [key for key, value in results[0].items() if isinstance(value, int | float)]
+    means: dict[str, Any] = {key: statistics.fmean(result[key] for result in results) for key in numbers}
+    finals = [result["accuracy_final"] for result in results]
+    return {**means, "accuracy_final_spread": max(finals) - min(finals), "seeds": len(results)}
+
+
+def targets(arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The differences that were aimed at, in points, by "stream/subject"; parameters as shares of the method's."""
+    found = {}
+    for place in sorted({name.rpartition("/")[0] for name in arms}):
+        at = {arm: arms[f"{place}/{arm}"] for arm in ARMS if f"{place}/{arm}" in arms}
+        if "method" in at:
+            found[place] = dict(_differences(at))
+    return found
+
+
+def _differences(at: dict[str, dict[str, Any]]) -> Iterable[tuple[str, float]]:
+    method = at["method"]
+    for arm, key in (
+        ("sequential", "above_sequential"),
+        ("sequential_means", "above_sequential_means"),
+        ("sequential_masked", "above_sequential_masked"),
+        ("means", "above_means"),
+    ):
+        if arm in at:
+            yield key, method["accuracy_final"] - at[arm]["accuracy_final"]
+    if "joint" in at:
+        yield "below_joint", at["joint"]["accuracy_final"] - method["accuracy_final"]
+    for arm in ("rank_reduction", "distillation"):
+        if arm in at:
+            yield f"{arm}_below_method", method["accuracy_final"] - at[arm]["accuracy_final"]
+            yield f"{arm}_share_of_parameters", at[arm]["parameters"] / method["parameters"]
+
+
+def _read(out: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cells that a run of the same size has left there."""
+    if not out.is_file():
+        return {}
+    report = json.loads(out.read_text())
+    is_same = all(report.get("facts", {}).get(key) == facts[key] for key in ("size", "settings", "split"))
+    return dict(report["cells"]) if is_same else {}
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    aside = out.with_suffix(".part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(json.dumps(report, indent=1) + "\n")
+    aside.replace(out)
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    table = Table("stream, subject, arm", "final", "average", "forgetting", "parameters", "train s")
+    for name, arm in report["arms"].items():
+        points = [f"{arm[key]:.1f}" for key in ("accuracy_final", "accuracy_average", "forgetting")]
+        table.add_row(name, *points, f"{arm['parameters']:,.0f}", f"{arm['seconds']:.0f}")
+    console.print(table)
+    for place, values in report["targets"].items():
+        console.print(f"{place}: " + ", ".join(f"{key} {value:.2f}" for key, value in values.items()))

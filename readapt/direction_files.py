@@ -1,0 +1,54 @@
+"""Decoupled states on disk, beside the files of the ordinary adapter that they fold into."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cluster.adapter_files import Adapter, LoraFactors
+from cluster.errors import InvalidAdapterError
+from readapt.directions import Decoupled
+
+_WEIGHTS = "directions.safetensors"
+_MAGNITUDES = "directions.json"
+_INPUTS = "inputs."
+
+
+def save_directions(state: Decoupled, folder: Path) -> None:
+    """Writes a state into an existing folder, beside whatever is there: directions.safetensors and directions.json."""
+    tensors = {
+        f"{n}.{module}.{side}": tensor.detach().contiguous().clone()
+        for n, direction in enumerate(state.directions)
+        for module, factors in direction.factors.items()
+        for side, tensor in (("A", factors.a_RD), ("B", factors.b_FR))
+    }
+    tensors |= {f"{_INPUTS}{module}": sketch_KD.contiguous().clone() for module, sketch_KD in state.inputs.items()}
+    save_file(tensors, folder / _WEIGHTS)
+    (folder / _MAGNITUDES).write_text(json.dumps({"magnitudes": state.magnitudes}, indent=2) + "\n")
+
+
+def has_directions(folder: Path) -> bool:
+    """Whether a state was saved there."""
+    return (folder / _MAGNITUDES).is_file()
+
+
+def load_directions(folder: Path) -> Decoupled:
+    """Reads what `save_directions` wrote; InvalidAdapterError where it is not whole."""
+    try:
+        magnitudes = json.loads((folder / _MAGNITUDES).read_text())["magnitudes"]
+        tensors = load_file(folder / _WEIGHTS)
+        directions = tuple(Adapter(_factors_of(tensors, n)) for n in range(len(magnitudes)))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InvalidAdapterError(f"{folder}: the saved directions cannot be read: {error!r}") from error
+    inputs = {name.removeprefix(_INPUTS): tensor for name, tensor in tensors.items() if name.startswith(_INPUTS)}
+    return Decoupled(directions, tuple(float(value) for value in magnitudes), inputs)
+
+
+def _factors_of(tensors: dict[str, Tensor], n: int) -> dict[str, LoraFactors]:
+    start = f"{n}."
+    modules = [name[len(start) : -2] for name in tensors if name.startswith(start) and name.endswith(".A")]
+    if not modules:
+        raise ValueError(f"direction {n} is missing")
+    return {m: LoraFactors(tensors[f"{start}{m}.A"], tensors[f"{start}{m}.B"], 1.0) for m in modules}

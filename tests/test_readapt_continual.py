@@ -1,0 +1,321 @@
+"""The stages of class-incremental learning, and the way from a stage to an engine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+import relora
+from cluster.adapter_files import Adapter, load_adapter, save_adapter
+from cluster.config import Fleet, ServingConfig
+from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, NotFoundError, TrainingError
+from cluster.fleet import open_blobs
+from cluster.registry import Registry, Status
+from cluster.rollout import Rollout
+from readapt.continual import RANK_REDUCTION, Method, contrast, learn_stage, released_code
+from readapt.continual_stage import NextStage, add_stage
+from readapt.continual_writer import LabelWriter, Rivals, encode_labels, exact_points, labels_in
+from readapt.data import Row, Task, encoder_for, load_rows
+from readapt.direction_files import load_directions, save_directions
+from readapt.directions import (
+    Decoupled,
+    Decoupling,
+    DirectionWeights,
+    decouple,
+    fold,
+    gram,
+    norm_of,
+)
+from readapt.lora import attach, blank, linear_shapes, load_base
+from readapt.moments import contrasting, input_moments, with_moments
+from serving.engine import Engine
+from serving.request import AdapterRef, Request, SamplingParams
+from tests.fleets import make_fleet, registered
+from tests.readapt_worlds import logits, random_factors, write_task
+from tests.two_linears import SHAPES, Two, a_state, deltas
+from tests.worlds import make_checkpoint
+
+
+@pytest.fixture
+def model() -> Two:
+    torch.manual_seed(0)
+    return Two()
+
+
+def test_ranks_by_stage():
+    assert [Method(ranks=RANK_REDUCTION).rank_of(stage) for stage in range(10)] == [10] * 4 + [8] * 4 + [6] * 2
+
+
+def test_contrasting_rows_are_deaf_to_the_old_inputs_and_hear_the_new(model: Two):
+    """Old inputs lie in three dimensions of five; the new ones in all. A direction of two rows takes the other two."""
+    basis_DD = torch.linalg.qr(torch.randn(5, 5))[0]
+    old = [basis_DD[:, :3] @ torch.randn(3) for _ in range(40)]
+    new = [basis_DD @ torch.randn(5) for _ in range(40)]
+    learner = Squares(model)
+    sketches = with_moments({}, input_moments(model, ["one"], learner.loss, old))
+    moments = input_moments(model, ["one"], learner.loss, new)
+    torch.testing.assert_close(sketches["one"].T @ sketches["one"], sum(torch.outer(x, x) for x in old))
+    fresh = contrasting(blank(SHAPES, 2, 2.0), moments, sketches)
+    answers = {
+        name: (torch.stack(rows) @ fresh.factors["one"].a_RD.T).norm() for name, rows in (("old", old), ("new", new))
+    }
+    assert answers["old"] < 0.02 * answers["new"]
+    assert torch.equal(fresh.factors["two"].a_RD, blank(SHAPES, 2, 2.0).factors["two"].a_RD), "nothing old is known"
+
+
+def test_a_contrasting_method_remembers_and_freezes_the_rows(model: Two):
+    rows, other = list(torch.randn(16, 5)), list(torch.randn(16, 5))
+    method = Method(steps=4, ranks=((0, 2),), learning_rate=1e-2, contrasts=True)
+    first = learn_stage(model, Decoupled(), Squares(model), rows, method, shapes=SHAPES, stage=0)
+    torch.testing.assert_close(
+        first.inputs["one"].T @ first.inputs["one"], sum(torch.outer(x, x) for x in rows), rtol=1e-4, atol=1e-4
+    )
+    second = learn_stage(model, first, Squares(model), other, method, shapes=SHAPES, stage=1)
+    expected = contrasting(
+        blank(SHAPES, 2, 2.0), {"one": sum(torch.outer(x, x) for x in other)}, {"one": first.inputs["one"]}
+    )
+    learned, frozen = second.directions[1].factors["one"].a_RD, expected.factors["one"].a_RD
+    torch.testing.assert_close(normalize(learned, dim=1), frozen, rtol=1e-3, atol=1e-3)
+    assert len(second.directions) == 2
+
+
+def test_a_direction_that_inherits_starts_without_a_jump_and_can_be_distilled(model: Two):
+    rows = list(torch.randn(16, 5))
+    first = learn_stage(model, Decoupled(), Squares(model), rows, Method(steps=9), shapes=SHAPES, stage=0)
+    idle = Method(steps=1, learning_rate=1e-9, inherits=True)
+    second = learn_stage(model, first, Squares(model), rows, idle, shapes=SHAPES, stage=1)
+    assert len(second.directions) == 2
+    for name, delta in deltas(fold(second)).items():
+        torch.testing.assert_close(delta, deltas(fold(first))[name], rtol=1e-2, atol=1e-2)
+    dropped = learn_stage(model, first, Squares(model), rows, replace(idle, max_residual=9e-4), shapes=SHAPES, stage=1)
+    assert len(dropped.directions) == 1
+    assert dropped.magnitudes == pytest.approx(first.magnitudes, rel=1e-2)
+
+
+def test_older_magnitudes_can_be_frozen(model: Two):
+    config = Decoupling(learns_old_magnitudes=False)
+    method = Method(steps=4, learning_rate=1e-2, decoupling=config)
+    state = learn_stage(model, a_state(), Squares(model), list(torch.randn(16, 5)), method, shapes=SHAPES, stage=1)
+    assert state.magnitudes[:3] == a_state().magnitudes
+    assert state.magnitudes[3] != 1.0
+
+
+class Squares:
+    """A learner for `Two`: outputs shall be small."""
+
+    def __init__(self, model: Two, extra: float = 1.0):
+        self._model, self._extra = model, extra
+
+    def loss(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        return self._extra * self._model(torch.stack(rows)).square().mean()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+
+def test_stages_follow_one_another_and_reduce_their_losses(model: Two):
+    rows = list(torch.randn(64, 5))
+    learner, state = Squares(model), Decoupled()
+    losses = [learner.loss(rows).item()]
+    method = Method(steps=25, ranks=((0, 3), (1, 1)), learning_rate=5e-2)
+    for stage in range(2):
+        state = learn_stage(model, state, learner, rows, method, shapes=SHAPES, stage=stage)
+        assert learner.loss(rows).item() == losses[0], "the model is bare again"
+        weights = DirectionWeights(model, state)
+        losses.append(learner.loss(rows).item())
+        weights.detach()
+    assert losses[0] > losses[1] > losses[2]
+    assert [direction.max_rank for direction in state.directions] == [3, 1]
+
+
+def test_the_released_code_sets_magnitudes_back_and_normalises_by_factors(model: Two):
+    rows = list(torch.randn(8, 5))
+    method = released_code(Method(steps=1, learning_rate=1e-9))
+    state = learn_stage(model, a_state(), Squares(model), rows, method, shapes=SHAPES, stage=0)
+    assert state.magnitudes[:3] == pytest.approx((0.8, 0.8, 0.8), abs=1e-4)
+    for direction in state.directions[:3]:
+        assert [float(norm_of(f, "factors")) for f in direction.factors.values()] == pytest.approx(
+            [1.0] * len(direction.factors), rel=1e-4
+        )
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage_and_leaves_the_model_bare(model: Two):
+    rows = list(torch.randn(8, 5))
+    bare = model(rows[0])
+    with pytest.raises(TrainingError, match="nan"):
+        learn_stage(model, a_state(), Squares(model, float("nan")), rows, Method(), shapes=SHAPES, stage=0)
+    assert torch.equal(model(rows[0]), bare)
+
+
+# A causal LM that writes labels
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base") / "v1", std=0.08)
+
+
+@pytest.mark.parametrize(
+    ("rivals", "hidden"),
+    [("all", {}), ("unlearned", {"": "z", "g": "o"}), ("stage", None)],
+)
+def test_a_stages_loss_leaves_older_labels_alone(base: Path, rivals: Rivals, hidden: dict[str, str] | None):
+    """Against a reference that goes through the positions one by one and leaves the named characters out."""
+    model, encoder = load_base(base), encoder_for(base, 64)
+    rows = encoder.encode_all([Row("1b=", "green"), Row("2c=", "grey")])
+    loss = LabelWriter(model, encode_labels(encoder, ["zinc", "gold"]), labels_in(rows), rivals).loss(rows)
+    goes_on = {"": "g", "g": "r", "gr": "e", "gre": "ey", "gree": "n"}  # in labels of this stage
+    losses = []
+    for row, label in zip(rows, ("green", "grey"), strict=True):
+        logits_TV = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
+        for position, target in enumerate(row.input_ids[row.num_prompt_tokens :]):
+            prefix, x_V = label[:position], logits_TV[row.num_prompt_tokens + position - 1]
+            keep = torch.full_like(x_V, hidden is not None, dtype=torch.bool)
+            for character in goes_on.get(prefix, "") if hidden is None else hidden.get(prefix, ""):
+                keep[encoder.tokenizer(character)["input_ids"][0]] = hidden is None
+            keep[target] = True
+            losses.append(x_V[keep].logsumexp(0) - x_V[target])
+    torch.testing.assert_close(loss.double(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_exact_points_among_labels_and_in_the_free(base: Path):
+    model, encoder = load_base(base), encoder_for(base, 64)
+    rows = encoder.encode_all([Row("1b=", "green"), Row("2c=", "blue")])
+    assert exact_points(model, rows) == 0.0
+    assert exact_points(model, rows, labels_in(rows[:1]) + labels_in(rows[1:])) in (0.0, 50.0, 100.0)
+    assert exact_points(model, rows[:1], labels_in(rows[:1])) == 100.0, "one choice cannot be missed"
+
+
+# From the registry to the registry, and through an engine
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fleet, Registry, Path]:
+    """A fleet with one specialist of three labels, and rows of two labels more."""
+    folder = tmp_path_factory.mktemp("fleet")
+    fleet = make_fleet(folder, names=("usual",))
+    rows = [Row(f"{number} {letter}:", f"n{letter.upper()}") for number in range(100, 160) for letter in "xy"]
+    return fleet, registered(fleet), write_task(folder / "more", Task(rows[:80], rows[80:100], rows[100:]))
+
+
+METHOD = contrast(Method(steps=80, ranks=((0, 4),), learning_rate=1e-2))
+
+
+def test_a_stage_becomes_a_candidate_with_lineage_and_its_state(world: tuple[Fleet, Registry, Path]):
+    fleet, registry, more = world
+    blobs = open_blobs(fleet)
+    version = add_stage(fleet, registry, blobs, NextStage("usual", "letters", more), METHOD)
+    assert version.status is Status.CANDIDATE
+    assert version.parent_id == registry.find("usual", 1).id
+    assert set(version.details["accuracy_by_stage"]) == {"start", "letters"}
+    assert version.quality == version.details["accuracy_by_stage"]["letters"] >= 90
+    assert version.details["accuracy_by_stage"]["start"] >= 90, "and it has not forgotten"
+    assert version.details["golden"]
+    folder = blobs.fetch_folder(version.blob_key)
+    state = load_directions(folder)
+    assert [direction.max_rank for direction in state.directions] == [4, 4]
+    for name, delta in deltas(fold(state)).items():
+        torch.testing.assert_close(delta, deltas(load_adapter(folder))[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_engine_serves_the_folded_stage_as_training_judged_it(world: tuple[Fleet, Registry, Path]):
+    fleet, registry, more = world
+    version = next(v for v in registry.versions("usual") if v.details.get("stage") == "letters")
+    engine = Engine.open(fleet.base("v1").path, ServingConfig(memory_bytes=4 << 20))
+    ref = AdapterRef(version.content_hash, "usual", version.number, version.blob_key)
+    engine.add_adapter(ref, load_adapter(open_blobs(fleet).fetch_folder(version.blob_key)))
+    encoder = encoder_for(fleet.base("v1").path, 32)
+    rows = load_rows(more / "valid.jsonl")
+    for index, row in enumerate(rows):
+        params = SamplingParams(temperature=0.0, max_tokens=8)
+        engine.submit(Request(str(index), tuple(encoder.encode_prompt(row.prompt)), params, ref))
+    texts = dict.fromkeys(map(str, range(len(rows))), "")
+    while engine.has_work:
+        for event in engine.step():
+            texts[event.request_id] += event.text
+    right = sum(texts[str(index)] == row.completion for index, row in enumerate(rows))
+    assert 100.0 * right / len(rows) == version.quality
+
+
+def test_a_rollout_moves_the_stage_to_live(world: tuple[Fleet, Registry, Path]):
+    fleet, registry, _ = world
+    rollout = Rollout(registry, lambda version: None, replace(fleet.rollout, canary_s=0.0))
+    while rollout.is_busy():
+        rollout.tick()
+    live = registry.routes()["usual"].live
+    assert live.details["stage"] == "letters"
+    assert registry.version(live.parent_id).status is Status.RETIRED
+
+
+def test_the_next_stage_goes_on_from_the_directions_of_the_last(world: tuple[Fleet, Registry, Path], tmp_path: Path):
+    fleet, registry, _ = world
+    blobs = open_blobs(fleet)
+    parent = next(v for v in registry.versions("usual") if v.details.get("stage") == "letters")
+    rows = [Row(f"{number} z:", "zZ") for number in range(100, 130)]
+    data = write_task(tmp_path / "z", Task(rows[:20], rows[20:25], rows[25:]))
+    wanted = NextStage("usual", "last", data, rank=6)
+    version = add_stage(fleet, registry, blobs, wanted, METHOD)
+    before, after = (load_directions(blobs.fetch_folder(v.blob_key)) for v in (parent, version))
+    assert len(after.directions) == 3
+    torch.testing.assert_close(gram(after.directions)[:2, :2], gram(before.directions))
+    assert load_adapter(blobs.fetch_folder(version.blob_key)).max_rank == version.details["rank"] == 6
+    assert 0.0 <= version.details["lost_energy"] < 1.0
+    assert version.parent_id == parent.id
+
+
+def test_what_cannot_be_a_stage_is_told(world: tuple[Fleet, Registry, Path], tmp_path: Path):
+    fleet, registry, more = world
+    blobs = open_blobs(fleet)
+
+    def refused(error: type[Exception], match: str, wanted: NextStage) -> None:
+        with pytest.raises(error, match=match):
+            add_stage(fleet, registry, blobs, wanted, METHOD)
+
+    start = Path(registry.adapter("usual").data)
+    refused(InvalidDataError, "no label is new", NextStage("usual", "again", start))
+    refused(ConflictError, "stage 'start'", NextStage("usual", "start", more, parent=1))
+    refused(NotFoundError, "no version usual@99", NextStage("usual", "x", more, parent=99))
+    refused(NotFoundError, "no live version", NextStage("unknown", "x", more))
+    refused(InvalidDataError, "cannot be read", NextStage("usual", "x", tmp_path))
+    refused(InvalidAdapterError, "serving.max_rank", NextStage("usual", "x", more, parent=1, rank=4096))
+
+
+def test_the_command_trains_and_registers(
+    world: tuple[Fleet, Registry, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    fleet, registry, more = world
+    arguments = ["continual", fleet.folder / "fleet.toml", "usual", "--data", more, "--stage", "by-hand"]
+    arguments += ["--parent", 1, "--steps", 3]
+    monkeypatch.setattr("sys.argv", ["relora", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        relora.main()
+    assert not end.value.code
+    version = registry.versions("usual")[-1]
+    assert f"{version.label} is a candidate on v1" in capfd.readouterr().out
+    assert version.details["stage"] == "by-hand"
+
+
+def test_a_state_can_be_saved_beside_an_adapter_that_is_read_as_before(tmp_path: Path):
+    state = a_state()
+    save_adapter(fold(state), tmp_path / "a")
+    save_directions(state, tmp_path / "a")
+    assert load_adapter(tmp_path / "a").max_rank == 6
+
+
+def test_attach_takes_a_folded_state(base: Path):
+    model = load_base(base)
+    shapes = linear_shapes(model)
+    state = decouple(
+        Adapter({n: random_factors(*shape, 2, 0.1, seed=i) for i, (n, shape) in enumerate(shapes.items())})
+    )
+    bare = logits(model)
+    weights = DirectionWeights(model, state)
+    expected = logits(model)
+    weights.detach()
+    lora = attach(model, fold(state))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    lora.detach()
+    torch.testing.assert_close(logits(model), bare)
