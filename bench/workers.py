@@ -1,0 +1,62 @@
+"""Worker processes for timings: one thread each, each on a core of its own."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.queues import Queue
+from typing import Any
+
+import psutil
+import torch
+from transformers.utils import logging
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def free_cores(jobs: int | None) -> list[int]:
+    """Cores for so many workers (None: one for each physical core), of those that this process may use."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    wanted = jobs or min(psutil.cpu_count(logical=False) or 1, len(allowed))
+    return allowed[:wanted]
+
+
+def run_on(cores: Sequence[int], calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
+    """Runs the calls, in their order, each in the next free worker; yields (index of the call, result) as they end.
+
+    The error of any one is raised once the others are done.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
+    free: Queue[int] = context.Queue()
+    for core in cores:
+        free.put(core)
+    errors = []
+    with ProcessPoolExecutor(len(cores), mp_context=context, initializer=_settle, initargs=(free,)) as pool:
+        futures = {pool.submit(function, *arguments): index for index, (function, arguments) in enumerate(calls)}
+        for future in as_completed(futures):
+            error = future.exception()
+            if error is None:
+                yield futures[future], future.result()
+            else:
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _settle(free: "Queue[int]") -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    core = free.get()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _end_with_parent() -> None:
+    """A killed benchmark leaves no workers behind, who would go on writing records beside the next one's."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
