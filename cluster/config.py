@@ -82,7 +82,12 @@ class AdapterSpec:
 
 @_frozen
 class ServingConfig:
-    """One engine's limits and memory, and how many replicas of it there are."""
+    """One engine's limits and memory, and how many replicas of it there are.
+
+    `max_overtakes` is K of the bound on waiting in `serving.waiting`. `prefix_cache` says between whom KV of common
+    prefixes is shared: all, requests of one tenant, or none. `first_token_deadline_s` is for requests that bring none.
+    There, and in `max_queue_per_tenant`, 0 means no limit.
+    """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -94,6 +99,11 @@ class ServingConfig:
     max_batch_tokens: Count = 512
     max_sequences: Count = 64
     max_queue: Count = 1024
+    max_queue_per_tenant: CountOrZero = 0
+    max_overtakes: Count = 64
+    first_token_deadline_s: PositiveOrZero = 0.0
+    prefix_cache: Literal["shared", "tenant", "off"] = "shared"
+    adapter_load_timeout_s: Positive = 60.0
     max_rank: Count = 128
     host_cache_bytes: Count = GIB
     threads: Count = 1
@@ -108,14 +118,20 @@ class ServingConfig:
 class SearchConfig:
     """The search of the fused initialisation alpha * T + beta * E_r: its budget, box and subset.
 
-    `concurrency` above 1 pays only where a trial takes longer than an actor takes to start (some seconds, and the load
-    of the base model): Tune gives a waiting trial the first actor that comes free and throws away the one that it had
-    begun to start for it, so short trials side by side start a process each (ray 2.60: 46 actors for 32 trials).
+    `trials` candidates in rounds of `batch`, each round scored at once on `subset_rows` held-out rows. `groups` gives
+    groups of modules an (alpha, beta) of their own: by kind (attention, MLP) or by third of the depth. `rank` says what
+    is scored: the fused adapter as it ships ("serving"), or before it is cut to its rank ("uncut"). `refine_steps`
+    steps of gradient descent on one (alpha, beta) for each module may follow. `concurrency` rounds run side by side
+    where they take longer than a process takes to start: shorter ones are all done by the first (see `readapt.on_ray`).
     """
 
     trials: Count = 16
+    batch: Count = 8
     subset_rows: Count = 48
     concurrency: Count = 1
+    groups: Literal["all", "kind", "depth", "kind+depth"] = "all"
+    rank: Literal["uncut", "serving"] = "serving"
+    refine_steps: CountOrZero = 0
     alpha_max: Positive = 1.5
     beta_min: float = -1.0
     beta_max: float = 1.0
@@ -126,7 +142,11 @@ class SearchConfig:
 
 @_frozen
 class TrainConfig:
-    """The fine-tuning after the initialisation: budgets in optimiser steps, and the two-phase pull on the weights."""
+    """The fine-tuning after the initialisation: budgets in optimiser steps, and the two-phase pull on the weights.
+
+    What is evaluated and shipped is a moving average of the weights, to which each step leaves the share `averaging` of
+    the average before it: it lies steady where single steps, at a rate that recovers fast, throw the weights about.
+    """
 
     short_steps: Count = 60
     full_steps: Count = 200
@@ -138,23 +158,73 @@ class TrainConfig:
     pull_strong: PositiveOrZero = 0.05
     pull_weak: PositiveOrZero = 0.005
     strong_fraction: Share = 0.3
+    averaging: Annotated[float, Field(ge=0, lt=1)] = 0.9
     max_tokens: Count = 256
     scratch_steps: Count = 600
     seed: CountOrZero = 0
 
 
 @_frozen
+class TransplantConfig:
+    """The functional transplant: how many training rows it is fitted on, and how.
+
+    `rank` is that of the new adapter, unless the old one has a higher. `ridge` is the penalty as a share of the inputs'
+    mean square; it pulls to the old adapter, or to nothing.
+    `match_stream` and `map_head` let it mend the residual stream, and allow for the new head; there to be measured.
+    """
+
+    rows: Count = 128
+    rank: Count = 32
+    ridge: Annotated[float, Field(ge=1e-5)] = 3e-2
+    centre: Literal["old", "zero"] = "old"
+    match_stream: bool = True
+    map_head: bool = True
+
+
+@_frozen
+class LadderConfig:
+    """Which rungs are tried, in the given order, and when the climb ends: at the first that passes, or with the budget.
+
+    "copy", "transplant" and "fused" are starts; "train" goes on from the best of them; "scratch" begins anew. Bases
+    whose weights have a cosine below `min_cosine` are taken for unrelated: then only "scratch" is tried, if allowed.
+    """
+
+    rungs: tuple[Literal["copy", "transplant", "fused", "train", "scratch"], ...] = (
+        "copy",
+        "transplant",
+        "train",
+        "scratch",
+    )
+    stop: Literal["ready", "budget"] = "ready"
+    min_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.1
+
+
+@_frozen
 class GateConfig:
-    """How many points of its metric (0 to 100) a new version may lose against the old one on the old base."""
+    """How many points of its metric (0 to 100) a new version may lose against the old one on the old base.
+
+    `tolerance_points` always; where training from scratch cannot reach that on the new base either, what scratch
+    reaches is asked for instead, but no more than `max_drop_points` are given away so. `agreement_points` is the
+    tolerance where there are no true answers and the old service's own are what counts. An evaluation that is going to
+    fail is given up early: wrongly with a chance of at most 1 - `confidence`. Passing needs all rows.
+    """
 
     tolerance_points: PositiveOrZero = 1.0
+    max_drop_points: PositiveOrZero = 5.0
+    agreement_points: PositiveOrZero = 5.0
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.999
 
 
 @_frozen
 class WorkersConfig:
-    """The processes that re-adapt."""
+    """The processes that re-adapt.
+
+    `pack` is the number of adapters that a worker trains at once. On a CPU more than 1 pays only where batches are of a
+    few rows; on a GPU, which a small batch leaves idle, it is meant to be large.
+    """
 
     num_workers: Count = 1
+    pack: Count = 1
     cpus_per_worker: PositiveOrZero = 1.0
     gpus_per_worker: PositiveOrZero = 0.0
 
@@ -163,7 +233,9 @@ class WorkersConfig:
 class ReadaptConfig:
     """How an adapter is carried from one base to the next."""
 
+    ladder: LadderConfig = LadderConfig()
     search: SearchConfig = SearchConfig()
+    transplant: TransplantConfig = TransplantConfig()
     train: TrainConfig = TrainConfig()
     gate: GateConfig = GateConfig()
     workers: WorkersConfig = WorkersConfig()

@@ -6,7 +6,7 @@ from cluster.adapter_files import check_fits, load_adapter
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import AdapterSpec, Fleet
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, NotFoundError
 from cluster.registry import BaseModel, Registry, Status, Version
 
 
@@ -21,9 +21,18 @@ def open_blobs(fleet: Fleet) -> BlobStore:
 
 
 def register_base(fleet: Fleet, registry: Registry, name: str) -> BaseModel:
-    """Makes a base model known by its content; a name that stood for other weights is a ConflictError."""
+    """Makes a base model known by its content; a name that stood for other weights is a ConflictError.
+
+    The content is read only where the files are not those of the last time, by their names, sizes and times.
+    """
     path = fleet.base(name).path
-    return registry.add_base(name, str(path), open_checkpoint(path).fingerprint())
+    checkpoint = open_checkpoint(path)
+    stamp = checkpoint.stamp()
+    with suppress(NotFoundError):
+        known = registry.base(name)
+        if (known.path, known.stamp) == (str(path), stamp):
+            return known
+    return registry.add_base(name, str(path), checkpoint.fingerprint(), stamp)
 
 
 def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> list[Version]:
@@ -34,7 +43,7 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
     bases = {spec.base for spec in fleet.adapters}
     for base in sorted(bases):
         register_base(fleet, registry, base)
-    shapes = {base: open_checkpoint(fleet.base(base).path).linear_shapes() for base in bases}
+    shapes = {base: open_checkpoint(fleet.base(base).path).adaptable_shapes() for base in bases}
     new = []
     for spec in fleet.adapters:
         check_fits(load_adapter(spec.path, max_rank=fleet.serving.max_rank), shapes[spec.base])

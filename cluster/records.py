@@ -1,5 +1,6 @@
 """What the registry keeps: frozen records, and the statuses that a version passes through."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -41,11 +42,15 @@ TRANSITIONS: Mapping[Status, frozenset[Status]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model; `fingerprint` is that of its weights, so that a name always means the same weights."""
+    """A base model; `fingerprint` is that of its weights, so that a name always means the same weights.
+
+    `stamp` is that of its files when these were last read (names, sizes, times): the same stamp, the same weights.
+    """
 
     name: str
     path: str
     fingerprint: str
+    stamp: str
     created_at: float
 
 
@@ -103,3 +108,12 @@ class Route:
 
     live: Version
     canary: Version | None
+
+
+def jsonable(value: Any) -> Any:
+    """The same with lists for tuples and None for infinities and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

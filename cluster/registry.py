@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.errors import ConflictError, NotFoundError, StorageError
 from cluster.names import check_name
 from cluster.records import TRANSITIONS, AdapterRecord, BaseModel, Event, Route, Status, Version
-from cluster.registry_tables import adapters, bases, events, open_engines, versions
+from cluster.registry_tables import adapters, bases, events, heartbeats, open_engines, versions
 
 __all__ = ["AdapterRecord", "BaseModel", "Event", "Registry", "Route", "Status", "Version"]
 
@@ -38,13 +38,13 @@ class Registry:
 
     # Base models and adapters
 
-    def add_base(self, name: str, path: str, fingerprint: str) -> BaseModel:
+    def add_base(self, name: str, path: str, fingerprint: str, stamp: str = "") -> BaseModel:
         """Register a base model, or note where it lies now; ConflictError if the name stands for other weights."""
         check_name(name)
         with self._write() as connection:
             row = connection.execute(select(bases).where(bases.c.name == name)).one_or_none()
             if row is None:
-                base = BaseModel(name, path, fingerprint, self._clock())
+                base = BaseModel(name, path, fingerprint, stamp, self._clock())
                 connection.execute(insert(bases).values(vars(base)))
                 self._append(connection, "base_added", details={"name": name, "path": path})
                 return base
@@ -52,8 +52,8 @@ class Registry:
                 raise ConflictError(
                     f"Base model {name!r} is registered with other weights (from {row.path}); use a new name."
                 )
-            connection.execute(update(bases).where(bases.c.name == name).values(path=path))
-        return BaseModel(**{**row._mapping, "path": path})
+            connection.execute(update(bases).where(bases.c.name == name).values(path=path, stamp=stamp))
+        return BaseModel(**{**row._mapping, "path": path, "stamp": stamp})
 
     def base(self, name: str) -> BaseModel:
         """Return a base model by name, or raise NotFoundError."""
@@ -217,6 +217,26 @@ class Registry:
         if version_id is not None:
             query = query.where(events.c.version_id == version_id)
         return [Event(**row._mapping) for row in self._select(query)]
+
+    # Signs of life
+
+    def beat(self, owner: str) -> None:
+        """Give a sign of life: one more than before."""
+        with self._write() as connection:
+            one_more = (
+                update(heartbeats).where(heartbeats.c.owner == owner).values(num_beats=heartbeats.c.num_beats + 1)
+            )
+            if connection.execute(one_more).rowcount == 0:
+                connection.execute(insert(heartbeats).values(owner=owner, num_beats=1))
+
+    def beats(self) -> dict[str, int]:
+        """Return how many signs of life each owner has given that has not said farewell."""
+        return {row.owner: row.num_beats for row in self._select(select(heartbeats))}
+
+    def end_beats(self, owner: str) -> None:
+        """Say farewell, for oneself or for an owner that is dead."""
+        with self._write() as connection:
+            connection.execute(delete(heartbeats).where(heartbeats.c.owner == owner))
 
     # Transactions
 

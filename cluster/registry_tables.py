@@ -27,7 +27,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from cluster.errors import StorageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 30.0
 _WRITES = "relora_writes"  # execution option of the engine whose transactions write
 _WRITE_LOCK = 0x72656C6F7261  # PostgreSQL's advisory lock of all writers: "relora" in ASCII
@@ -42,6 +42,7 @@ bases = Table(
     Column("name", String, primary_key=True),
     Column("path", String, nullable=False),
     Column("fingerprint", String, nullable=False),
+    Column("stamp", String, nullable=False),
     Column("created_at", Float, nullable=False),
 )
 
@@ -81,9 +82,16 @@ events = Table(
     Column("at", Float, nullable=False),
     Column("version_id", ForeignKey("versions.id"), index=True),
     Column("adapter", String),
-    Column("kind", String, nullable=False),
+    Column("kind", String, nullable=False, index=True),
     Column("details", JSON, nullable=False),
     sqlite_autoincrement=True,
+)
+
+heartbeats = Table(
+    "heartbeats",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("num_beats", Integer, nullable=False),
 )
 
 

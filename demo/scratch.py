@@ -11,8 +11,8 @@ from demo.outcome import Curve
 from demo.specialists import single_threaded
 from readapt.data import encoder_for, load_task
 from readapt.evaluate import Evaluator, Gate, Watcher
-from readapt.ladder import train_scratch
 from readapt.lora import load_base
+from readapt.plans import train_scratch
 from readapt.search import split_valid
 
 
@@ -55,7 +55,7 @@ def _train_alone(fleet: Fleet, target: str, spec: AdapterSpec, reference: float)
         load_adapter(spec.path),
         config.train,
         evaluate=Evaluator(model, encoder, split_valid(task.valid, config.search)[1], spec.metric),
-        accept=Watcher(gate),
+        watch=Watcher(gate),
     )
     curve = [(point.seconds, point.quality) for point in result.curve]
-    return ScratchRun(spec.name, curve[-1][0] if result.accepted else None, result.best, curve)
+    return ScratchRun(spec.name, curve[-1][0] if result.is_ready else None, result.best, curve)

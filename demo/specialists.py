@@ -15,8 +15,8 @@ from transformers.utils import logging
 from cluster.adapter_files import save_adapter
 from readapt.data import encoder_for, load_rows
 from readapt.evaluate import Evaluator, judge
-from readapt.lora import attach, blank, linear_shapes, load_base
-from readapt.train import Plan, fine_tune
+from readapt.lora import blank, linear_shapes, load_base
+from readapt.train import Plan, TrainJob, fine_tune
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -60,16 +60,10 @@ def train_specialist(spec: Specialist, base: Path, data: Path, target: Path) -> 
     """
     model, encoder = load_base(base), encoder_for(base, spec.max_tokens)
     valid = load_rows(data / "valid.jsonl")[: spec.valid_rows]
-    lora = attach(model, blank(linear_shapes(model), spec.rank, spec.alpha, spec.is_rslora, spec.modules, spec.seed))
-    result = fine_tune(
-        model,
-        lora,
-        encoder.encode_all(load_rows(data / "train.jsonl")),
-        Plan(spec.steps, spec.learning_rate, spec.batch_rows, eval_every=max(1, spec.steps // 4), seed=spec.seed),
-        evaluate=Evaluator(model, encoder, valid, "exact_match"),
-        accept=lambda evaluation: False,
-    )
-    lora.detach()
+    start = blank(linear_shapes(model), spec.rank, spec.alpha, spec.is_rslora, spec.modules, spec.seed)
+    rows = encoder.encode_all(load_rows(data / "train.jsonl"))
+    plan = Plan(spec.steps, spec.learning_rate, spec.batch_rows, eval_every=max(1, spec.steps // 4), seed=spec.seed)
+    result = fine_tune(model, TrainJob(start, rows, plan, Evaluator(model, encoder, valid, "exact_match")))
     save_adapter(result.best, target)
     return judge(model, result.best, encoder, valid, spec.metric).quality
 

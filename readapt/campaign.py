@@ -1,22 +1,17 @@
 """A campaign: every adapter of a fleet on its way to a new base, as a state machine over the registry.
 
     plan     each adapter that is live on another base gets a version PLANNED on the target
-    claim    PLANNED -> ADAPTING by compare-and-swap, busiest adapter first, one by one as workers come free
+    claim    PLANNED -> ADAPTING by compare-and-swap, in the order of `planning`, one by one as workers come free
     settle   ADAPTING -> CANDIDATE (files stored), REJECTED (no rung passed the gate; the old version stays) or FAILED
 
 All that a campaign knows is in the registry, so a killed one is resumed by running it again: settled versions are not
 touched, and what was in the air is put back to PLANNED. Several campaigns to one target may run at once and share the
-work. Which campaign is dead is decided by heartbeats: each logs one every `lease_s / 5` seconds, and is taken for dead
-when another has watched for `lease_s` and seen none. Counting from the watcher's first look, on its own monotonic
-clock, needs no agreement of clocks between machines and no process ids, which mean nothing between containers. The
-price is that a resumed campaign comes to the adapters that were in the air last, at the earliest after `lease_s`.
+work; `leases` says which of them are dead. The price is that a resumed campaign comes to the adapters that were in the
+air last, at the earliest after `lease_s`.
 """
 
-import contextlib
 import itertools
-import math
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -30,13 +25,15 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet
 from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, ReloraError, StorageError
 from cluster.fleet import register_base
+from cluster.records import jsonable
 from cluster.registry import Registry, Status, Version
-from readapt.delta import base_evolution
+from readapt.base_pair import BasePairs
+from readapt.ladder import Outcome
+from readapt.leases import LeaseWatch, heartbeat
+from readapt.planning import expected_seconds, in_order, unready_traffic
 from readapt.search import SearchResult
 from readapt.workbench import AdapterJob, Climbed, Executor, JobFailed, Report, RungReached
 
-HEARTBEAT = "campaign_heartbeat"
-EVOLUTION = "evolution"
 SETTLED = frozenset({Status.CANDIDATE, Status.REJECTED, Status.FAILED})
 
 
@@ -57,10 +54,10 @@ class Campaign:
         self.id = uuid.uuid4().hex
         self._fleet, self._registry, self._blobs = fleet, registry, blobs
         self._target, self._executor, self._lease_s, self._say = target, executor, lease_s, say
-        self._watch = _LeaseWatch(registry, lease_s)
+        self._watch = LeaseWatch(registry, lease_s)
+        self._pairs = BasePairs(fleet, registry, blobs, target, say)
         self._claimed: set[int] = set()
         self._settled: list[Version] = []
-        self._evolutions: dict[str, str | ReloraError | None] = {}
 
     def run(self) -> list[Version]:
         """Works until nothing is left to do and returns the versions that this campaign settled, in that order.
@@ -70,13 +67,25 @@ class Campaign:
         """
         register_base(self._fleet, self._registry, self._target)
         self._registry.log("campaign_started", campaign=self.id, target=self._target)
-        with _heartbeat(self._registry, self.id, self._lease_s / 5):
+        with heartbeat(self._registry, self.id, self._lease_s / 5):
             try:
                 self._settle_all()
             finally:
                 self._put_back(lambda owner: owner == self.id)
-        self._registry.log("campaign_finished", campaign=self.id, target=self._target, num_settled=len(self._settled))
+        self._finish()
         return list(self._settled)
+
+    def _finish(self) -> None:
+        cost = unready_traffic(self._registry, self._target)
+        self._registry.log(
+            "campaign_finished",
+            campaign=self.id,
+            target=self._target,
+            num_settled=len(self._settled),
+            unready_traffic=cost.integral,
+            mean_unready_s=cost.mean_s,
+        )
+        self._say(f"unready traffic: {cost.integral:.1f} units x s, {cost.mean_s:.1f} s for a request on average")
 
     def _settle_all(self) -> None:
         while True:
@@ -127,7 +136,7 @@ class Campaign:
     def _claims(self) -> Iterator[AdapterJob]:
         traffic = {record.name: record.traffic for record in self._registry.adapters()}
         planned = [v for v in self._first_versions().values() if v.status is Status.PLANNED]
-        for version in sorted(planned, key=lambda v: (-traffic[v.adapter], v.adapter)):
+        for version in in_order(planned, traffic, expected_seconds(self._registry, planned)):
             claimed = self._move(version, Status.ADAPTING, {"campaign": self.id})
             if claimed is None:
                 continue
@@ -147,7 +156,7 @@ class Campaign:
         if not record.data:
             raise InvalidDataError(f"{version.adapter} has no rows to judge it by: give it `data` in the fleet file.")
         new_base = self._fleet.base(self._target).path
-        evolution_key = self._evolution(parent.base)
+        pair = self._pairs.of(parent.base)
         check_fits(load_adapter(self._blobs.fetch_folder(parent.blob_key)), open_checkpoint(new_base).linear_shapes())
         return AdapterJob(
             version_id=version.id,
@@ -155,55 +164,10 @@ class Campaign:
             data=Path(record.data),
             metric="chrf" if record.metric == "chrf" else "exact_match",
             task_key=parent.blob_key,
-            evolution_key=evolution_key,
+            evolution_key=pair.key,
             old_base=Path(self._registry.base(parent.base).path),
             new_base=new_base,
         )
-
-    def _evolution(self, old: str) -> str | None:
-        """Blob key of the evolution from `old` to the target: made once, found again by whoever resumes."""
-        if old not in self._evolutions:
-            try:
-                self._evolutions[old] = self._find_evolution(old)
-            except ReloraError as error:
-                self._evolutions[old] = error  # hashing or comparing two large bases once is enough
-        found = self._evolutions[old]
-        if isinstance(found, ReloraError):
-            raise found
-        return found
-
-    def _find_evolution(self, old: str) -> str | None:
-        search = self._fleet.readapt.search
-        identity = {
-            "old": register_base(self._fleet, self._registry, old).fingerprint,
-            "new": self._registry.base(self._target).fingerprint,
-            "rank": search.evolution_rank,
-            "energy": search.evolution_energy,
-        }
-        for event in self._registry.events(kind=EVOLUTION):
-            key = event.details["key"]
-            if identity.items() <= event.details.items() and (key is None or self._blobs.exists(key)):
-                return key
-        return self._extract_evolution(old, identity)
-
-    def _extract_evolution(self, old: str, identity: dict[str, Any]) -> str | None:
-        started = time.perf_counter()
-        before, after = (open_checkpoint(self._fleet.base(name).path) for name in (old, self._target))
-        evolution, energies = base_evolution(before, after, rank=identity["rank"], energy=identity["energy"])
-        key = None
-        if evolution.factors:
-            with tempfile.TemporaryDirectory() as folder:
-                save_adapter(evolution, Path(folder) / "evolution")
-                key = self._blobs.put_folder(Path(folder) / "evolution")
-        seconds = time.perf_counter() - started
-        modules = _jsonable([asdict(energy) for energy in energies])
-        is_same_tokenizer = before.tokenizer_fingerprint() == after.tokenizer_fingerprint()
-        details = identity | {"key": key, "seconds": seconds, "modules": modules, "same_tokenizer": is_same_tokenizer}
-        self._registry.log(EVOLUTION, **details)
-        self._say(f"evolution {old} -> {self._target}: {len(evolution.factors)} modules changed, {seconds:.1f} s")
-        if not is_same_tokenizer:
-            self._say(f"{self._target} has another tokenizer than {old}: expect adapters to be trained anew")
-        return key
 
     # Settle
 
@@ -229,7 +193,7 @@ class Campaign:
             rung=reached.rung,
             step=point.step,
             quality=point.quality,
-            loss=_jsonable(point.loss),
+            loss=jsonable(point.loss),
             seconds=reached.seconds,
         )
         self._say(f"{version.label}: {reached.rung} step {point.step}: {point.quality:.1f} ({reached.seconds:.1f} s)")
@@ -251,7 +215,7 @@ class Campaign:
         target = Status.CANDIDATE if outcome.accepted else Status.REJECTED
         self._say(
             f"{version.label}: {target} at rung {outcome.rung} (alpha {outcome.alpha:.2f}, beta {outcome.beta:.2f}): "
-            f"{outcome.quality:.1f}, copy {outcome.copy_quality:.1f}, asked {outcome.reference:.1f}"
+            f"{outcome.quality:.1f}, {_copy(outcome)}, asked {outcome.reference:.1f}"
         )
         self._move(version, target, details, quality=outcome.quality, **files)
 
@@ -276,6 +240,10 @@ class Campaign:
         return moved
 
 
+def _copy(outcome: Outcome) -> str:
+    return "no copy tried" if outcome.copy_quality is None else f"copy {outcome.copy_quality:.1f}"
+
+
 def _details(climbed: Climbed) -> dict[str, Any]:
     outcome, search = climbed.outcome, climbed.search
     return {
@@ -284,58 +252,11 @@ def _details(climbed: Climbed) -> dict[str, Any]:
         "beta": float(outcome.beta),
         "copy_quality": outcome.copy_quality,
         "reference_quality": outcome.reference,
-        "attempts": _jsonable([asdict(attempt) for attempt in outcome.attempts]),
+        "attempts": jsonable([asdict(attempt) for attempt in outcome.attempts]),
         "search": [] if search is None else _trials(search),
         "golden": list(outcome.golden),
     }
 
 
 def _trials(search: SearchResult) -> list[dict[str, Any]]:
-    return [_jsonable(asdict(trial)) for trial in search.trials]
-
-
-def _jsonable(value: Any) -> Any:
-    """JSON has no infinity and no NaN: None instead."""
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _LeaseWatch:
-    """Knows which campaigns still give signs of life, as seen since this watch began."""
-
-    def __init__(self, registry: Registry, lease_s: float):
-        self._registry = registry
-        self._lease_s = lease_s
-        self._last_event_id = 0
-        self._seen_at_s: dict[str, float] = {}
-
-    def is_dead(self, campaign: str) -> bool:
-        now_s = time.monotonic()
-        for event in self._registry.events(after_id=self._last_event_id, kind=HEARTBEAT):
-            self._last_event_id = event.id
-            self._seen_at_s[event.details["campaign"]] = now_s
-        return now_s - self._seen_at_s.setdefault(campaign, now_s) > self._lease_s
-
-
-@contextlib.contextmanager
-def _heartbeat(registry: Registry, campaign: str, every_s: float) -> Iterator[None]:
-    """Logs a sign of life from a thread, at once and then every `every_s`."""
-    is_over = threading.Event()
-
-    def beat() -> None:
-        while True:
-            with contextlib.suppress(StorageError):  # a database that is away for one beat is not the end
-                registry.log(HEARTBEAT, campaign=campaign)
-            if is_over.wait(every_s):
-                return
-
-    thread = threading.Thread(target=beat, daemon=True, name="campaign-heartbeat")
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
+    return [jsonable(asdict(trial)) for trial in search.trials]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -58,27 +58,34 @@ def load_rows(path: Path) -> list[Row]:
 
     InvalidDataError names the file and the line: malformed JSON, a missing or wrong field, a missing or empty file.
     """
+    lines = read_lines(path)
+    return [Row(text_field(f, "prompt", where), text_field(f, "completion", where)) for where, f in lines]
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a file, each with its "file:line"; see `load_rows` for the errors."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidDataError(f"{path}: cannot be read: {error}") from error
-    rows = [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
-    if not rows:
+    places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not places:
         raise InvalidDataError(f"{path}: has no rows")
-    return rows
+    return [(where, _parse(line, where)) for where, line in places]
 
 
-def _parse_row(line: str, where: str) -> Row:
+def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidDataError(f"{where}: is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidDataError(f"{where}: must be a JSON object, not {type(fields).__name__}")
-    return Row(_text_field(fields, "prompt", where), _text_field(fields, "completion", where))
+    return fields
 
 
-def _text_field(fields: dict[str, Any], name: str, where: str) -> str:
+def text_field(fields: dict[str, Any], name: str, where: str) -> str:
+    """A field that must be a text with something in it."""
     if name not in fields:
         raise InvalidDataError(f"{where}: field '{name}' is missing")
     if not isinstance(fields[name], str) or not fields[name]:
@@ -104,7 +111,7 @@ class Encoder:
 
         InvalidDataError when the completion alone leaves no room for a prompt token.
         """
-        completion = [*self.tokenizer(row.completion, add_special_tokens=False)["input_ids"], self.eos_id]
+        completion = [*self._answer_tokens(row.completion), self.eos_id]
         room_tokens = self.max_tokens - len(completion)
         if room_tokens < 1:
             size = f"{len(completion)} tokens, of {self.max_tokens} allowed"
@@ -116,6 +123,13 @@ class Encoder:
         """Encodes rows in their order."""
         return [self.encode(row) for row in rows]
 
+    def num_answer_tokens(self, completion: str) -> int:
+        """How many tokens a completion has, end-of-sequence not counted."""
+        return len(self._answer_tokens(completion))
+
+    def _answer_tokens(self, completion: str) -> list[int]:
+        return list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+
     def encode_prompt(self, prompt: str) -> list[int]:
         """A prompt's tokens as a server sees them, uncut. InvalidDataError for a prompt without tokens."""
         tokens = list(self.tokenizer(prompt)["input_ids"])
@@ -126,6 +140,30 @@ class Encoder:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class EncodedRows(Sequence[Encoded]):
+    """Rows that are encoded when they are first asked for: a short run sees few of many."""
+
+    def __init__(self, encoder: Encoder, rows: Sequence[Row]):
+        self._encoder, self._rows = encoder, rows
+        self._encoded: dict[int, Encoded] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._encoded:
+            self._encoded[index] = self._encoder.encode(self._rows[index])
+        return self._encoded[index]
 
 
 def collate(rows: Sequence[Encoded]) -> BatchTensors:

@@ -3,8 +3,10 @@
 Computed once per base update and shared by all adapters of the fleet. Shape letters: D in, F out, R rank.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +14,20 @@ from torch import Tensor
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.checkpoints import Checkpoint
 from cluster.errors import InvalidCheckpointError
+from readapt.spectra import EnergyShare
+from readapt.svd import decompose, squared_norm
 
-EXACT_SVD_LIMIT = 2048  # above it (smaller side) the randomised SVD; 4096 x 4096 exact took 18 s on 8 CPU threads
-OVERSAMPLING, POWER_ITERATIONS = 16, 4
+# What config.json says of a model's shape; heads may change while every matrix keeps its size.
+SHAPE_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+MAX_NAMED = 4  # an error about every module of 80 layers helps nobody
+ADVICE = "train them from scratch on the new base, or distil the old service into new ones"
 
 
 @dataclass(frozen=True)
@@ -41,29 +54,64 @@ def base_evolution(
     InvalidCheckpointError where the two have different modules or shapes, or a weight is not finite.
     """
     factors, report = {}, []
-    for module in _common_modules(old, new, modules):
+    check_same_shape(old, new)
+    for module in (m for m in sorted(linears(old)) if modules is None or m.rsplit(".", 1)[-1] in modules):
         w_FD = _weight(old, module)
         e_FD = _weight(new, module) - w_FD
         found, module_energy = _truncate(e_FD, rank, energy)
         if found is not None:
             factors[module] = found
         found_rank = 0 if found is None else found.rank
-        report.append(ModuleEnergy(module, found_rank, module_energy, float(e_FD.norm() / w_FD.norm())))
+        report.append(
+            ModuleEnergy(module, found_rank, module_energy, float(e_FD.norm() / w_FD.norm().clamp(min=1e-30)))
+        )
     return Adapter(factors=factors, base_model=str(new.folder)), report
 
 
-def _common_modules(old: Checkpoint, new: Checkpoint, modules: Collection[str] | None) -> list[str]:
-    old_shapes, new_shapes = old.linear_shapes(), new.linear_shapes()
-    if not old_shapes:
-        raise InvalidCheckpointError(f"{old.folder}: has no linear modules that ReLoRA knows")
-    for module in sorted(old_shapes.keys() | new_shapes.keys()):
-        before, after = old_shapes.get(module), new_shapes.get(module)
-        if before != after:
-            raise InvalidCheckpointError(
-                f"{new.folder}: {module} has shape {after or 'none'}, but {before or 'none'} in {old.folder}: "
-                "adapters cannot be carried over to another architecture, train them from scratch"
-            )
-    return [m for m in sorted(old_shapes) if modules is None or m.rsplit(".", 1)[-1] in modules]
+def cosine(old_model: Any, new_model: Any, modules: Collection[str]) -> float:
+    """Cosine between all of W1 and all of W2 in these linears of two loaded models.
+
+    Near 1 after an ordinary update, well above 0 after a severe one, and 0 between independent trainings: their units
+    have nothing to do with each other, whatever the shapes.
+    """
+    pairs = [(old_model.get_submodule(name).weight, new_model.get_submodule(name).weight) for name in modules]
+    inner = sum(float((old.detach() * new.detach()).sum(dtype=torch.float64)) for old, new in pairs)
+    norms = [math.sqrt(sum(squared_norm(weight.detach()) for weight in side)) for side in zip(*pairs, strict=True)]
+    return inner / math.prod(norms) if all(norms) else 0.0
+
+
+def check_same_shape(old: Checkpoint, new: Checkpoint) -> None:
+    """InvalidCheckpointError unless both have the same depth, width and heads, by their config and by their weights.
+
+    Reads no weights. The vocabulary may differ: embeddings and head are no linear modules of a layer.
+    """
+    said = [key for key in SHAPE_KEYS if key in old.config and key in new.config]  # what is left out is derived
+    before, after = ({**{key: c.config[key] for key in said}, **linears(c)} for c in (old, new))
+    differing = [key for key in (*said, *sorted(linears(old) | linears(new))) if before.get(key) != after.get(key)]
+    if differing:
+        raise InvalidCheckpointError(
+            f"{new.folder} has another shape than {old.folder}: {_named(after, differing)}, "
+            f"instead of {_named(before, differing)}. Adapters cannot be carried over: {ADVICE}"
+        )
+
+
+def linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """The checkpoint's `linear_shapes`; InvalidCheckpointError where there are none."""
+    shapes = checkpoint.linear_shapes()
+    if not shapes:
+        raise InvalidCheckpointError(f"{checkpoint.folder}: has no linear modules that ReLoRA knows")
+    return shapes
+
+
+def _named(shape: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {shape.get(key, 'none')}" for key in keys[:MAX_NAMED])
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """InvalidCheckpointError naming the first tensor with a NaN or an infinity, of all that the checkpoint has."""
+    for name in checkpoint.names():
+        if not torch.isfinite(checkpoint.load(name)).all():
+            raise InvalidCheckpointError(f"{checkpoint.folder}: {name} has values that are not finite")
 
 
 def _weight(checkpoint: Checkpoint, module: str) -> Tensor:
@@ -74,23 +122,9 @@ def _weight(checkpoint: Checkpoint, module: str) -> Tensor:
 
 
 def _truncate(e_FD: Tensor, max_rank: int, energy: float) -> tuple[LoraFactors | None, float]:
-    total = float(e_FD.double().square().sum())
-    if total == 0.0:
+    if squared_norm(e_FD) == 0.0:
         return None, 1.0
-    u_FR, s_R, v_DR = _svd(e_FD, max_rank)
-    held_R = s_R.double().square().cumsum(0)
-    shares_R = held_R / max(total, float(held_R[-1]))  # rounding must not make a part look like the whole
-    rank = min(int((shares_R < energy).sum()) + 1, max_rank, len(s_R))
-    root_R = s_R[:rank].sqrt()
-    a_RD = (v_DR[:, :rank] * root_R).T.contiguous()
-    return LoraFactors(a_RD, u_FR[:, :rank] * root_R, 1.0), float(shares_R[rank - 1])
-
-
-def _svd(e_FD: Tensor, max_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    if min(e_FD.shape) <= EXACT_SVD_LIMIT:
-        u_FR, s_R, v_RD = torch.linalg.svd(e_FD, full_matrices=False)
-        return u_FR, s_R, v_RD.T
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        num_samples = min(max_rank + OVERSAMPLING, min(e_FD.shape))
-        return torch.svd_lowrank(e_FD, q=num_samples, niter=POWER_ITERATIONS)
+    found = decompose(e_FD, max_rank)
+    rank = EnergyShare(energy).rank(found.spectrum())
+    a_RD, b_FR = found.factors(rank)
+    return LoraFactors(a_RD.contiguous(), b_FR.contiguous(), 1.0), found.spectrum().energy(rank)

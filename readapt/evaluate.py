@@ -3,8 +3,12 @@
 Shape letters: B rows, T tokens, L label positions, V vocabulary.
 """
 
+import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -12,48 +16,88 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter
+from cluster.config import GateConfig
 from readapt.data import IGNORED, BatchTensors, Encoded, Encoder, Row, collate
+from readapt.greedy import greedy
 from readapt.lora import attach
+from readapt.sequential import failing_hits, fewest_hits, looks
 
 Metric = Literal["exact_match", "chrf"]
+ANSWER_ROWS = 64  # written side by side: the fastest of 16, 64 and 200 for a model of 3 M parameters on one core
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is nats per completion token (eos included); `quality` is in points, 0 to 100, more is better."""
+    """`loss` is nats per completion token (eos included); `quality` is in points, 0 to 100, more is better.
+
+    Both are over the `num_rows` rows that were looked at. Where these are not all (`is_complete` false), the gate that
+    was asked is certain or nearly certain not to be passed, and `quality` is an estimate on which nothing is shipped.
+    """
 
     loss: float
     quality: float
+    num_rows: int = 0
+    is_complete: bool = True
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Ready means: at most `tolerance_points` below `reference`."""
+    """Ready means: at most `tolerance_points` below `reference`, which may be lowered as far as `floor`."""
 
     reference: float
     tolerance_points: float
+    floor: float = -math.inf
+
+    @classmethod
+    def beside(cls, old_quality: float, config: GateConfig) -> "Gate":
+        """The gate of a successor to an adapter of that quality."""
+        return cls(old_quality, config.tolerance_points, old_quality - config.max_drop_points)
 
     def passes(self, quality: float) -> bool:
-        """Whether a quality is good enough to ship."""
+        """Whether a quality, measured on all rows, is good enough to ship."""
         return quality >= self.reference - self.tolerance_points
+
+    def lowered(self, scratch_quality: float) -> "Gate":
+        """The gate where scratch training reaches only that much: the task has become harder on the new base.
+
+        Never higher than before, and never below the floor: what has lost more is not shipped, and the old version
+        serves on.
+        """
+        return replace(self, reference=min(self.reference, max(scratch_quality, self.floor)))
+
+
+class Verdict(StrEnum):
+    """What becomes of a training run after an evaluation: it goes on, is ready to ship, or is not worth more steps."""
+
+    GO_ON = "go_on"
+    READY = "ready"
+    DROP = "drop"
 
 
 class Watcher:
     """Ends a training run at the second pass of the gate in a row, or at its start if that passes already.
 
-    A run is evaluated many times on the same rows, so that a single pass may be luck; its start is evaluated once.
+    A run is evaluated many times on the same rows, so that a single pass may be luck; its start is evaluated once. One
+    that after `trial` further evaluations has not had a lower loss than at its start is dropped: what it began with has
+    been thrown away, or was of no use. None: it is given all its steps.
     """
 
-    def __init__(self, gate: Gate):
-        self._gate = gate
-        self._num_evaluations = 0
+    def __init__(self, gate: Gate, trial: int | None = None):
+        self._gate, self._trial = gate, trial
+        self._losses: list[float] = []
         self._num_passes = 0  # in a row
 
-    def __call__(self, evaluation: Evaluation) -> bool:
+    def __call__(self, evaluation: Evaluation) -> Verdict:
         """Whether the run may end now; called with each evaluation in turn."""
-        self._num_evaluations += 1
+        self._losses.append(evaluation.loss)
         self._num_passes = self._num_passes + 1 if self._gate.passes(evaluation.quality) else 0
-        return self._num_passes >= min(2, self._num_evaluations)
+        if self._num_passes >= min(2, len(self._losses)):
+            return Verdict.READY
+        return Verdict.DROP if self._is_hopeless() else Verdict.GO_ON
+
+    def _is_hopeless(self) -> bool:
+        start, *later = self._losses
+        return self._trial is not None and len(later) >= self._trial and not min(later) < start
 
 
 def label_logits(model: Any, batch: BatchTensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,49 +116,93 @@ def label_logits(model: Any, batch: BatchTensors) -> tuple[Tensor, Tensor, Tenso
 
 
 class Evaluator:
-    """Judges whatever adapter is on `model` at the time of the call, always on the same rows.
+    """Judges whatever adapter is on `model` at the time of the call, always on the same rows in the same order.
 
     `metric` "exact_match" is teacher-forced: greedy decoding writes the target exactly if and only if the target token
     is the argmax at each of its positions, so one forward replaces the generation. "chrf" generates greedily.
+
+    With a `gate`, an evaluation by exact match ends early where the gate will not be passed: as soon as that is
+    certain, or so probable that of the adapters that do pass at most 1 - `confidence` are given up (see `sequential`).
+    chrF, which is of the whole text, has no such rule and takes all rows, but answers equal prompts once. An adapter
+    passes on all rows only. `complete` looks at all rows in any case: ask it before a quality is shipped or compared,
+    or a gate is lowered to it. `seed` decides the order of the rows.
     """
 
-    def __init__(self, model: Any, encoder: Encoder, rows: Sequence[Row], metric: Metric, batch_rows: int = 64):
-        self._model = model
-        self._encoder = encoder
-        self._rows = list(rows)
-        self._metric = metric
-        self._batch_rows = batch_rows
-        self._batches = _length_sorted_batches(encoder.encode_all(rows), batch_rows)
+    def __init__(
+        self,
+        model: Any,
+        encoder: Encoder,
+        rows: Sequence[Row],
+        metric: Metric,
+        batch_rows: int = 32,
+        *,
+        gate: Gate | None = None,
+        confidence: float = 0.999,
+        seed: int = 0,
+    ):
+        self._model, self._encoder, self._metric = model, encoder, metric
+        self._rows = list(rows) if gate is None else random.Random(seed).sample(list(rows), len(rows))
+        ends = looks(len(rows)) if gate is not None and metric == "exact_match" else [len(rows)]
+        encoded = encoder.encode_all(self._rows)
+        self._chunks = [_length_sorted_batches(encoded[start:end], batch_rows) for start, end in pairwise([0, *ends])]
+        self._max_answer_tokens = max(len(row.input_ids) - row.num_prompt_tokens for row in encoded) + 8
+        self._given_up: dict[int, int] = {}  # by look
+        if gate is not None and len(ends) > 1:
+            self._given_up = failing_hits(len(rows), fewest_hits(len(rows), gate.passes), confidence)
 
     def __call__(self) -> Evaluation:
-        """Evaluates the model as it is now."""
-        loss, exact_points = self._teacher_forced()
-        quality = exact_points if self._metric == "exact_match" else self._chrf()
-        return Evaluation(loss, quality)
+        """Evaluates the model as it is now, up to the first look at which the gate is out of reach."""
+        return self._evaluate(may_stop=True)
+
+    def complete(self) -> Evaluation:
+        """Evaluates the model as it is now, on all rows."""
+        return self._evaluate(may_stop=False)
 
     def loss(self) -> float:
-        """The loss alone: one forward whatever the metric."""
-        return self._teacher_forced()[0]
+        """The loss alone, on all rows: one forward whatever the metric."""
+        seen = sum((self._teacher_forced(chunk) for chunk in self._chunks), _Counts())
+        return seen.loss_sum / seen.num_labels
 
-    @torch.no_grad()
-    def _teacher_forced(self) -> tuple[float, float]:
-        loss_sum, num_labels, num_exact = 0.0, 0, 0
-        for batch in self._batches:
-            logits_LV, labels_L, rows_L = label_logits(self._model, batch)
-            loss_sum += cross_entropy(logits_LV, labels_L, reduction="sum").item()
-            num_labels += len(labels_L)
-            missed_rows = rows_L[logits_LV.argmax(-1) != labels_L].unique()
-            num_exact += len(batch.input_ids_BT) - len(missed_rows)
-        return loss_sum / num_labels, 100.0 * num_exact / len(self._rows)
+    def _evaluate(self, *, may_stop: bool) -> Evaluation:
+        seen = _Counts()
+        for chunk in self._chunks:
+            seen += self._teacher_forced(chunk)
+            if may_stop and seen.num_exact <= self._given_up.get(seen.num_rows, -1):
+                break
+        quality = 100.0 * seen.num_exact / seen.num_rows if self._metric == "exact_match" else self._chrf()
+        return Evaluation(seen.loss_sum / seen.num_labels, quality, seen.num_rows, seen.num_rows == len(self._rows))
 
     def _chrf(self) -> float:
         from sacrebleu.metrics.chrf import CHRF  # imported here: only tasks of free text need it
 
-        references = [row.completion for row in self._rows]
-        longest = max(int((batch.labels_BT != IGNORED).sum(1).max()) for batch in self._batches)
         prompts = [_prompt_tokens(self._encoder, row) for row in self._rows]
-        texts = _greedy(self._model, self._encoder, prompts, longest + 8, self._batch_rows)
-        return float(CHRF().corpus_score([t.strip() for t in texts], [[r.strip() for r in references]]).score)
+        distinct = list(dict.fromkeys(prompts))  # many a task has several references for one prompt
+        answers = greedy(self._model, self._encoder, distinct, self._max_answer_tokens, ANSWER_ROWS)
+        texts = dict(zip(distinct, answers, strict=True))
+        references = [row.completion.strip() for row in self._rows]
+        return float(CHRF().corpus_score([texts[prompt].strip() for prompt in prompts], [references]).score)
+
+    @torch.no_grad()
+    def _teacher_forced(self, batches: Sequence[BatchTensors]) -> "_Counts":
+        seen = _Counts()
+        for batch in batches:
+            logits_LV, labels_L, rows_L = label_logits(self._model, batch)
+            loss_sum = cross_entropy(logits_LV, labels_L, reduction="sum").item()
+            num_rows, missed_rows = len(batch.input_ids_BT), rows_L[logits_LV.argmax(-1) != labels_L].unique()
+            seen += _Counts(loss_sum, len(labels_L), num_rows, num_rows - len(missed_rows))
+        return seen
+
+
+@dataclass(frozen=True)
+class _Counts:
+    loss_sum: float = 0.0
+    num_labels: int = 0
+    num_rows: int = 0
+    num_exact: int = 0
+
+    def __add__(self, other: "_Counts") -> "_Counts":
+        sums = (mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        return _Counts(*sums)
 
 
 def _length_sorted_batches(rows: Sequence[Encoded], batch_rows: int) -> list[BatchTensors]:
@@ -122,9 +210,9 @@ def _length_sorted_batches(rows: Sequence[Encoded], batch_rows: int) -> list[Bat
     return [collate(in_order[start : start + batch_rows]) for start in range(0, len(in_order), batch_rows)]
 
 
-def _prompt_tokens(encoder: Encoder, row: Row) -> list[int]:
+def _prompt_tokens(encoder: Encoder, row: Row) -> tuple[int, ...]:
     encoded = encoder.encode(row)
-    return list(encoded.input_ids[: encoded.num_prompt_tokens])
+    return encoded.input_ids[: encoded.num_prompt_tokens]
 
 
 def judge(model: Any, adapter: Adapter, encoder: Encoder, rows: Sequence[Row], metric: Metric) -> Evaluation:
@@ -138,44 +226,5 @@ def judge(model: Any, adapter: Adapter, encoder: Encoder, rows: Sequence[Row], m
 
 def golden(model: Any, encoder: Encoder, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:
     """Greedy completions as a server answers them: `[{"prompt": ..., "completion": ...}, ...]`."""
-    texts = _greedy(model, encoder, [encoder.encode_prompt(prompt) for prompt in prompts], max_tokens, batch_rows=16)
+    texts = greedy(model, encoder, [encoder.encode_prompt(prompt) for prompt in prompts], max_tokens, batch_rows=16)
     return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def _greedy(model: Any, encoder: Encoder, prompts: Sequence[list[int]], max_tokens: int, batch_rows: int) -> list[str]:
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_rows):
-        indices = order[start : start + batch_rows]
-        answers = _greedy_batch(model, encoder, [prompts[i] for i in indices], max_tokens)
-        for index, answer in zip(indices, answers, strict=True):
-            texts[index] = answer
-    return texts
-
-
-@torch.no_grad()
-def _greedy_batch(model: Any, encoder: Encoder, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
-    width = max(map(len, prompts))
-    input_ids_BT = torch.tensor([[encoder.eos_id] * (width - len(p)) + p for p in prompts], device=model.device)
-    is_token_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    stops = _stop_ids(model, encoder)
-    tokens_BT = model.generate(
-        input_ids_BT,
-        attention_mask=is_token_BT,
-        do_sample=False,
-        max_new_tokens=max_tokens,
-        eos_token_id=stops,
-        pad_token_id=encoder.eos_id,
-    )[:, width:]
-    return [encoder.decode(_until_stop(tokens, stops)) for tokens in tokens_BT.tolist()]
-
-
-def _stop_ids(model: Any, encoder: Encoder) -> list[int]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({encoder.eos_id, *(i for i in ids if i is not None)})
-
-
-def _until_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    end = next((index for index, token in enumerate(tokens) if token in stops), len(tokens))
-    return list(tokens[:end])

@@ -23,6 +23,8 @@ class JobQueue:
         self._held: dict[int, int] = {}
         self._turns: Counter[int] = Counter()
         self._crashes: Counter[int] = Counter()
+        self._asked: set[int] = set()
+        self._wanted: list[tuple[int, tuple[str, ...]]] = []
         self._found: dict[int, SearchResult | str] = {}
         self._reports: list[tuple[int, Report]] = []
         self._is_closed = False
@@ -70,10 +72,10 @@ class JobQueue:
             self._changed.notify_all()
 
     async def reports(self, timeout_s: float) -> list[tuple[int, Report]]:
-        """All reports since the last call, as soon as there is one; empty after `timeout_s`."""
+        """All reports since the last call, as soon as there is one or a search is wanted; maybe none at `timeout_s`."""
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._reports), timeout_s)
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._reports or self._wanted), timeout_s)
             except TimeoutError:
                 return []
             reports, self._reports = self._reports, []
@@ -85,11 +87,20 @@ class JobQueue:
             self._found[version_id] = found
             self._changed.notify_all()
 
-    async def found(self, version_id: int) -> SearchResult | str:
-        """Waits for the end of a job's search."""
+    async def found(self, version_id: int, groups: tuple[str, ...]) -> SearchResult | str:
+        """Asks for a job's search, over these groups of modules, and waits for its end."""
         async with self._changed:
+            if version_id not in self._asked:
+                self._asked.add(version_id)
+                self._wanted.append((version_id, groups))
+                self._changed.notify_all()
             await self._changed.wait_for(lambda: version_id in self._found)
             return self._found[version_id]
+
+    async def wanted(self) -> list[tuple[int, tuple[str, ...]]]:
+        """The searches that were asked for since the last call: whose, and over which groups of modules."""
+        wanted, self._wanted = self._wanted, []
+        return wanted
 
     def _is_over(self) -> bool:
         return self._is_closed and not self._held  # while a job is held it may yet come back

@@ -1,35 +1,38 @@
 """One adapter's way to the new base: the ladder of rungs, cheapest first, up to the first that passes the gate.
 
-    copy     the old adapter as it is
-    fused    alpha * T + beta * E, found by search
-    short    fused, then a few steps of fine-tuning with scheduled regularisation
-    full     the same run, to its end
-    scratch  a new adapter, trained as if there had been no old one
+    copy        the old adapter as it is
+    transplant  the closed-form adapter that does on the task's rows what the old service did (`transplant`)
+    fused       alpha * T + beta * E, found by search
+    train       from the best of these starts: fine-tuning with scheduled regularisation; what it reaches within its
+                first `short_steps` counts as rung "short", the rest as "full"
+    scratch     a new adapter, trained as if there had been no old one
 
-"fused", "short" and "full" are milestones of one training run: its start, its first `short_steps`, its end.
+Which of them are tried is the fleet file's choice, and each known method is one: ReLoRA is fused and train, copying and
+fine-tuning is copy and train without a pull, retraining is scratch alone.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import torch
-
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config import ReadaptConfig, TrainConfig
-from readapt.data import Encoded, Encoder, Row, Task
+from cluster.adapter_files import Adapter
+from cluster.config import ReadaptConfig
+from readapt.data import EncodedRows, Encoder, Task
+from readapt.delta import cosine
 from readapt.evaluate import Evaluation, Evaluator, Gate, Metric, Watcher, golden
-from readapt.fuse import align
-from readapt.lora import LoraWeights, attach, blank_like
-from readapt.search import FusionObjective, SearchResult, split_valid
-from readapt.train import BrokenRunError, CurvePoint, Plan, TrainResult, fine_tune
+from readapt.lora import attach, blank_like, row_norms
+from readapt.objective import FusionObjective, SearchResult
+from readapt.plans import anchor_adapter, scratch_plan, warm_plan
+from readapt.search import split_valid, subset
+from readapt.train import BrokenRunError, CurvePoint, End, Plan, TrainJob, TrainResult, fine_tune
+from readapt.transplant import by_length, transplant
 
-RUNGS = ("copy", "fused", "short", "full", "scratch")
-SCRATCH_WARMUP_SHARE = 0.02
+RUNGS = ("copy", "transplant", "fused", "short", "full", "scratch")
+REUSING = frozenset({"copy", "transplant", "fused", "train"})
 
 Search = Callable[[FusionObjective], SearchResult]
+Climb = Generator[TrainJob, End, "Outcome"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,23 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """The first checkpoint that passed the gate, `seconds` after the climb began."""
+
+    rung: str
+    step: int
+    seconds: float
+    quality: float
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Where the ladder ended. `adapter` is the one to ship if `accepted`, else the best that there was.
 
-    `alpha` and `beta` are the fused start's, (1, 0) for a copy and (0, 0) for scratch. `reference` is the quality that
-    the gate measured against: the old specialist's, or that of scratch training where this is lower.
+    `alpha` and `beta` are of the fused start, (1, 0) of the old adapter that a copy is and a transplant leans on, and
+    (0, 0) for scratch. `reference` is the quality that the gate measured against: the old specialist's, or that of
+    scratch training where this is lower. `copy_quality` is None where the copy was not tried.
     """
 
     rung: str
@@ -55,10 +70,11 @@ class Outcome:
     alpha: float
     beta: float
     quality: float
-    copy_quality: float
+    copy_quality: float | None
     reference: float
     attempts: tuple[Attempt, ...]
     accepted: bool
+    ready: Ready | None
     golden: tuple[dict[str, str], ...]
 
 
@@ -69,141 +85,238 @@ class _Candidate:
     quality: float
     alpha: float
     beta: float
+    evaluation: Evaluation | None = None
 
 
 class Ladder:
-    """Climbs for one adapter. `model` is the bare new base; it is bare again after `climb`.
+    """Climbs for one adapter. `new_model` is the bare new base, `old_model` the bare old one; both are bare afterwards.
 
-    `reference_quality` is the old specialist's quality on the old base on the gate rows (`split_valid(...)[1]`). The
-    search sees the other validation rows only, and nothing here sees the test rows. `search` is the seam at which the
+    `gate` asks for the old specialist's quality on the old base, on the gate rows (`split_valid(...)[1]`). The search
+    sees the other validation rows only, and nothing here sees the test rows. `search` is the seam at which the
     distributed search comes in. `report` hears of each evaluation as (rung, point).
     """
 
     def __init__(
         self,
-        model: Any,
+        new_model: Any,
+        old_model: Any,
         encoder: Encoder,
         task: Task,
         old: Adapter,
         evolution: Adapter,
         config: ReadaptConfig,
-        reference_quality: float,
+        gate: Gate,
         metric: Metric,
         search: Search,
         *,
         report: Callable[[str, CurvePoint], None] = lambda rung, point: None,
         num_golden: int = 4,
     ):
-        self._model, self._encoder, self._task, self._old = model, encoder, task, old
+        self._model, self._old_model = new_model, old_model
+        self._encoder, self._task, self._old = encoder, task, old
         self._evolution, self._config, self._search = evolution, config, search
         self._report, self._num_golden = report, num_golden
         self._search_rows, gate_rows = split_valid(task.valid, config.search)
-        self._evaluate = Evaluator(model, encoder, gate_rows, metric)
-        self._gate = Gate(reference_quality, config.gate.tolerance_points)
+        self._gate = gate
+        confidence = config.gate.confidence
+        self._evaluate = Evaluator(new_model, encoder, gate_rows, metric, gate=gate, confidence=confidence)
         self._attempts: list[Attempt] = []
+        self._starts: list[_Candidate] = []
         self._candidates: list[_Candidate] = []
+        self._train_rows = EncodedRows(encoder, task.train)
+        self._ready: Ready | None = None
+        self._runs_on = config.ladder.stop == "budget"
 
-    def climb(self) -> Outcome:
-        """Tries the rungs in their order and stops at the first that passes; see `Outcome`."""
-        lora = attach(self._model, self._old)
+    def climb(self) -> Climb:
+        """Tries the rungs in their order and stops as `config.ladder.stop` says; returns where it ended.
+
+        Yields each training that it wants and is sent its end, so that whoever drives many climbs trains them together.
+        """
+        self._began = time.perf_counter()
+        for rung in self._rungs():
+            yield from self._try(rung)
+            if self._ready is not None and (not self._runs_on or rung == "train"):
+                break
+        if self._ready is None:
+            self._lower_gate()
+        return self._outcome()
+
+    def _rungs(self) -> Iterator[str]:
+        """Those of the config; of bases that have nothing to do with each other, those that reuse nothing."""
+        rungs = self._config.ladder.rungs
+        if not REUSING.isdisjoint(rungs) and "scratch" in rungs and self._are_unrelated():
+            return iter(("scratch",))
+        return iter(rungs)
+
+    def _are_unrelated(self) -> bool:
+        return cosine(self._old_model, self._model, self._old.factors) < self._config.ladder.min_cosine
+
+    def _try(self, rung: str) -> Generator[TrainJob, End, None]:
+        match rung:
+            case "copy":
+                self._try_start("copy", lambda: (self._old, 1.0, 0.0))
+            case "transplant":
+                self._try_start("transplant", self._transplanted)
+            case "fused":
+                self._try_start("fused", self._fused)
+            case "train":
+                yield from self._train()
+            case "scratch":
+                yield from self._train_scratch()
+
+    # Starts
+
+    def _try_start(self, rung: str, make: Callable[[], tuple[Adapter, float, float]]) -> None:
+        """A start that passes is ready at once: evaluated again, it would give the same answers."""
+        started = time.perf_counter()
+        adapter, alpha, beta = make()
+        evaluation = self._judge(adapter)
+        seconds = time.perf_counter() - started
+        point = CurvePoint(0, seconds, evaluation.loss, evaluation.quality)
+        self._report(rung, point)
+        self._attempts.append(Attempt(rung, evaluation.quality, seconds, (point,)))
+        candidate = _Candidate(rung, adapter, evaluation.quality, alpha, beta, evaluation)
+        self._starts.append(candidate)
+        self._candidates.append(candidate)
+        if self._gate.passes(evaluation.quality):
+            self._is_ready(rung, point, adapter)
+
+    def _transplanted(self) -> tuple[Adapter, float, float]:
+        config = self._config.transplant
+        rows = subset(self._task.train, config.rows, self._config.train.seed)
+        vocabulary = self._old_model.config.vocab_size  # tokens that only the new base has say nothing to the old one
+        encoded = [row for row in self._encoder.encode_all(rows) if max(row.input_ids) < vocabulary]
+        if not encoded:
+            return self._old, 1.0, 0.0
+        found = transplant(self._old_model, self._old, self._model, by_length(encoded), config)
+        return found.adapter, 1.0, 0.0
+
+    def _fused(self) -> tuple[Adapter, float, float]:
+        rows, config = self._search_rows, self._config.search
+        objective = FusionObjective(self._model, self._old, self._evolution, rows, self._encoder, config)
+        found = self._search(objective)
+        return objective.adapter(found.point), found.point.alpha, found.point.beta
+
+    def _judge(self, adapter: Adapter) -> Evaluation:
+        lora = attach(self._model, adapter)
         try:
-            if not self._try_copy() and not self._try_warm(lora) and not self._try_scratch(lora):
-                self._lower_gate()
-            return self._outcome(lora)
+            return self._evaluate()
         finally:
             lora.detach()
 
-    def _try_copy(self) -> bool:
-        started = time.perf_counter()
-        evaluation = self._evaluate()
-        seconds = time.perf_counter() - started
-        point = CurvePoint(0, seconds, evaluation.loss, evaluation.quality)
-        self._report("copy", point)
-        self._attempts.append(Attempt("copy", evaluation.quality, seconds, (point,)))
-        self._candidates.append(_Candidate("copy", self._old, evaluation.quality, 1.0, 0.0))
-        return self._gate.passes(evaluation.quality)
+    def _best_start(self) -> _Candidate:
+        """That of the lowest loss on the search rows: the gate's rows are not there to choose by."""
+        if len(self._starts) == 1:
+            return self._starts[0]
+        evaluator = Evaluator(self._model, self._encoder, self._search_rows, "exact_match")
 
-    def _try_warm(self, lora: LoraWeights) -> bool:
-        """Search, then the run that starts there. Of a run that breaks down counts what it had reached before."""
-        started = time.perf_counter()
-        objective = FusionObjective(self._model, lora, self._old, self._evolution, self._search_rows, self._encoder)
-        found = self._search(objective)
-        start = objective.adapter(found.alpha, found.beta)
-        search_s = time.perf_counter() - started
-        lora.load(start)
-        plan = warm_plan(self._config.train, anchor_adapter(self._config.train.anchor, start, self._old))
-        try:
-            result = self._train(lora, plan, self._warm_rung)
-        except BrokenRunError as error:
-            result = error.kept
-        self._attempts += self._milestones(result, search_s)
+        def loss(start: _Candidate) -> float:
+            lora = attach(self._model, start.adapter)
+            try:
+                return evaluator.loss()
+            finally:
+                lora.detach()
+
+        return min(self._starts, key=loss)
+
+    # Training
+
+    def _train(self) -> Generator[TrainJob, End, None]:
+        """Of a run that breaks down counts what it had reached before."""
+        start = self._best_start()
+        anchor = anchor_adapter(self._config.train.anchor, start.adapter, self._old)
+        plan = warm_plan(self._config.train, anchor, runs_on=self._runs_on)
+        end = yield self._job(start.adapter, plan, self._warm_rung, start.evaluation)
+        result = end.kept if isinstance(end, BrokenRunError) else end
+        self._attempts += self._milestones(result)
         rung = self._warm_rung(result.best_step)
-        self._candidates.append(_Candidate(rung, result.best, result.best_quality, found.alpha, found.beta))
-        return result.accepted
+        self._candidates.append(_Candidate(rung, result.best, result.best_quality, start.alpha, start.beta))
+        self._note_ready(result, self._warm_rung)
 
-    def _try_scratch(self, lora: LoraWeights) -> bool:
+    def _train_scratch(self) -> Generator[TrainJob, End, None]:
         """A run that breaks down is no candidate: it does not tell what scratch training can reach."""
-        config = self._config.train
-        lora.load(blank_like(self._old, config.seed))
-        try:
-            result = self._train(lora, scratch_plan(config), lambda step: "scratch")
-        except BrokenRunError:
-            return False
-        seconds = result.curve[-1].seconds
-        self._attempts.append(Attempt("scratch", result.best_quality, seconds, tuple(result.curve)))
-        self._candidates.append(_Candidate("scratch", result.best, result.best_quality, 0.0, 0.0))
-        return result.accepted
+        norms = row_norms(self._model, self._old.factors) if self._old.is_dora else None
+        start = blank_like(self._old, self._config.train.seed, norms)
+        plan = scratch_plan(self._config.train, runs_on=self._runs_on)
+        end = yield self._job(start, plan, lambda step: "scratch")
+        if isinstance(end, BrokenRunError):
+            return
+        self._attempts.append(Attempt("scratch", end.best_quality, end.curve[-1].seconds, tuple(end.curve)))
+        self._candidates.append(_Candidate("scratch", end.best, end.best_quality, 0.0, 0.0))
+        self._note_ready(end, lambda step: "scratch")
 
-    def _train(self, lora: LoraWeights, plan: Plan, rung: Callable[[int], str]) -> TrainResult:
-        return fine_tune(
-            self._model,
-            lora,
-            self._train_rows,
-            plan,
-            evaluate=self._evaluate,
-            accept=Watcher(self._gate),
-            report=lambda point: self._report(rung(point.step), point),
-        )
+    def _job(self, start: Adapter, plan: Plan, rung: Callable[[int], str], known: Evaluation | None = None) -> TrainJob:
+        def report(point: CurvePoint) -> None:
+            if point.step > 0 or known is None:
+                self._report(rung(point.step), point)
 
-    @cached_property
-    def _train_rows(self) -> list[Encoded]:
-        return self._encoder.encode_all(self._task.train)
+        self._run_began = time.perf_counter()
+        trial = None if known is None else max(1, self._config.train.short_steps // plan.eval_every)
+        return TrainJob(start, self._train_rows, plan, self._evaluate, Watcher(self._gate, trial), report, known)
 
     def _warm_rung(self, step: int) -> str:
-        if step == 0:
-            return "fused"
         return "short" if step <= self._config.train.short_steps else "full"
 
-    def _milestones(self, result: TrainResult, search_s: float) -> list[Attempt]:
-        attempts, rung_started_s = [], -search_s
-        for rung in ("fused", "short", "full"):
-            points = tuple(p for p in result.curve if self._warm_rung(p.step) == rung)
+    def _milestones(self, result: TrainResult) -> list[Attempt]:
+        attempts, rung_started_s = [], 0.0
+        for rung in ("short", "full"):
+            points = tuple(p for p in result.curve if p.step > 0 and self._warm_rung(p.step) == rung)
             if points:
                 quality = max(p.quality for p in points)
                 attempts.append(Attempt(rung, quality, points[-1].seconds - rung_started_s, points))
                 rung_started_s = points[-1].seconds
         return attempts
 
+    # The end
+
+    def _note_ready(self, result: TrainResult, rung: Callable[[int], str]) -> None:
+        if result.ready is not None:
+            point, adapter = result.ready
+            self._is_ready(rung(point.step), point, adapter, self._run_began + point.seconds)
+
+    def _is_ready(self, rung: str, point: CurvePoint, adapter: Adapter, at: float | None = None) -> None:
+        if self._ready is None:
+            seconds = (time.perf_counter() if at is None else at) - self._began
+            self._ready = Ready(rung, point.step, seconds, point.quality, adapter)
+
     def _lower_gate(self) -> None:
         """What scratch training cannot reach either is not asked for: the task has become harder on the new base."""
-        scratch = [c.quality for c in self._candidates if c.rung == "scratch"]
-        self._gate = replace(self._gate, reference=min([self._gate.reference, *scratch]))
+        scratch = next((c for c in self._candidates if c.rung == "scratch"), None)
+        if scratch is not None:
+            self._gate = self._gate.lowered(self._complete(scratch).quality)
 
-    def _outcome(self, lora: LoraWeights) -> Outcome:
+    def _complete(self, candidate: _Candidate) -> _Candidate:
+        """The candidate with its quality on all of the gate's rows, for those that were given up early."""
+        lora = attach(self._model, candidate.adapter)
+        try:
+            return replace(candidate, quality=self._evaluate.complete().quality)
+        finally:
+            lora.detach()
+
+    def _outcome(self) -> Outcome:
+        if self._ready is None:  # qualities may be estimates then, of evaluations that were given up
+            self._candidates = [self._complete(candidate) for candidate in self._candidates]
         best = max(self._candidates, key=lambda c: c.quality)
-        lora.load(best.adapter)
         return Outcome(
             rung=best.rung,
             adapter=best.adapter,
             alpha=best.alpha,
             beta=best.beta,
             quality=best.quality,
-            copy_quality=self._candidates[0].quality,
+            copy_quality=next((c.quality for c in self._candidates if c.rung == "copy"), None),
             reference=self._gate.reference,
             attempts=tuple(self._attempts),
             accepted=self._gate.passes(best.quality),
-            golden=tuple(golden(self._model, self._encoder, self._golden_prompts(), max_tokens=16)),
+            ready=self._ready,
+            golden=self._golden(best.adapter),
         )
+
+    def _golden(self, adapter: Adapter) -> tuple[dict[str, str], ...]:
+        lora = attach(self._model, adapter)
+        try:
+            return tuple(golden(self._model, self._encoder, self._golden_prompts(), max_tokens=16))
+        finally:
+            lora.detach()
 
     def _golden_prompts(self) -> list[str]:
         prompts = list(dict.fromkeys(row.prompt for row in self._task.valid))
@@ -211,64 +324,16 @@ class Ladder:
         return [p for p, _ in zip(fitting, range(self._num_golden), strict=False)]
 
 
-def warm_plan(config: TrainConfig, anchor: Adapter | None) -> Plan:
-    """The run from a fused start."""
-    return Plan(
-        steps=config.full_steps,
-        learning_rate=config.learning_rate,
-        batch_rows=config.batch_rows,
-        eval_every=config.eval_every,
-        pull_strong=config.pull_strong,
-        pull_weak=config.pull_weak,
-        strong_fraction=config.strong_fraction,
-        anchor=anchor,
-        seed=config.seed,
-    )
-
-
-def scratch_plan(config: TrainConfig) -> Plan:
-    """The run of a new adapter: its own learning rate, a short warm-up, nothing to be pulled to."""
-    return Plan(
-        steps=config.scratch_steps,
-        learning_rate=config.scratch_learning_rate,
-        batch_rows=config.batch_rows,
-        eval_every=config.eval_every,
-        warmup_steps=round(SCRATCH_WARMUP_SHARE * config.scratch_steps),
-        seed=config.seed,
-    )
-
-
-def anchor_adapter(kind: str, start: Adapter, old: Adapter) -> Adapter | None:
-    """What the pull goes to: the run's start ("init", None), the old adapter ("old") or nothing at all ("zero")."""
-    if kind == "init":
-        return None
-    return align(old, start) if kind == "old" else _zeros(start)
-
-
-def _zeros(like: Adapter) -> Adapter:
-    factors = {
-        name: LoraFactors(torch.zeros_like(f.a_RD), torch.zeros_like(f.b_FR), f.scaling)
-        for name, f in like.factors.items()
-    }
-    return Adapter(factors=factors, is_rslora=like.is_rslora)
-
-
-def train_scratch(
-    model: Any,
-    encoder: Encoder,
-    rows: Sequence[Row],
-    like: Adapter,
-    config: TrainConfig,
-    *,
-    evaluate: Callable[[], Evaluation],
-    accept: Callable[[Evaluation], bool] = lambda evaluation: False,
-    report: Callable[[CurvePoint], None] = lambda point: None,
-) -> TrainResult:
-    """Trains a new adapter with the modules and ranks of `like` on a bare model, which is bare again afterwards."""
-    lora = attach(model, blank_like(like, config.seed))
-    try:
-        encoded = encoder.encode_all(rows)
-        plan = scratch_plan(config)
-        return fine_tune(model, lora, encoded, plan, evaluate=evaluate, accept=accept, report=report)
-    finally:
-        lora.detach()
+def finish(model: Any, climb: Climb) -> Outcome:
+    """One climb to its end, its trainings run alone on `model`, the bare new base."""
+    end: End | None = None
+    while True:
+        try:
+            job = next(climb) if end is None else climb.send(end)
+        except StopIteration as stop:
+            outcome: Outcome = stop.value
+            return outcome
+        try:
+            end = fine_tune(model, job)
+        except BrokenRunError as error:
+            end = error

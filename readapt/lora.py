@@ -1,21 +1,21 @@
 """LoRA on a Hugging Face model: trainable factors beside frozen linears, without touching the model's own weights.
 
-Shape letters: B rows, T tokens, D in, F out, R rank.
+Shape letters: D in, F out, R rank.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cluster.adapter_files import Adapter, LoraFactors, check_fits
 from cluster.checkpoints import open_checkpoint
+from readapt.stack import ALL_ROWS, LoraHooks, LoraStack, Segment, flatten
 
 
 def load_base(folder: Path, device: str | torch.device = "cpu") -> Any:
@@ -37,22 +37,17 @@ def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
     return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear) and ".layers." in n}
 
 
-@dataclass
-class _Trainable:
-    a_RD: nn.Parameter
-    b_FR: nn.Parameter
-    scaling: float
+def row_norms(model: Any, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Norm [F] of each row of these linears' weights, on the CPU: the magnitudes of a DoRA that adds nothing."""
+    return {n: torch.linalg.vector_norm(model.get_submodule(n).weight.detach().float(), dim=1).cpu() for n in modules}
 
 
 class LoraWeights:
-    """Owner of the trainable factors of one adapter on one model; made by `attach`, undone by `detach`.
-
-    Each adapted linear has a forward hook that adds `scaling * x A^T B^T` to its output.
-    """
+    """Owner of the trainable factors of one adapter on one model; made by `attach`, undone by `detach`."""
 
     def __init__(self, model: Any, adapter: Adapter):
         self._model = model
-        self._handles: list[RemovableHandle] = []
+        self._hooks = LoraHooks(model)
         self.load(adapter)
 
     def load(self, adapter: Adapter) -> None:
@@ -61,55 +56,31 @@ class LoraWeights:
         InvalidAdapterError where the adapter does not fit the model.
         """
         check_fits(adapter, linear_shapes(self._model))
-        self.detach()
-        self._is_rslora, self._base_model = adapter.is_rslora, adapter.base_model
-        device = next(self._model.parameters()).device
-        self._factors = {name: _trainable(factors, device) for name, factors in adapter.factors.items()}
-        self._handles = [
-            self._model.get_submodule(name).register_forward_hook(_add_delta(trainable))
-            for name, trainable in self._factors.items()
-        ]
+        self._stack = LoraStack([adapter], flatten(adapter)[None].to(self._model.device))
+        self._hooks.segments = (Segment(self._stack, ALL_ROWS),)
+        self._hooks.cover(adapter.factors)
 
     @property
     def modules(self) -> list[str]:
         """Paths of the adapted modules, in order."""
-        return list(self._factors)
+        return list(self._stack.factors)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All A, then all B, in order of `modules`."""
-        return [f.a_RD for f in self._factors.values()] + [f.b_FR for f in self._factors.values()]
+    def parameters(self) -> list[Tensor]:
+        """Every A [1, R, D], every B transposed [1, R, F], every magnitude of DoRA [1, F]; in order of `modules`."""
+        return self._stack.parameters()
 
     def export(self) -> Adapter:
         """A copy of the present factors as an adapter on the CPU."""
-        factors = {name: LoraFactors(_copy(f.a_RD), _copy(f.b_FR), f.scaling) for name, f in self._factors.items()}
-        return Adapter(factors=factors, is_rslora=self._is_rslora, base_model=self._base_model)
+        return self._stack.adapter(0)
 
     def detach(self) -> None:
         """Takes the adapter off the model, which then computes what the bare base computes."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.cover(())
 
 
 def attach(model: Any, adapter: Adapter) -> LoraWeights:
     """Puts an adapter on a model. InvalidAdapterError where it does not fit."""
     return LoraWeights(model, adapter)
-
-
-def _trainable(factors: LoraFactors, device: torch.device) -> _Trainable:
-    a_RD, b_FR = (nn.Parameter(f.detach().to(device, torch.float32, copy=True)) for f in (factors.a_RD, factors.b_FR))
-    return _Trainable(a_RD, b_FR, factors.scaling)
-
-
-def _add_delta(factors: _Trainable) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], y_BTF: Tensor) -> Tensor:
-        return y_BTF + (inputs[0] @ factors.a_RD.T) @ (factors.b_FR.T * factors.scaling)
-
-    return hook
-
-
-def _copy(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to("cpu", copy=True)
 
 
 def blank(
@@ -119,25 +90,43 @@ def blank(
     rslora: bool = False,
     modules: Sequence[str] | None = None,
     seed: int = 0,
+    norms: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """An untrained adapter: A from PEFT's uniform distribution (bound 1/sqrt(D)), B zero.
 
-    `shapes` is (out, in) by module path; `modules` are kinds such as "q_proj" (None: all of `shapes`).
+    `shapes` is (out, in) by module path; `modules` are kinds such as "q_proj" (None: all of `shapes`). With `norms`,
+    the `row_norms` of the base, it is DoRA.
     """
     chosen = [name for name in sorted(shapes) if modules is None or name.rsplit(".", 1)[-1] in modules]
     scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-    zeros = {n: LoraFactors(torch.zeros(rank, shapes[n][1]), torch.zeros(shapes[n][0], rank), scaling) for n in chosen}
-    return blank_like(Adapter(factors=zeros, is_rslora=rslora), seed)
+    magnitudes = {name: norms[name] if norms else None for name in chosen}
+    factors = {
+        name: LoraFactors(torch.zeros(rank, num_in), torch.zeros(num_out, rank), scaling, magnitudes[name])
+        for name, (num_out, num_in) in ((name, shapes[name]) for name in chosen)
+    }
+    return blank_like(Adapter(factors=factors, is_rslora=rslora), seed, norms)
 
 
-def blank_like(adapter: Adapter, seed: int) -> Adapter:
-    """An untrained adapter with the modules, ranks and scalings of `adapter`."""
+def blank_like(adapter: Adapter, seed: int, norms: Mapping[str, Tensor] | None = None) -> Adapter:
+    """An untrained adapter with the modules, ranks, scalings and kind of `adapter`.
+
+    Of DoRA the magnitudes are `norms`, the `row_norms` of the base that it is for; required then.
+    """
+    assert norms is not None or not adapter.is_dora, "DoRA starts from the norms of its base"
     generator = torch.Generator().manual_seed(seed)
-    factors = {name: _blank_factors(like, generator) for name, like in adapter.factors.items()}
-    return Adapter(factors=factors, is_rslora=adapter.is_rslora, base_model=adapter.base_model)
+    factors = {
+        name: replace(
+            like,
+            a_RD=_uniform(like.a_RD, generator),
+            b_FR=torch.zeros_like(like.b_FR),
+            magnitude_F=norms[name].clone() if norms and like.magnitude_F is not None else None,
+        )
+        for name, like in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
 
 
-def _blank_factors(like: LoraFactors, generator: torch.Generator) -> LoraFactors:
-    a_RD = torch.empty_like(like.a_RD)
+def _uniform(like_RD: Tensor, generator: torch.Generator) -> Tensor:
+    a_RD = torch.empty_like(like_RD)
     nn.init.kaiming_uniform_(a_RD, a=math.sqrt(5), generator=generator)
-    return LoraFactors(a_RD, torch.zeros_like(like.b_FR), like.scaling)
+    return a_RD

@@ -1,36 +1,41 @@
 """Re-adaptation on Ray: one worker group of Ray Train and one run of Ray Tune for a whole campaign, fed by an actor.
 
 Workers and trial actors import torch and load the bases once. A trainer or a tuner for each adapter would cost about
-ten seconds each (ray 2.60, 4 cores, 2026-11), more than a small adapter's own training. Jobs are searched in the order
-of the queue, ahead of the workers: by the time that a copy has failed its gate, its (alpha, beta) is mostly there.
+ten seconds each (ray 2.60, 4 cores, 2026-11), more than a small adapter's own training. A trial of Tune is one round of
+a search: some candidates of one adapter, scored at once. An adapter is searched when its worker has come so far up the
+ladder; the trial actors have loaded the new base by then.
 
 Results travel through the queue actor, not `ray.train.report`, which is a barrier over all workers and waits for the
 controller's next poll. When a worker dies, Ray Train restarts the group and the jobs in the air are queued again.
 """
 
 import logging
+import math
 import os
 import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import train, tune
 from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from ray.tune.search import Searcher
-from ray.tune.search.hyperopt import HyperOptSearch
 
 from cluster.config import Fleet, SearchConfig
 from cluster.errors import TrainingError
 from readapt.job_queue import JobQueue
-from readapt.search import CORNERS, FusionObjective, SearchResult, Trial, best_of, space
-from readapt.workbench import AdapterJob, Report, RungReached, Workbench, attempt
+from readapt.objective import FusionObjective, SearchResult
+from readapt.points import Point
+from readapt.refine import refine
+from readapt.search import BayesianSearch
+from readapt.workbench import AdapterJob, Ended, Report, RungReached, Shift, Workbench
 
 MAX_WORKER_GROUP_RESTARTS = 16
 TRIAL_CPUS = 0.5  # trials are short and share the cores with the workers
@@ -40,6 +45,8 @@ _SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the registry is what a campaign resumes from
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+Job = TypeVar("Job")
 
 
 class RayExecutor:
@@ -54,7 +61,7 @@ class RayExecutor:
         self._storage = (storage or fleet.folder / ".cache" / "ray") / uuid.uuid4().hex  # its own, to be removed after
 
     def run(self, jobs: Iterator[AdapterJob]) -> Iterator[tuple[AdapterJob, Report]]:
-        """See `Executor.run`. One job more than there are workers is drawn, so that its search can run ahead.
+        """See `Executor.run`. One job more than there are workers is drawn, so that none waits for the campaign.
 
         TrainingError when the worker group or the search cannot be kept alive.
         """
@@ -63,14 +70,16 @@ class RayExecutor:
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
         queue = ray.remote(num_cpus=0)(JobQueue).remote()
         search = FleetSearch(self._fleet.readapt.search, lambda id, found: queue.set_found.remote(id, found))
-        services = [
-            _Service("the worker group", self._trainer(queue).fit),
-            _Service("the search", self._tuner(queue, search).fit),
-        ]
+        services = [_Service("the worker group", self._trainer(queue).fit)]
+        if "fused" in self._fleet.readapt.ladder.rungs:  # no other rung is searched for
+            services.append(_Service("the search", self._tuner(queue, search).fit))
         in_the_air: dict[int, AdapterJob] = {}
         try:
             while self._fill(jobs, in_the_air, queue, search) or in_the_air:
-                for version_id, report in ray.get(queue.reports.remote(timeout_s=1.0)):
+                reports = ray.get(queue.reports.remote(timeout_s=1.0))
+                for version_id, groups in ray.get(queue.wanted.remote()):
+                    search.add(version_id, groups)
+                for version_id, report in reports:
                     if version_id not in in_the_air:
                         continue  # the last word of a worker whose successor has settled the job meanwhile
                     yield in_the_air[version_id], report
@@ -89,13 +98,14 @@ class RayExecutor:
     def _fill(
         self, jobs: Iterator[AdapterJob], in_the_air: dict[int, AdapterJob], queue: ActorHandle, search: "FleetSearch"
     ) -> bool:
-        while len(in_the_air) <= self._fleet.readapt.workers.num_workers:
+        workers = self._fleet.readapt.workers
+        while len(in_the_air) <= workers.num_workers * workers.pack:
             job = next(jobs, None)
             if job is None:
                 return False
             in_the_air[job.version_id] = job
             ray.get(queue.add.remote(job))
-            search.add(job.version_id)
+            search.warm_up(job.version_id)
         return True
 
     def _trainer(self, queue: ActorHandle) -> TorchTrainer:
@@ -164,23 +174,39 @@ def _device(fleet: Fleet) -> str:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """One worker's life: job after job from the queue, with the bases held."""
-    queue, rank = config["queue"], train.get_context().get_world_rank()
-    bench = Workbench(config["fleet"], _device(config["fleet"]))
+    """One worker's life: jobs from the queue, as many at once as it packs, with the bases held.
+
+    To the queue each of its places is a worker of its own, with one job at a time.
+    """
+    queue, pack = config["queue"], config["fleet"].readapt.workers.pack
+    first = train.get_context().get_world_rank() * pack
 
     def search(job: AdapterJob, objective: FusionObjective) -> SearchResult:
-        found = ray.get(queue.found.remote(job.version_id))
+        found = ray.get(queue.found.remote(job.version_id, objective.groups))
         if isinstance(found, str):
             raise TrainingError(found)
-        return found
+        return refine(objective, found)
 
-    while (job := ray.get(queue.take.remote(rank))) is not None:
-        report = partial(queue.report.remote, rank, job.version_id)
-        ray.get(report(attempt(bench, job, search, report)))
+    shift = Shift(Workbench(config["fleet"], _device(config["fleet"])), search)
+    asked = {queue.take.remote(place): place for place in range(first, first + pack)}
+    places: dict[Hashable, int] = {}
+    while asked or shift.num_jobs:
+        ended: list[Ended] = []
+        answered, _ = ray.wait([*asked], timeout=0 if shift.num_jobs else None) if asked else ([], [])
+        for answer in answered:
+            place, job = asked.pop(answer), ray.get(answer)
+            if job is not None:
+                places[job.version_id] = place
+                ended += shift.begin(job, partial(queue.report.remote, place, job.version_id))
+        ended += shift.step() if shift.num_jobs else []
+        for version_id, end in ended:
+            place = places.pop(version_id)
+            ray.get(queue.report.remote(place, version_id, end))
+            asked[queue.take.remote(place)] = place
 
 
 class FusionTrial(tune.Trainable):
-    """One (alpha, beta) of one adapter. The actor is reused, and keeps the new base and the last adapter's fusion."""
+    """One round of one adapter's search. The actor is reused, and keeps the new base and the last adapter's fusion."""
 
     def setup(self, config: dict[str, Any], fleet: Fleet, queue: ActorHandle) -> None:
         """Called once for each actor."""
@@ -190,8 +216,8 @@ class FusionTrial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Turns to another trial, maybe of another adapter."""
-        self._point = new_config["alpha"], new_config["beta"]
+        """Turns to another round, maybe of another adapter."""
+        self._points = new_config["points"]
         if new_config["version_id"] != self._version_id:
             job = ray.get(self._queue.job.remote(new_config["version_id"]))
             self._objective = self._bench.objective(job)
@@ -199,61 +225,26 @@ class FusionTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """The whole trial: the loss on the search rows."""
-        return {"loss": self._objective.loss(*self._point), tune.result.DONE: True}
+        """The whole round: the losses on the search rows, and as Tune's own metric the lowest."""
+        losses = self._objective.losses(self._points)
+        return {"loss": min(losses, default=math.inf), "losses": losses, tune.result.DONE: True}
 
 
-class _AdapterSearch:
-    """One adapter's search: TPE that starts with the corners."""
+@dataclass(frozen=True)
+class _Round:
+    """What a trial is about; `search` is None where it only makes an actor load the base."""
 
-    def __init__(self, version_id: int, config: SearchConfig):
-        self.version_id = version_id
-        self._num_trials = max(config.trials, len(CORNERS))
-        self._num_suggested = 0
-        self._num_ended = 0
-        self._trials: dict[str, Trial] = {}
-        self._points: dict[str, dict[str, float]] = {}
-        bounds = {name: tune.uniform(low, high) for name, (low, high) in space(config).items()}
-        corners = [{"alpha": alpha, "beta": beta} for alpha, beta in CORNERS]
-        # HyperOpt's default is 20 random points before the model of the losses is asked at all.
-        num_random = (self._num_trials - len(CORNERS)) // 3
-        self._tpe = HyperOptSearch(
-            points_to_evaluate=corners,
-            n_initial_points=len(CORNERS) + num_random,
-            random_state_seed=config.seed,
-        )
-        self._tpe.set_search_properties("loss", "min", bounds)
-
-    @property
-    def can_suggest(self) -> bool:
-        return self._num_suggested < self._num_trials
-
-    @property
-    def is_over(self) -> bool:
-        return self._num_ended == self._num_trials
-
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        self._num_suggested += 1
-        point = {name: float(value) for name, value in (self._tpe.suggest(trial_id) or {}).items()}
-        self._points[trial_id] = point
-        return {**point, "version_id": self.version_id}
-
-    def end(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
-        self._num_ended += 1
-        self._tpe.on_trial_complete(trial_id, result, error)
-        if result is not None and not error:
-            self._trials[trial_id] = Trial(**self._points[trial_id], loss=result["loss"])
-
-    def found(self) -> SearchResult | str:
-        if not self._trials:
-            return "no trial of the search for (alpha, beta) could be carried out"
-        return best_of(list(self._trials.values()))
+    version_id: int
+    points: list[Point]
+    search: BayesianSearch | None = None
 
 
 class FleetSearch(Searcher):
-    """Makes one long run of Tune out of the searches of many adapters, one after the other; `report` gets each result.
+    """Makes one long run of Tune out of the searches of many adapters; `report` gets each result, or words of failure.
 
-    Called by Tune's thread and by the campaign's.
+    Up to `concurrency` rounds are in the air. Adapters are served in the order in which they were added, but one with
+    a round in the air waits behind those that have none, for its next round shall know that one's losses. Called by
+    Tune's thread and by the campaign's.
     """
 
     def __init__(self, config: SearchConfig, report: Callable[[int, SearchResult | str], None]):
@@ -261,19 +252,27 @@ class FleetSearch(Searcher):
         self._config = config
         self._report = report
         self._lock = threading.Lock()
-        self._searches: deque[_AdapterSearch] = deque()
-        self._by_trial: dict[str, _AdapterSearch] = {}
+        self._searches: dict[int, BayesianSearch] = {}
+        self._rounds: dict[str, _Round] = {}
+        self._num_to_warm_up = config.concurrency
+        self._first_version_id: int | None = None
         self._is_closed = False
 
-    def add(self, version_id: int) -> None:
-        """An adapter whose (alpha, beta) will be wanted."""
+    def warm_up(self, version_id: int) -> None:
+        """An adapter that may have to be searched: with the first one, the actors load what they need."""
         with self._lock:
-            self._searches.append(_AdapterSearch(version_id, self._config))
+            if self._first_version_id is None:
+                self._first_version_id = version_id
+
+    def add(self, version_id: int, groups: tuple[str, ...] = ()) -> None:
+        """An adapter whose search is wanted, over these groups of its modules."""
+        with self._lock:
+            self._searches[version_id] = BayesianSearch(self._config, groups)
 
     def drop(self, version_id: int) -> None:
-        """The adapter's (alpha, beta) is not wanted any more."""
+        """The adapter's search is not wanted any more."""
         with self._lock:
-            self._searches = deque(search for search in self._searches if search.version_id != version_id)
+            self._searches.pop(version_id, None)
 
     def close(self) -> None:
         """Nothing will be wanted any more."""
@@ -285,21 +284,34 @@ class FleetSearch(Searcher):
         with self._lock:
             if self._is_closed:
                 return Searcher.FINISHED
-            if len(self._by_trial) >= self._config.concurrency:
+            next_round = self._next_round() if len(self._rounds) < self._config.concurrency else None
+            if next_round is None:
                 return None
-            search = next((search for search in self._searches if search.can_suggest), None)
-            if search is None:
-                return None
-            self._by_trial[trial_id] = search
-            return search.suggest(trial_id)
+            self._rounds[trial_id] = next_round
+            return {"version_id": next_round.version_id, "points": next_round.points}
+
+    def _next_round(self) -> _Round | None:
+        if self._num_to_warm_up and self._first_version_id is not None:
+            self._num_to_warm_up -= 1
+            return _Round(self._first_version_id, [])
+        busy = {found.version_id for found in self._rounds.values()}
+        ready = [version_id for version_id, search in self._searches.items() if search.can_ask]
+        if not ready:
+            return None
+        version_id = next((ready_id for ready_id in ready if ready_id not in busy), ready[0])
+        search = self._searches[version_id]
+        return _Round(version_id, search.ask(), search)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tune says that a trial is over."""
         with self._lock:
-            search = self._by_trial.pop(trial_id)
-            search.end(trial_id, result, error)
-            if search.is_over:
-                self._report(search.version_id, search.found())
+            ended = self._rounds.pop(trial_id)
+            if ended.search is None:
+                return
+            ended.search.tell(ended.points, None if result is None or error else result["losses"])
+            if ended.search.is_over:
+                self._searches.pop(ended.version_id, None)
+                self._report(ended.version_id, _result(ended.search))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a pickled copy of its settings for a resume that a campaign never asks for
@@ -309,3 +321,36 @@ class FleetSearch(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
+
+
+def _result(search: BayesianSearch) -> SearchResult | str:
+    try:
+        return search.result()
+    except TrainingError as error:
+        return str(error)
+
+
+def spread(function: Callable[[Job], None], jobs: Sequence[Job], in_flight_per_cpu: int = 2) -> Iterator[Job]:
+    """Calls the function on every job, on all CPUs of the connected cluster, and yields each job once it is done.
+
+    The function is shipped once. The first error ends it all; what was in the air is cancelled.
+    """
+    shared, call = ray.put(function), ray.remote(num_cpus=1)(_call)
+    most = max(1, int(ray.cluster_resources().get("CPU", 1))) * in_flight_per_cpu
+    waiting: deque[Job] = deque(jobs)
+    running: dict[ray.ObjectRef, Job] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                job = waiting.popleft()
+                running[call.remote(shared, job)] = job
+            done, _ = ray.wait(list(running))
+            ray.get(done)
+            yield from (running.pop(reference) for reference in done)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _call(function: Callable[[Job], None], job: Job) -> None:
+    function(job)

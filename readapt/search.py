@@ -1,86 +1,108 @@
-"""The search objective over the fused start: loss of (alpha, beta) on a fixed subset of held-out rows.
+"""The search for the fused start: which (alpha, beta) of `alpha * T + beta * E` loses least on held-out rows.
 
-The search itself (Ray Tune with HyperOpt) is in `on_ray`; here is all that it needs to know about the problem.
-Three corners of the plane are known candidates and always among the trials.
+The method of ReLoRA (arXiv 2606.02606), with hyperopt's TPE as the Bayesian optimiser: the corners of the plane first
+(the copy, the undone update, the bare base), a few random points, then what the model of the losses so far suggests.
+Candidates come in rounds, and a round is scored in few forwards. `on_ray` spreads rounds over a cluster, `find` goes
+through them here; both ask and tell the same `BayesianSearch`. `refine` may go on from what it found.
 """
 
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from cluster.adapter_files import Adapter
+import hyperopt
+import numpy as np
+from hyperopt.fmin import generate_trial
+
 from cluster.config import SearchConfig
-from cluster.errors import InvalidDataError
-from readapt.data import Encoder, Row
-from readapt.evaluate import Evaluator
-from readapt.fuse import Fusion
-from readapt.lora import LoraWeights
-
-COPY, UNDO, BARE = (1.0, 0.0), (1.0, -1.0), (0.0, 0.0)
-CORNERS = (COPY, UNDO, BARE)
+from cluster.errors import InvalidDataError, TrainingError
+from readapt.data import Row
+from readapt.objective import FusionObjective, SearchResult, Trial, best_of
+from readapt.points import CORNERS, Point, Space
+from readapt.refine import refine
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One candidate and its loss on the search rows; inf where the loss was not a number."""
+class BayesianSearch:
+    """One adapter's search, asked for rounds of candidates and told their losses, maybe in another order.
 
-    alpha: float
-    beta: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best candidate and all that were tried, in order."""
-
-    alpha: float
-    beta: float
-    loss: float
-    trials: tuple[Trial, ...]
-
-
-class FusionObjective:
-    """Loss on fixed rows of `alpha * task + beta * evolution` at the task's own ranks: the adapter that would ship.
-
-    The same rows in the same order for every candidate, so that candidates differ by their merit alone. Uses `lora`
-    on `model` and leaves the last candidate there.
+    Deterministic: the same losses in the same order bring the same candidates.
     """
 
-    def __init__(
-        self, model: Any, lora: LoraWeights, task: Adapter, evolution: Adapter, rows: Sequence[Row], encoder: Encoder
-    ):
-        self._lora = lora
-        self._fusion = Fusion(task, evolution)
-        self._evaluator = Evaluator(model, encoder, rows, "exact_match")
+    def __init__(self, config: SearchConfig, space_groups: tuple[str, ...] = ()):
+        self._space = Space(config, space_groups)
+        self._config = config
+        self._left = max(config.trials, len(CORNERS))
+        self._first: list[Point] = list(CORNERS)
+        self._trials: list[Trial] = []
+        self._num_in_the_air = 0
+        box = self._space.bounds().items()
+        self._domain = hyperopt.Domain(None, {name: hyperopt.hp.uniform(name, *bounds) for name, bounds in box})
+        self._told = hyperopt.Trials()
+        self._random = np.random.default_rng(config.seed)
+        # hyperopt's own default is 20 random points before the model of the losses is asked at all.
+        self._num_random = (self._left - len(CORNERS)) // 3
 
-    def adapter(self, alpha: float, beta: float) -> Adapter:
-        """The candidate itself."""
-        return self._fusion.at(alpha, beta)
+    @property
+    def can_ask(self) -> bool:
+        """Whether there are candidates that nobody has asked for yet."""
+        return self._left > 0
 
-    def loss(self, alpha: float, beta: float) -> float:
-        """Mean loss in nats per completion token; inf where it is not a number."""
-        self._lora.load(self.adapter(alpha, beta))
-        loss = self._evaluator.loss()
-        return loss if math.isfinite(loss) else math.inf
+    @property
+    def is_over(self) -> bool:
+        """Whether all losses have been told."""
+        return self._left == self._num_in_the_air == 0
+
+    def ask(self) -> list[Point]:
+        """The next round: `config.batch` candidates, fewer in the last round."""
+        points = [self._next() for _ in range(min(self._config.batch, self._left))]
+        self._left -= len(points)
+        self._num_in_the_air += len(points)
+        return points
+
+    def tell(self, points: Sequence[Point], losses: Sequence[float] | None) -> None:
+        """A round's losses; None where it could not be scored."""
+        self._num_in_the_air -= len(points)
+        for point, loss in zip(points, losses or [], strict=losses is not None):
+            self._trials.append(Trial(point, loss))
+            self._told.insert_trial_doc(self._document(point, loss))
+        self._told.refresh()
+
+    def result(self) -> SearchResult:
+        """The best so far; TrainingError where no round could be scored."""
+        if not self._trials:
+            raise TrainingError("no trial of the search for (alpha, beta) could be carried out")
+        return best_of(self._trials)
+
+    def _next(self) -> Point:
+        if self._first:
+            return self._first.pop(0)
+        [document] = hyperopt.tpe.suggest(
+            self._told.new_trial_ids(1),
+            self._domain,
+            self._told,
+            int(self._random.integers(2**31 - 1)),
+            n_startup_jobs=len(CORNERS) + self._num_random,
+            verbose=False,
+        )
+        return self._space.point({name: float(value) for name, [value] in document["misc"]["vals"].items()})
+
+    def _document(self, point: Point, loss: float) -> dict[str, Any]:
+        """A candidate and its loss as hyperopt keeps them."""
+        [trial_id] = self._told.new_trial_ids(1)
+        document: dict[str, Any] = generate_trial(trial_id, self._space.coordinates(point))
+        status = hyperopt.STATUS_OK if math.isfinite(loss) else hyperopt.STATUS_FAIL
+        return document | {"state": hyperopt.JOB_STATE_DONE, "result": {"loss": loss, "status": status}}
 
 
-def space(config: SearchConfig) -> dict[str, tuple[float, float]]:
-    """(low, high) of each coefficient, by name."""
-    return {"alpha": (0.0, config.alpha_max), "beta": (config.beta_min, config.beta_max)}
-
-
-def try_points(objective: FusionObjective, points: Iterable[tuple[float, float]]) -> SearchResult:
-    """Scores the given points one after the other."""
-    return best_of([Trial(alpha, beta, objective.loss(alpha, beta)) for alpha, beta in points])
-
-
-def best_of(trials: Sequence[Trial]) -> SearchResult:
-    """The trial of the lowest loss; among equals the earliest."""
-    best = min(trials, key=lambda trial: trial.loss)
-    return SearchResult(best.alpha, best.beta, best.loss, tuple(trials))
+def find(objective: FusionObjective) -> SearchResult:
+    """The whole search in this process: the Bayesian one, and the refinement where the config has it."""
+    search = BayesianSearch(objective.config, objective.groups)
+    while search.can_ask:
+        points = search.ask()
+        search.tell(points, objective.losses(points))
+    return refine(objective, search.result())
 
 
 def subset(rows: Sequence[Row], num_rows: int, seed: int) -> list[Row]:

@@ -1,26 +1,32 @@
-"""Fine-tuning of one adapter: one flat loop.
+"""Fine-tuning: one adapter, or many side by side in one pass over the base that they share.
 
-Shape letters as in `evaluate`: L label positions, V vocabulary.
+Shape letters as in `stack`: K adapters, N values of one, L label positions.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cluster.adapter_files import Adapter
+from cluster.adapter_files import Adapter, check_fits
 from cluster.errors import TrainingError
-from readapt.data import Encoded, collate
-from readapt.evaluate import Evaluation, label_logits
-from readapt.lora import LoraWeights
+from readapt.adamw import adamw_, clip_
+from readapt.data import Encoded
+from readapt.evaluate import Evaluation, Verdict
+from readapt.lora import linear_shapes
+from readapt.packing import PackedBatch, pack
 from readapt.schedule import learning_rate, pull
+from readapt.stack import ALL_ROWS, LoraHooks, LoraStack, Segment, flatten, layout_of
 
 MAX_GRADIENT_NORM = 1.0
+GROUPING_ROWS = 64  # that tell how long a job's rows are
 
 
 class BrokenRunError(TrainingError):
@@ -36,7 +42,11 @@ class BrokenRunError(TrainingError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does. `anchor` is the adapter that the pull goes to: None for the run's own start."""
+    """What a run does. `anchor` is the adapter that the pull goes to: None for the run's own start.
+
+    `runs_on`: when it is ready to ship, it goes on to the end of its steps. `averaging` is the decay a step of the
+    moving average of the weights, which is what is evaluated and kept; 0 for the weights themselves.
+    """
 
     steps: int
     learning_rate: float
@@ -48,6 +58,8 @@ class Plan:
     strong_fraction: float = 0.0
     anchor: Adapter | None = None
     seed: int = 0
+    runs_on: bool = False
+    averaging: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,89 +74,270 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`best` is the best evaluated checkpoint, the start among them; `accepted`: `accept` stopped the run."""
+    """`best` is the best evaluated checkpoint, the start among them; `last` are the weights that the run ended with.
+
+    `ready` is the evaluation, and the checkpoint, at which the watcher first said READY; `verdict` is its last word.
+    """
 
     curve: list[CurvePoint]
     best: Adapter
     best_quality: float
     best_step: int
+    last: Adapter
     steps_done: int
-    accepted: bool
+    verdict: Verdict
+    ready: tuple[CurvePoint, Adapter] | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the watcher was content."""
+        return self.ready is not None
 
 
-def fine_tune(
-    model: Any,
-    lora: LoraWeights,
-    rows: Sequence[Encoded],
-    plan: Plan,
-    *,
-    evaluate: Callable[[], Evaluation],
-    accept: Callable[[Evaluation], bool],
-    report: Callable[[CurvePoint], None] = lambda point: None,
-) -> TrainResult:
-    """Trains the adapter on `model` from where it stands, until `accept` is content or the steps are used up.
+def go_on(evaluation: Evaluation) -> Verdict:
+    """The watcher of a run that uses up its steps."""
+    return Verdict.GO_ON
 
-    Evaluates before the first step, every `eval_every` steps and after the last; `report` hears of each evaluation.
-    AdamW on the LoRA factors alone; the pull to the anchor is decoupled from it. Leaves `lora` at the last step's
-    weights. BrokenRunError when the loss is no longer finite.
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One adapter's run: from `start`, on `rows`, as `plan` says.
+
+    `evaluate` is called before the first step, every `plan.eval_every` steps and after the last, each time with this
+    adapter alone on the model; `watch` says after each evaluation whether the run goes on, `report` hears of it first.
+    `known` is the start's evaluation where it has been made already.
     """
-    started = time.perf_counter()
-    parameters = lora.parameters()
-    anchor = _anchor(parameters, plan.anchor, lora)
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, foreach=True)
-    batches = _batches(rows, plan.batch_rows, plan.seed)
-    keeper = _Keeper(lora)
-    for step in range(plan.steps + 1):
-        is_last = step == plan.steps
-        if step % plan.eval_every == 0 or is_last:
-            evaluation = evaluate()
-            report(keeper.keep(step, time.perf_counter() - started, evaluation))
-            if accept(evaluation):
-                return keeper.result(step, accepted=True)
-        if is_last:
-            break
-        rate = learning_rate(step, plan.steps, plan.learning_rate, plan.warmup_steps)
-        _set_rate(optimizer, rate)
-        loss = _compute_gradients(model, parameters, next(batches))
-        if not math.isfinite(loss):
-            raise BrokenRunError(f"the loss became {loss} at step {step}", keeper.result(step, accepted=False))
-        nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        optimizer.step()
-        strength = pull(step, plan.steps, plan.pull_strong, plan.pull_weak, plan.strong_fraction)
-        _pull_to(anchor, parameters, strength * rate / plan.learning_rate)
-    return keeper.result(plan.steps, accepted=False)
+
+    start: Adapter
+    rows: Sequence[Encoded]
+    plan: Plan
+    evaluate: Callable[[], Evaluation]
+    watch: Callable[[Evaluation], Verdict] = go_on
+    report: Callable[[CurvePoint], None] = lambda point: None
+    known: Evaluation | None = None
 
 
-class _Keeper:
-    """Keeps the curve and the best checkpoint: highest quality, among equals the lowest loss."""
+End = TrainResult | BrokenRunError
 
-    def __init__(self, lora: LoraWeights):
-        self._lora = lora
+
+class TrainingPack:
+    """Trains adapters side by side on one model; they may join and leave between any two steps.
+
+    The model is bare between the calls. No job sees the others: each has its own rows, loss, clipping, schedule,
+    optimiser state and end, and goes as it would alone, to rounding. Jobs of one layout, batch size and length of rows
+    share every product; others only those of the base.
+    """
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._hooks = LoraHooks(model)
+        self._groups: dict[Hashable, _Group] = {}
+
+    def add(self, key: Hashable, job: TrainJob) -> None:
+        """Takes in a job, which begins with the next step. InvalidAdapterError where it does not fit the model."""
+        check_fits(job.start, linear_shapes(self._model))
+        assert all(key != run.key for group in self._groups.values() for run in group.runs), f"two jobs named {key!r}"
+        self._groups.setdefault(_group_key(job), _Group(self._model.device)).add(_Run(key, job))
+        self._cover()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing left to train."""
+        return not self._groups
+
+    def step(self) -> list[tuple[Hashable, End]]:
+        """Evaluates those that are due, then trains each one step further. Returns those that ended, with their ends.
+
+        A run whose loss is no longer finite ends with a BrokenRunError; the others do not notice.
+        """
+        ended = self._leave([group.watch(self._hooks) for group in self._groups.values()])
+        if self._groups:
+            losses = iter(self._compute_gradients())
+            groups = self._groups.values()
+            ended += self._leave([group.update(list(islice(losses, len(group.runs)))) for group in groups])
+        return ended
+
+    def close(self) -> None:
+        """Leaves the model bare, whatever has not ended."""
+        self._groups = {}
+        self._cover()
+
+    def _leave(self, ends: Sequence[Mapping[int, End]]) -> list[tuple[Hashable, End]]:
+        """Takes out what has ended; `ends` are by row, for each group."""
+        finished: list[tuple[Hashable, End]] = []
+        for group, by_row in zip(self._groups.values(), ends, strict=True):
+            finished += [(group.runs[member].key, end) for member, end in by_row.items()]
+            if by_row:
+                group.remove(by_row)
+        self._groups = {key: group for key, group in self._groups.items() if group.runs}
+        self._cover()
+        return finished
+
+    def _cover(self) -> None:
+        self._hooks.cover(name for group in self._groups.values() for name in group.stack.factors)
+
+    def _compute_gradients(self) -> list[float]:
+        """Losses of every run's next batch, in one pass over the base; their gradients are left in the stacks."""
+        groups = list(self._groups.values())
+        batch = pack([[next(run.batches) for run in group.runs] for group in groups])
+        segments = [Segment(group.stack, rows) for group, rows in zip(groups, batch.group_rows, strict=True)]
+        with self._hooks.running(*segments):
+            losses_K = mean_losses(self._model, batch, sum(len(group.runs) for group in groups))
+            losses_K.sum().backward()
+        return [float(loss) for loss in losses_K.tolist()]
+
+
+def mean_losses(model: Any, batch: PackedBatch, num_adapters: int) -> Tensor:
+    """Mean loss [K] over the labels of each adapter; the head runs at their predictors only."""
+    device = model.device
+    hidden_BTD = model.base_model(
+        input_ids=batch.input_ids_BT.to(device), position_ids=batch.position_ids_BT.to(device), use_cache=False
+    ).last_hidden_state
+    logits_LV = model.get_output_embeddings()(hidden_BTD.flatten(0, 1)[batch.predictors_L.to(device)])
+    losses_L = cross_entropy(logits_LV.float(), batch.labels_L.to(device), reduction="none")
+    num_labels_K = batch.owners_L.bincount(minlength=num_adapters).to(device)
+    return losses_L.new_zeros(num_adapters).index_add(0, batch.owners_L.to(device), losses_L) / num_labels_K
+
+
+def fine_tune(model: Any, job: TrainJob) -> TrainResult:
+    """Trains one adapter on a bare model to the end of its run: a pack of one.
+
+    The model is bare again afterwards. BrokenRunError when the loss is no longer finite.
+    """
+    training = TrainingPack(model)
+    training.add(0, job)
+    try:
+        while not (ended := training.step()):
+            pass
+    finally:
+        training.close()
+    [(_, end)] = ended
+    if isinstance(end, BrokenRunError):
+        raise end
+    return end
+
+
+def _group_key(job: TrainJob) -> Hashable:
+    """Jobs that fill a batch about equally: the same layout and rows a batch, lengths within a factor of two."""
+    sample = job.rows[:GROUPING_ROWS]
+    mean_tokens = sum(len(row.input_ids) for row in sample) / len(sample)
+    return layout_of(job.start), job.plan.batch_rows, round(math.log2(mean_tokens))
+
+
+class _Run:
+    """One job on its way: what it has done and reached so far."""
+
+    def __init__(self, key: Hashable, job: TrainJob):
+        self.key, self.job = key, job
+        self.batches = _batches(job.rows, job.plan.batch_rows, job.plan.seed)
+        self.num_steps = 0
+        self._started = time.perf_counter()
         self._curve: list[CurvePoint] = []
         self._best: tuple[Evaluation, Adapter, int] | None = None
+        self._ready: tuple[CurvePoint, Adapter] | None = None
 
-    def keep(self, step: int, seconds: float, evaluation: Evaluation) -> CurvePoint:
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be evaluated before it goes on."""
+        return self.num_steps % self.job.plan.eval_every == 0 or self.num_steps == self.job.plan.steps
+
+    def watch(self, export: Callable[[], Adapter]) -> TrainResult | None:
+        """Evaluates; the result if the run is over."""
+        known = self.job.known if self.num_steps == 0 else None
+        evaluation = known or self.job.evaluate()
         if self._best is None or _merit(evaluation) > _merit(self._best[0]):
-            self._best = (evaluation, self._lora.export(), step)
-        self._curve.append(CurvePoint(step, seconds, evaluation.loss, evaluation.quality))
-        return self._curve[-1]
+            self._best = (evaluation, export(), self.num_steps)
+        seconds = time.perf_counter() - self._started
+        self._curve.append(CurvePoint(self.num_steps, seconds, evaluation.loss, evaluation.quality))
+        self.job.report(self._curve[-1])
+        verdict = self.job.watch(evaluation)
+        if verdict is Verdict.READY and self._ready is None:
+            self._ready = (self._curve[-1], export())
+        is_ended = verdict is Verdict.DROP or (verdict is Verdict.READY and not self.job.plan.runs_on)
+        is_over = is_ended or self.num_steps == self.job.plan.steps
+        return self._result(export(), verdict) if is_over else None
 
-    def result(self, steps_done: int, *, accepted: bool) -> TrainResult:
+    def broken(self, loss: float, last: Adapter) -> BrokenRunError:
+        """The end of a run whose loss is no longer finite."""
+        kept = self._result(last, Verdict.GO_ON)
+        return BrokenRunError(f"the loss became {loss} at step {self.num_steps}", kept)
+
+    def _result(self, last: Adapter, verdict: Verdict) -> TrainResult:
         assert self._best is not None
         evaluation, best, best_step = self._best
-        return TrainResult(self._curve, best, evaluation.quality, best_step, steps_done, accepted)
+        return TrainResult(self._curve, best, evaluation.quality, best_step, last, self.num_steps, verdict, self._ready)
+
+    def rates(self) -> tuple[float, float]:
+        """The learning rate of the step that is due, and the share of the way to the anchor."""
+        plan = self.job.plan
+        rate = learning_rate(self.num_steps, plan.steps, plan.learning_rate, plan.warmup_steps)
+        strength = pull(self.num_steps, plan.steps, plan.pull_strong, plan.pull_weak, plan.strong_fraction)
+        return rate, strength * rate / plan.learning_rate
+
+
+class _Group:
+    """Runs whose adapters share a stack; run k has row k of all that is kept for them."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.runs: list[_Run] = []
+
+    def add(self, run: _Run) -> None:
+        plan, start = run.job.plan, flatten(run.job.start)
+        assert plan.anchor is None or layout_of(plan.anchor) == layout_of(run.job.start), "the pull goes value by value"
+        anchor = start if plan.anchor is None else flatten(plan.anchor)
+        moments = torch.zeros_like(start)
+        joining_S1N = torch.stack([start, start, anchor, moments, moments])[:, None].to(self._device)
+        state_SKN = torch.cat([self._state_SKN, joining_S1N], dim=1) if self.runs else joining_S1N
+        self.runs.append(run)
+        self._restack(state_SKN)
+
+    def remove(self, members: Collection[int]) -> None:
+        """Takes out the runs of these rows; without runs a group is of no more use."""
+        staying = [k for k in range(len(self.runs)) if k not in members]
+        self.runs = [self.runs[k] for k in staying]
+        if staying:
+            self._restack(self._state_SKN[:, staying])
+
+    def _restack(self, state_SKN: Tensor) -> None:
+        self._state_SKN = state_SKN  # S: values, their averages, anchors, first and second moments
+        starts = [run.job.start for run in self.runs]
+        self.stack, self._averages = LoraStack(starts, state_SKN[0]), LoraStack(starts, state_SKN[1])
+
+    def watch(self, hooks: LoraHooks) -> dict[int, TrainResult]:
+        """Evaluates the runs that are due, each with its adapter alone on the model; results of those that are over."""
+        results = {}
+        for member, run in enumerate(self.runs):
+            if run.is_due:
+                with hooks.running(Segment(self._averages, ALL_ROWS, member)):
+                    result = run.watch(partial(self._averages.adapter, member))
+                if result is not None:
+                    results[member] = result
+        return results
+
+    def update(self, losses_K: Sequence[float]) -> dict[int, BrokenRunError]:
+        """One step of each run with the gradients that lie ready; errors of those whose loss is not finite."""
+        broken = {
+            k: run.broken(loss, self._averages.adapter(k))
+            for k, (run, loss) in enumerate(zip(self.runs, losses_K, strict=True))
+            if not math.isfinite(loss)
+        }
+        rates, shares = zip(*(run.rates() for run in self.runs), strict=True)
+        for run in self.runs:
+            run.num_steps += 1
+        values_KN, averages_KN, anchors_KN, first_KN, second_KN = self._state_SKN
+        gradients_KN = self.stack.take_gradients()
+        clip_(gradients_KN, MAX_GRADIENT_NORM)
+        adamw_(values_KN, gradients_KN, first_KN, second_KN, [run.num_steps for run in self.runs], rates)
+        if any(shares):
+            values_KN.lerp_(anchors_KN, torch.tensor(shares, device=self._device)[:, None])
+        new_shares = [1 - run.job.plan.averaging for run in self.runs]
+        averages_KN.lerp_(values_KN, torch.tensor(new_shares, device=self._device)[:, None])
+        return broken
 
 
 def _merit(evaluation: Evaluation) -> tuple[float, float]:
     return evaluation.quality, -evaluation.loss if math.isfinite(evaluation.loss) else -math.inf
-
-
-def _anchor(parameters: list[nn.Parameter], anchor: Adapter | None, lora: LoraWeights) -> list[Tensor]:
-    if anchor is None:
-        return [p.detach().clone() for p in parameters]
-    factors = [anchor.factors[name] for name in lora.modules]
-    tensors = [f.a_RD for f in factors] + [f.b_FR for f in factors]
-    return [t.to(p.device, p.dtype) for t, p in zip(tensors, parameters, strict=True)]
 
 
 def _batches(rows: Sequence[Encoded], batch_rows: int, seed: int) -> Iterator[list[Encoded]]:
@@ -157,23 +350,3 @@ def _batches(rows: Sequence[Encoded], batch_rows: int, seed: int) -> Iterator[li
             queue += torch.randperm(len(rows), generator=generator).tolist()
         yield [rows[index] for index in queue[:batch_rows]]
         del queue[:batch_rows]
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _compute_gradients(model: Any, parameters: list[nn.Parameter], rows: list[Encoded]) -> float:
-    for parameter in parameters:
-        parameter.grad = None
-    logits_LV, labels_L, _ = label_logits(model, collate(rows))
-    loss = cross_entropy(logits_LV, labels_L)
-    loss.backward()
-    return loss.item()
-
-
-@torch.no_grad()
-def _pull_to(anchor: list[Tensor], parameters: list[nn.Parameter], share: float) -> None:
-    if share:
-        torch._foreach_lerp_(parameters, anchor, share)

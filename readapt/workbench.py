@@ -1,23 +1,25 @@
-"""Where one adapter is worked on: base models loaded once, then job after job. The same in a test and a Ray worker."""
+"""Where adapters are worked on: base models loaded once, then job after job. The same in a test and a Ray worker."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Hashable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.blobs import BlobStore
 from cluster.config import Fleet
 from cluster.errors import ReloraError
 from cluster.fleet import open_blobs
-from readapt.data import Encoder, encoder_for, load_rows, load_task
-from readapt.evaluate import Metric, judge
+from readapt.data import Encoder, Task, encoder_for, load_task
+from readapt.evaluate import Gate, Metric, judge
 from readapt.ladder import Ladder, Outcome
-from readapt.lora import LoraWeights, attach, load_base
-from readapt.search import FusionObjective, SearchResult, split_valid
-from readapt.train import CurvePoint
+from readapt.lora import load_base
+from readapt.objective import FusionObjective, SearchResult
+from readapt.relabel import PROMPTS, load_prompts, relabelled
+from readapt.search import split_valid
+from readapt.train import CurvePoint, End, TrainingPack, TrainJob
 
 NUM_BASES_HELD = 2  # the new base and the one that the adapters come from
 
@@ -67,6 +69,7 @@ class JobFailed:
 
 
 Report = RungReached | Climbed | JobFailed
+Ended = tuple[Hashable, Climbed | JobFailed]  # by version id
 
 
 class Executor(Protocol):
@@ -80,17 +83,21 @@ class Executor(Protocol):
 
 
 class Workbench:
-    """Holds the loaded base models and works on one job at a time. Not thread-safe."""
+    """Holds the loaded base models. Not thread-safe."""
 
     def __init__(self, fleet: Fleet, device: str = "cpu"):
         self._config = fleet.readapt
         self._num_golden = fleet.rollout.golden_prompts
         self._blobs: BlobStore = open_blobs(fleet)
-        self._searched: LoraWeights | None = None
-        self._base = lru_cache(maxsize=NUM_BASES_HELD)(lambda folder: load_base(folder, device))
+        self.base = lru_cache(maxsize=NUM_BASES_HELD)(lambda folder: load_base(folder, device))
 
-    def climb(self, job: AdapterJob, search: Search, report: Callable[[RungReached], None]) -> Climbed:
-        """Carries one adapter over. Raises a ReloraError where its files, its rows or its training are at fault."""
+    def climb(
+        self, job: AdapterJob, search: Search, report: Callable[[RungReached], None]
+    ) -> Generator[TrainJob, End, Climbed]:
+        """Carries one adapter over; see `Ladder.climb` for what it yields and is sent.
+
+        Raises a ReloraError where the adapter's files, its rows or its training are at fault.
+        """
         started = time.perf_counter()
         found: list[SearchResult] = []
 
@@ -101,43 +108,52 @@ class Workbench:
         def report_point(rung: str, point: CurvePoint) -> None:
             report(RungReached(rung, point, time.perf_counter() - started))
 
-        reference = self.reference_quality(job)
+        task = self._task(job)
+        gate = self._gate(job, task)
         reference_s = time.perf_counter() - started
-        outcome = self._ladder(job, reference, search_and_keep, report_point).climb()
+        outcome = yield from self._ladder(job, task, gate, search_and_keep, report_point).climb()
         climb_s = time.perf_counter() - started - reference_s
         return Climbed(outcome, found[-1] if found else None, {"reference": reference_s, "climb": climb_s})
 
-    def reference_quality(self, job: AdapterJob) -> float:
-        """The old specialist's quality on the old base, on the gate's rows: what the new one is measured against."""
-        gate_rows = split_valid(load_task(job.data).valid, self._config.search)[1]
-        task = self._adapter(job.task_key)
-        return judge(self._base(job.old_base), task, self._encoder(job.old_base), gate_rows, job.metric).quality
-
     def objective(self, job: AdapterJob) -> FusionObjective:
-        """The job's search objective, for a search beside the workers: of one bench, only the latest is to be used."""
-        model, task = self._base(job.new_base), self._adapter(job.task_key)
-        if self._searched is not None:
-            self._searched.detach()
-        self._searched = attach(model, task)
-        search_rows = split_valid(load_rows(job.data / "valid.jsonl"), self._config.search)[0]
-        encoder = self._encoder(job.new_base)
-        return FusionObjective(model, self._searched, task, self._evolution(job), search_rows, encoder)
+        """The job's search objective, for a search beside the workers."""
+        model, encoder = self.base(job.new_base), self._encoder(job.new_base)
+        rows = split_valid(self._task(job).valid, self._config.search)[0]
+        old, evolution = self._adapter(job.task_key), self._evolution(job)
+        return FusionObjective(model, old, evolution, rows, encoder, self._config.search)
+
+    def _task(self, job: AdapterJob) -> Task:
+        if not has_labels(job):
+            prompts = load_prompts(job.data / PROMPTS)
+            old_model, encoder = self.base(job.old_base), self._encoder(job.old_base)
+            return relabelled(old_model, self._adapter(job.task_key), encoder, prompts)
+        return load_task(job.data)
+
+    def _gate(self, job: AdapterJob, task: Task) -> Gate:
+        """Asks for the old specialist's quality on the old base, on the gate's rows."""
+        gate_rows = split_valid(task.valid, self._config.search)[1]
+        old, encoder = self._adapter(job.task_key), self._encoder(job.old_base)
+        quality = judge(self.base(job.old_base), old, encoder, gate_rows, job.metric).quality
+        gate = Gate.beside(quality, self._config.gate)
+        return gate if has_labels(job) else replace(gate, tolerance_points=self._config.gate.agreement_points)
 
     def _ladder(
         self,
         job: AdapterJob,
-        reference: float,
+        task: Task,
+        gate: Gate,
         search: Callable[[FusionObjective], SearchResult],
         report: Callable[[str, CurvePoint], None],
     ) -> Ladder:
         return Ladder(
-            self._base(job.new_base),
+            self.base(job.new_base),
+            self.base(job.old_base),
             self._encoder(job.new_base),
-            load_task(job.data),
+            task,
             self._adapter(job.task_key),
             self._evolution(job),
             self._config,
-            reference,
+            gate,
             job.metric,
             search,
             report=report,
@@ -154,29 +170,86 @@ class Workbench:
         return encoder_for(base, self._config.train.max_tokens)
 
 
-def attempt(
-    bench: Workbench, job: AdapterJob, search: Search, report: Callable[[RungReached], None]
-) -> Climbed | JobFailed:
-    """Climbs, and turns the adapter's own faults into a report, so that the next one gets its turn.
+def has_labels(job: AdapterJob) -> bool:
+    """Whether there are rows with true answers, or only prompts that the old service is to answer."""
+    return not (job.data / PROMPTS).is_file()
 
-    RuntimeError is what torch raises for out of memory and shapes that do not fit. Anything else is a bug of ours.
+
+class Shift:
+    """Owner of the jobs that are worked on at once: each climbs its own ladder, and what they train, they train as one.
+
+    All jobs are for one new base.
     """
-    try:
-        return bench.climb(job, search, report)
-    except (ReloraError, RuntimeError) as error:
-        return JobFailed(f"{type(error).__name__}: {error}")
+
+    def __init__(self, bench: Workbench, search: Search):
+        self._bench, self._search = bench, search
+        self._climbs: dict[Hashable, Generator[TrainJob, End, Climbed]] = {}
+        self._training: TrainingPack | None = None
+
+    @property
+    def num_jobs(self) -> int:
+        """How many jobs are being worked on."""
+        return len(self._climbs)
+
+    def begin(self, job: AdapterJob, report: Callable[[RungReached], None]) -> list[Ended]:
+        """Takes a job up, as far as to its first training; returns it with its end if it needs none."""
+        self._training = self._training or TrainingPack(self._bench.base(job.new_base))
+        self._climbs[job.version_id] = self._bench.climb(job, self._search, report)
+        return self._advance(job.version_id)
+
+    def step(self) -> list[Ended]:
+        """Trains all one step further; returns the jobs that ended."""
+        assert self._training is not None, "a shift begins with a job"
+        try:
+            ended = self._training.step()
+        except (ReloraError, RuntimeError) as error:  # of a step that all share, all share the failure
+            self._training.close()
+            ends: list[Ended] = [(version_id, _failure(error)) for version_id in self._climbs]
+            self._climbs = {}
+            return ends
+        return [end for version_id, result in ended for end in self._advance(version_id, result)]
+
+    def _advance(self, version_id: Hashable, result: End | None = None) -> list[Ended]:
+        """One ladder's way to its next training or its end; its own faults end it, so that the others go on.
+
+        RuntimeError is what torch raises for out of memory and shapes that do not fit. Anything else is a bug of ours.
+        """
+        assert self._training is not None
+        try:
+            climb = self._climbs[version_id]
+            self._training.add(version_id, next(climb) if result is None else climb.send(result))
+            return []
+        except StopIteration as stop:
+            end: Climbed | JobFailed = stop.value
+        except (ReloraError, RuntimeError) as error:
+            end = _failure(error)
+        del self._climbs[version_id]
+        return [(version_id, end)]
+
+
+def _failure(error: Exception) -> JobFailed:
+    return JobFailed(f"{type(error).__name__}: {error}")
 
 
 class LocalExecutor:
-    """Works on one job after the other in this process; `search` is the whole search."""
+    """Works in this process, on `workers.pack` jobs at a time; `search` is the whole search."""
 
     def __init__(self, fleet: Fleet, search: Callable[[FusionObjective], SearchResult]):
-        self._bench = Workbench(fleet)
-        self._search = search
+        self._shift = Shift(Workbench(fleet), lambda job, objective: search(objective))
+        self._pack = fleet.readapt.workers.pack
 
     def run(self, jobs: Iterator[AdapterJob]) -> Iterator[tuple[AdapterJob, Report]]:
         """See `Executor.run`; the rungs of a job are reported together, when it is over."""
-        for job in jobs:
-            reached: list[Any] = []
-            end = attempt(self._bench, job, lambda job, objective: self._search(objective), reached.append)
-            yield from ((job, report) for report in (*reached, end))
+        held: dict[Hashable, tuple[AdapterJob, list[Report]]] = {}
+        while True:
+            ended: list[Ended] = []
+            while self._shift.num_jobs < self._pack and (job := next(jobs, None)) is not None:
+                held[job.version_id] = job, []
+                ended += self._shift.begin(job, held[job.version_id][1].append)
+                if ended:
+                    break  # told before the next one is claimed
+            if not ended and not self._shift.num_jobs:
+                return
+            for version_id, end in ended or self._shift.step():
+                job, reached = held.pop(version_id)
+                yield from ((job, report) for report in (*reached, end))

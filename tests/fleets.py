@@ -13,8 +13,9 @@ from cluster.fleet import open_blobs, open_registry, register_adapters
 from cluster.registry import Registry
 from readapt.data import Row, encoder_for, load_task
 from readapt.evaluate import Evaluator
-from readapt.ladder import train_scratch
 from readapt.lora import blank, linear_shapes, load_base
+from readapt.plans import train_scratch
+from tests.readapt_worlds import ready_when
 from tests.worlds import make_checkpoint
 
 LETTERS = "abc"
@@ -76,7 +77,9 @@ def _train(model: torch.nn.Module, encoder, folder: Path, rank: int) -> None:
     config = TrainConfig(scratch_steps=150, eval_every=25, scratch_learning_rate=1e-2)
     evaluate = Evaluator(model, encoder, task.valid, "exact_match")
     rows: list[Row] = task.train
-    done = train_scratch(model, encoder, rows, like, config, evaluate=evaluate, accept=lambda e: e.quality >= 97)
+    done = train_scratch(
+        model, encoder, rows, like, config, evaluate=evaluate, watch=ready_when(lambda e: e.quality >= 97)
+    )
     assert done.best_quality >= 90, f"the specialist in {folder} did not learn its task: {done.best_quality}"
     save_adapter(done.best, folder / "adapter")
 

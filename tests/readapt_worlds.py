@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from cluster.adapter_files import Adapter, LoraFactors
 from readapt.data import Encoder, Row, Task, encoder_for
-from readapt.evaluate import Evaluator
-from readapt.lora import attach, blank, linear_shapes, load_base
-from readapt.train import Plan, fine_tune
+from readapt.evaluate import Evaluation, Evaluator, Verdict
+from readapt.lora import blank, linear_shapes, load_base
+from readapt.objective import FusionObjective, SearchResult, Trial, best_of
+from readapt.points import Point
+from readapt.train import Plan, TrainJob, fine_tune
 from tests.worlds import make_checkpoint
 
 LABELS = {"a": "red", "b": "green", "c": "blue", "d": "red"}
@@ -69,13 +71,18 @@ def make_world(folder: Path) -> World:
 def train_specialist(base: Path, encoder: Encoder, task: Task) -> Adapter:
     """A specialist that answers nearly all validation rows exactly."""
     model = load_base(base)
-    lora = attach(model, blank(linear_shapes(model), rank=4, alpha=8.0))
+    start = blank(linear_shapes(model), rank=4, alpha=8.0)
     evaluate = Evaluator(model, encoder, task.valid, "exact_match")
     plan = Plan(steps=200, learning_rate=1e-2, eval_every=25, warmup_steps=4)
-    rows = encoder.encode_all(task.train)
-    result = fine_tune(model, lora, rows, plan, evaluate=evaluate, accept=lambda e: e.quality >= 99.0)
-    assert result.accepted, result.curve
+    watch = ready_when(lambda evaluation: evaluation.quality >= 99.0)
+    result = fine_tune(model, TrainJob(start, encoder.encode_all(task.train), plan, evaluate, watch))
+    assert result.is_ready, result.curve
     return result.best
+
+
+def ready_when(is_good: Callable[[Evaluation], bool]) -> Callable[[Evaluation], Verdict]:
+    """A watcher that ends a run at the first evaluation that is good enough."""
+    return lambda evaluation: Verdict.READY if is_good(evaluation) else Verdict.GO_ON
 
 
 def pad_ranks(adapter: Adapter, rank: int) -> Adapter:
@@ -86,6 +93,11 @@ def pad_ranks(adapter: Adapter, rank: int) -> Adapter:
         a_RD = torch.cat([f.a_RD, torch.zeros(spare, f.a_RD.shape[1])])
         factors[name] = LoraFactors(a_RD, torch.cat([f.b_FR, torch.zeros(f.b_FR.shape[0], spare)], dim=1), f.scaling)
     return Adapter(factors)
+
+
+def try_points(objective: FusionObjective, points: Sequence[Point]) -> SearchResult:
+    """A search that tries these points and no others."""
+    return best_of([Trial(point, loss) for point, loss in zip(points, objective.losses(points), strict=True)])
 
 
 def evolve(

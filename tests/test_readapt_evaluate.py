@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from sacrebleu.metrics.chrf import CHRF
 
 from cluster.adapter_files import load_adapter
+from cluster.config import GateConfig
 from cluster.errors import InvalidDataError
 from readapt.data import Encoded, Encoder, Row, collate, encoder_for
-from readapt.evaluate import Evaluation, Evaluator, Gate, Watcher, golden, judge, label_logits
+from readapt.evaluate import Evaluation, Evaluator, Gate, Verdict, Watcher, golden, judge, label_logits
 from readapt.lora import attach, load_base
 from tests.readapt_worlds import logits, make_rows
 from tests.worlds import EOS, make_adapter, make_checkpoint
@@ -171,4 +173,84 @@ def test_generation_settings_of_a_checkpoint_do_not_bend_greedy_answers(tmp_path
 def test_a_run_ends_at_a_passing_start_or_at_two_passes_in_a_row(qualities: list[float], ends_at: int | None) -> None:
     watcher = Watcher(Gate(reference=95.5, tolerance_points=1.0))
     verdicts = [watcher(Evaluation(0.1, quality)) for quality in qualities]
-    assert next((i for i, ended in enumerate(verdicts) if ended), None) == ends_at
+    assert next((i for i, verdict in enumerate(verdicts) if verdict is Verdict.READY), None) == ends_at
+
+
+@pytest.mark.parametrize(
+    ("losses", "last"),
+    [
+        ([1.0, 1.2, 1.1, 1.05], Verdict.DROP),
+        ([1.0, 1.2, 0.9, 1.3], Verdict.GO_ON),
+        ([1.0, 1.2, 1.1], Verdict.GO_ON),
+        ([1.0, float("nan"), 1.1, 1.2], Verdict.DROP),
+    ],
+)
+def test_a_run_that_only_loses_what_it_began_with_is_dropped(losses: list[float], last: Verdict) -> None:
+    watcher = Watcher(Gate(reference=95.0, tolerance_points=1.0), trial=3)
+    assert [watcher(Evaluation(loss, 50.0)) for loss in losses][-1] is last
+
+
+def own_answers(model: Any, encoder: Encoder, num_rows: int, num_wrong: int) -> list[Row]:
+    """Rows of which the model gets all but the last `num_wrong` right."""
+    answers = [greedy_one_by_one(model, encoder, prompt, 3) for prompt in prompts(num_rows)]
+    with_end = [(p, a[: a.index(EOS)] if EOS in a else a) for p, a in zip(prompts(num_rows), answers, strict=True)]
+    texts = [(p, body or [7]) for p, body in with_end]
+    right = [Row(p, ",".join(map(str, body))) for p, body in texts]
+    return right[: num_rows - num_wrong] + [Row(r.prompt, "1,2,3") for r in right[num_rows - num_wrong :]]
+
+
+class NoEnd(Verbatim):
+    """Without eos: a random model's first tokens are the whole answer."""
+
+    def encode(self, row: Row) -> Encoded:
+        whole = super().encode(row)
+        return Encoded(whole.input_ids[:-1], whole.num_prompt_tokens)
+
+
+@pytest.mark.parametrize("num_wrong", [0, 12, 60, 100])
+def test_an_evaluation_stops_early_only_to_fail_and_passes_only_on_all_rows(
+    model: Any, encoder: Encoder, num_wrong: int
+) -> None:
+    reader = NoEnd(encoder.tokenizer, EOS, 64)
+    rows = own_answers(model, encoder, 100, num_wrong)
+    full = Evaluator(model, reader, rows, "exact_match")()
+    assert full.is_complete
+    assert full.quality >= 100 - num_wrong
+    for reference in (0, 20, 41, 60, 88.5, 95, 101.5):
+        gate = Gate(float(reference), 1.0)
+        evaluate = Evaluator(model, reader, rows, "exact_match", gate=gate)
+        found = evaluate()
+        assert gate.passes(found.quality) == gate.passes(full.quality)
+        assert found.is_complete == (found.num_rows == 100)
+        assert found.is_complete or not gate.passes(full.quality)
+        assert evaluate.complete().quality == pytest.approx(full.quality)
+        assert (
+            evaluate.complete().loss == pytest.approx(full.loss, rel=1e-4) == pytest.approx(evaluate.loss(), rel=1e-4)
+        )
+    hopeless = Evaluator(model, reader, rows, "exact_match", gate=Gate(101.5, 1.0))()
+    assert hopeless.num_rows == 16, "a gate that nothing passes"
+
+
+def test_equal_prompts_are_answered_once(model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data-to-text tasks have several references for one prompt; greedy answers to it are equal."""
+    asked: list[int] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **more: asked.append(len(ids)) or generate(ids, **more))
+    distinct = [Row(prompt, f"answer {i}") for i, prompt in enumerate(prompts(10))]
+    rows = [Row(row.prompt, f"{row.completion} {turn}") for turn in range(4) for row in distinct]
+    once = Evaluator(model, encoder, rows, "chrf", gate=Gate(101.0, 0.0))()
+    assert sum(asked) == len({row.prompt for row in rows})
+    assert (once.num_rows, once.is_complete) == (40, True), "chrF is never given up early"
+    texts = {a["prompt"]: a["completion"].strip() for a in golden(model, encoder, prompts(10), 19)}
+    score = CHRF().corpus_score([texts[row.prompt] for row in rows], [[row.completion for row in rows]]).score
+    assert once.quality == pytest.approx(score)
+
+
+def test_a_gate_is_lowered_to_what_scratch_reaches_but_not_below_its_floor() -> None:
+    gate = Gate.beside(90.0, GateConfig(tolerance_points=1.0, max_drop_points=5.0))
+    assert (gate.passes(89.0), gate.passes(88.9)) == (True, False)
+    assert gate.lowered(95.0) == gate, "never higher"
+    assert gate.lowered(87.0).passes(86.0)
+    assert not gate.lowered(87.0).passes(85.9)
+    assert gate.lowered(20.0).reference == 85.0, "an adapter that cannot do its task any more is not shipped"
+    assert not gate.lowered(20.0).lowered(10.0).passes(83.9)

@@ -6,14 +6,17 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.checkpoints import open_checkpoint
-from cluster.config import GateConfig, ReadaptConfig, SearchConfig, TrainConfig
+from cluster.config import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig
 from readapt.delta import base_evolution
-from readapt.evaluate import Evaluator, judge
-from readapt.ladder import RUNGS, Ladder, Outcome, anchor_adapter, train_scratch
+from readapt.evaluate import Evaluator, Gate, judge
+from readapt.ladder import RUNGS, Ladder, Outcome, finish
 from readapt.lora import blank_like, load_base
-from readapt.search import CORNERS, FusionObjective, SearchResult, split_valid, try_points
+from readapt.plans import anchor_adapter, train_scratch
+from readapt.points import COPY, CORNERS
+from readapt.search import FusionObjective, SearchResult, split_valid
 from readapt.train import CurvePoint
-from tests.readapt_worlds import World, evolve, logits, make_world
+from tests.readapt_worlds import World, evolve, logits, make_world, ready_when, try_points
+from tests.worlds import make_checkpoint
 
 TRAIN = TrainConfig(
     short_steps=40,
@@ -24,7 +27,10 @@ TRAIN = TrainConfig(
     scratch_steps=120,
     max_tokens=64,
 )
-CONFIG = ReadaptConfig(search=SearchConfig(subset_rows=30), train=TRAIN, gate=GateConfig(tolerance_points=2.0))
+RELORA = LadderConfig(rungs=("copy", "fused", "train", "scratch"))
+CONFIG = ReadaptConfig(
+    ladder=RELORA, search=SearchConfig(subset_rows=30), train=TRAIN, gate=GateConfig(tolerance_points=2.0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,7 @@ def refuse_search(objective: FusionObjective) -> SearchResult:
 
 
 def copy_search(objective: FusionObjective) -> SearchResult:
-    return try_points(objective, [(1.0, 0.0)])
+    return try_points(objective, [COPY])
 
 
 def climb(world: World, new: Path, config: ReadaptConfig = CONFIG, reference: float | None = None, **more) -> Outcome:
@@ -52,8 +58,9 @@ def climb(world: World, new: Path, config: ReadaptConfig = CONFIG, reference: fl
     evolution, _ = base_evolution(open_checkpoint(world.base), open_checkpoint(new), 64, 0.9999)
     model = more.pop("model", None) or load_base(new)
     search = more.pop("search", corner_search)
-    ladder = Ladder(model, world.encoder, world.task, old, evolution, config, reference, "exact_match", search, **more)
-    return ladder.climb()
+    gate, metric, old_model = Gate.beside(reference, config.gate), "exact_match", load_base(world.base)
+    ladder = Ladder(model, old_model, world.encoder, world.task, old, evolution, config, gate, metric, search, **more)
+    return finish(model, ladder.climb())
 
 
 def gate_quality(world: World, new: Path, adapter: Adapter) -> float:
@@ -88,7 +95,7 @@ def test_change_out_of_fusions_reach_takes_training(world: World, tmp_path: Path
     assert outcome.quality >= outcome.reference - 2.0
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
     rungs = [a.rung for a in outcome.attempts]
-    assert rungs == list(RUNGS[: len(rungs)])
+    assert rungs == [rung for rung in RUNGS if rung != "transplant"][: len(rungs)]
     assert rungs[-1] == outcome.rung
     assert [(a.rung, p) for a in outcome.attempts for p in a.curve] == seen
     assert all(a.quality == max(p.quality for p in a.curve) for a in outcome.attempts)
@@ -105,13 +112,57 @@ def test_short_ends_where_full_begins(world: World, tmp_path: Path) -> None:
 
 def test_unreachable_gate_falls_to_what_scratch_reaches(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
-    few = replace(CONFIG, train=replace(TRAIN, full_steps=20, scratch_steps=20))
+    lenient = GateConfig(tolerance_points=2.0, max_drop_points=200.0)
+    few = replace(CONFIG, train=replace(TRAIN, full_steps=20, scratch_steps=20), gate=lenient)
     outcome = climb(world, new, few, reference=200.0)
-    scratch = next(a for a in outcome.attempts if a.rung == "scratch")
-    assert outcome.reference == scratch.quality
+    assert 0 < outcome.reference < 90
     assert outcome.accepted
-    assert outcome.quality == max(a.quality for a in outcome.attempts)
+    assert outcome.quality == gate_quality(world, new, outcome.adapter)
     assert outcome.rung != "scratch", "the undone adapter is better than 20 steps from scratch"
+
+
+def test_a_gate_falls_no_further_than_its_floor(world: World, tmp_path: Path) -> None:
+    """Scratch training of a few steps reaches next to nothing: that is no reason to ship next to nothing."""
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
+    few = replace(CONFIG, train=replace(TRAIN, full_steps=1, scratch_steps=1, learning_rate=1e-9))
+    outcome = climb(world, new, few)
+    assert not outcome.accepted
+    assert outcome.ready is None
+    assert outcome.reference == 100.0 - CONFIG.gate.max_drop_points
+
+
+def test_transplant_passes_without_a_step(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
+    config = replace(CONFIG, ladder=LadderConfig())
+    outcome = climb(world, new, config, search=refuse_search)
+    assert [a.rung for a in outcome.attempts] == ["copy", "transplant"]
+    assert outcome.accepted
+    assert outcome.quality == gate_quality(world, new, outcome.adapter) > outcome.copy_quality
+    assert outcome.ready is not None
+    assert (outcome.ready.rung, outcome.ready.step) == ("transplant", 0)
+    assert outcome.ready.seconds >= sum(a.seconds for a in outcome.attempts)
+
+
+def test_a_budget_is_used_up_and_readiness_noted_on_the_way(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
+    ladder = LadderConfig(rungs=("copy", "fused", "train", "scratch"), stop="budget")
+    outcome = climb(world, new, replace(CONFIG, ladder=ladder))
+    assert outcome.ready is not None
+    assert outcome.ready.rung == "fused"
+    assert [a.rung for a in outcome.attempts] == ["copy", "fused", "short", "full"], "ready, so no scratch"
+    assert outcome.attempts[-1].curve[-1].step == TRAIN.full_steps
+    assert outcome.quality >= outcome.ready.quality
+    alone = climb(world, new, replace(CONFIG, ladder=replace(ladder, rungs=("scratch",))))
+    assert alone.copy_quality is None
+    assert alone.attempts[0].curve[-1].step == TRAIN.scratch_steps
+    assert alone.ready is not None
+    assert 0 < alone.ready.step < TRAIN.scratch_steps
+
+
+def test_unrelated_bases_go_straight_to_scratch(world: World, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", std=0.08, seed=99)
+    outcome = climb(world, other, replace(CONFIG, ladder=LadderConfig()), search=refuse_search)
+    assert [a.rung for a in outcome.attempts] == ["scratch"]
 
 
 def test_scratch_ships_where_the_old_adapter_is_worthless(world: World) -> None:
@@ -130,7 +181,7 @@ def test_broken_training_is_not_accepted_and_costs_nothing_that_was_reached(worl
     assert not outcome.accepted
     assert outcome.reference > 90
     assert [a.rung for a in outcome.attempts] == ["copy", "fused"]
-    assert outcome.quality == max(a.quality for a in outcome.attempts)
+    assert outcome.quality == gate_quality(world, new, outcome.adapter)
     assert all(torch.isfinite(f.a_RD).all() for f in outcome.adapter.factors.values())
 
 
@@ -151,7 +202,7 @@ def test_search_and_gate_do_not_share_rows_and_tests_are_not_touched(world: Worl
     searched: list[float] = []
 
     def search(objective: FusionObjective) -> SearchResult:
-        searched.append(objective.loss(1.0, 0.0))
+        searched.extend(objective.losses([COPY]))
         return corner_search(objective)
 
     assert climb(poisoned, new, model=model, search=search).accepted
@@ -185,9 +236,9 @@ def test_train_scratch_alone_reaches_the_gate(world: World) -> None:
         world.specialist,
         TRAIN,
         evaluate=evaluate,
-        accept=lambda e: e.quality >= 60,
+        watch=ready_when(lambda e: e.quality >= 60),
     )
-    assert result.accepted
+    assert result.is_ready
     assert 0 < result.steps_done <= TRAIN.scratch_steps
     assert {f.rank for f in result.best.factors.values()} == {8}
     assert torch.equal(logits(model), bare)

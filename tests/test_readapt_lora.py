@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from cluster.adapter_files import Adapter, load_adapter, save_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidAdapterError, InvalidCheckpointError
-from readapt.lora import attach, blank, blank_like, linear_shapes, load_base
+from readapt.lora import attach, blank, blank_like, linear_shapes, load_base, row_norms
+from readapt.stack import ALL_ROWS, LoraHooks, LoraStack, Segment, flatten
 from tests.readapt_worlds import logits, random_factors
 from tests.worlds import make_adapter, make_checkpoint
 
@@ -43,15 +45,51 @@ def test_logits_equal_merged_weights(checkpoint: Path, adapter: Adapter) -> None
     torch.testing.assert_close(logits(model), logits(merged), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module", params=["lora", "rslora", "dora"])
+def saved(request: pytest.FixtureRequest, checkpoint: Path) -> Path:
+    kind = {"rslora": request.param == "rslora", "dora": request.param == "dora"}
+    return make_adapter(checkpoint.parent / request.param, checkpoint, rank=5, **kind)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_logits_equal_pefts(checkpoint: Path, adapter: Adapter, tmp_path: Path) -> None:
+def test_logits_equal_pefts(checkpoint: Path, saved: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     model = load_base(checkpoint)
-    attach(model, adapter)
-    save_adapter(adapter, tmp_path / "saved")
-    theirs = PeftModel.from_pretrained(load_base(checkpoint), tmp_path / "saved")
+    save_adapter(attach(model, load_adapter(saved)).export(), tmp_path / "again")
+    theirs = PeftModel.from_pretrained(load_base(checkpoint), tmp_path / "again")
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gradients_equal_pefts(checkpoint: Path, saved: Path) -> None:
+    from peft import PeftModel
+
+    tokens = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(1))
+    mine, theirs = load_base(checkpoint), PeftModel.from_pretrained(load_base(checkpoint), saved, is_trainable=True)
+    lora = attach(mine, load_adapter(saved))
+    for model in (mine, theirs):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    by_name = {name.removeprefix("base_model.model."): p.grad for name, p in theirs.named_parameters()}
+    expected = [by_name[f"{n}.lora_A.default.weight"] for n in lora.modules]
+    expected += [by_name[f"{n}.lora_B.default.weight"].T for n in lora.modules]
+    expected += [
+        grad for n in lora.modules if (grad := by_name.get(f"{n}.lora_magnitude_vector.default.weight")) is not None
+    ]
+    for parameter, gradient in zip(lora.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad[0], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_dora_scales_all_but_the_bias() -> None:
+    torch.manual_seed(0)
+    factors = replace(random_factors(7, 5, 2, 0.5, seed=0), magnitude_F=torch.rand(7) + 0.5)
+    model, x_BTD = torch.nn.ModuleDict({"up": torch.nn.Linear(5, 7)}), torch.randn(2, 3, 5)
+    expected = x_BTD @ factors.adapted(model["up"].weight).T + model["up"].bias
+    adapter, hooks = Adapter({"up": factors}), LoraHooks(model)
+    hooks.cover(["up"])
+    with hooks.running(Segment(LoraStack([adapter], flatten(adapter)[None]), ALL_ROWS)):
+        torch.testing.assert_close(model["up"](x_BTD), expected)
 
 
 def test_export_and_import_round_trip(checkpoint: Path, adapter: Adapter, tmp_path: Path) -> None:
@@ -127,6 +165,17 @@ def test_blank_adds_nothing_and_starts_like_peft(checkpoint: Path, rslora: bool,
         bound = 1 / math.sqrt(factors.shape[1])
         assert 0.9 * bound < factors.a_RD.abs().max() <= bound
         assert (factors.rank, factors.scaling) == (5, scaling)
+
+
+def test_a_blank_dora_adds_nothing_and_has_the_norms_of_its_base(checkpoint: Path) -> None:
+    model = load_base(checkpoint)
+    bare = logits(model)
+    shapes = linear_shapes(model)
+    first = blank(shapes, 4, 8.0, norms=row_norms(model, shapes))
+    again = blank_like(first, seed=3, norms={name: 2 * norms for name, norms in row_norms(model, shapes).items()})
+    attach(model, first)
+    torch.testing.assert_close(logits(model), bare, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(f.magnitude_F, 2 * first.factors[name].magnitude_F) for name, f in again.factors.items())
 
 
 def test_blank_depends_on_the_seed_alone(adapter: Adapter) -> None:

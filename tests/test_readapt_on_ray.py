@@ -3,8 +3,8 @@
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -20,9 +20,9 @@ from readapt.campaign import Campaign
 from readapt.data import encoder_for, load_task
 from readapt.delta import base_evolution
 from readapt.job_queue import MAX_CRASHES_PER_JOB, JobQueue
-from readapt.lora import attach, load_base
+from readapt.lora import load_base
 from readapt.on_ray import FleetSearch, RayExecutor, _Service
-from readapt.search import CORNERS, FusionObjective, SearchResult, split_valid
+from readapt.search import FusionObjective, SearchResult, find, split_valid
 from readapt.train import CurvePoint
 from readapt.workbench import AdapterJob, JobFailed, RungReached
 from tests.fleets import make_fleet, registered
@@ -37,7 +37,10 @@ def cluster():
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Fleet:
-    return make_fleet(tmp_path)
+    """Whose ladder searches: the rungs of the paper's method."""
+    fleet = make_fleet(tmp_path)
+    ladder = replace(fleet.readapt.ladder, rungs=("copy", "fused", "train", "scratch"))
+    return replace(fleet, readapt=replace(fleet.readapt, ladder=ladder))
 
 
 def make_job(version_id: int) -> AdapterJob:
@@ -80,23 +83,23 @@ def _train_workers(cluster: LocalCluster) -> list[psutil.Process]:
 
 
 def _check_search(fleet: Fleet, version: Version) -> None:
-    """The corners are among the trials with the losses that they have here, all is in the box, the best was taken."""
+    """The trials are those of a search in this process, with the losses that they have here; the best was taken."""
     config = fleet.readapt.search
-    losses = {(trial["alpha"], trial["beta"]): trial["loss"] for trial in version.details["search"]}
+    losses = {(t["point"]["alpha"], t["point"]["beta"]): t["loss"] for t in version.details["search"]}
     assert len(losses) == config.trials
-    assert {corner: losses[corner] for corner in CORNERS} == pytest.approx(_losses_here(fleet, version), rel=1e-4)
+    here = _search_here(fleet, version)
+    assert losses == pytest.approx({(t.point.alpha, t.point.beta): t.loss for t in here.trials}, rel=1e-4)
     assert losses[version.details["alpha"], version.details["beta"]] == min(losses.values())
     assert all(0 <= alpha <= config.alpha_max and config.beta_min <= beta <= config.beta_max for alpha, beta in losses)
 
 
-def _losses_here(fleet: Fleet, version: Version) -> dict[tuple[float, float], float]:
+def _search_here(fleet: Fleet, version: Version) -> SearchResult:
     model, encoder = load_base(fleet.base("v2").path), encoder_for(fleet.base("v2").path, 32)
     spec = next(spec for spec in fleet.adapters if spec.name == version.adapter)
     bases = [open_checkpoint(fleet.base(name).path) for name in ("v1", "v2")]
     evolution, _ = base_evolution(*bases, rank=fleet.readapt.search.evolution_rank, energy=0.95)
     task, rows = load_adapter(spec.path), split_valid(load_task(spec.data).valid, fleet.readapt.search)[0]
-    objective = FusionObjective(model, attach(model, task), task, evolution, rows, encoder)
-    return {corner: objective.loss(*corner) for corner in CORNERS}
+    return find(FusionObjective(model, task, evolution, rows, encoder, fleet.readapt.search))
 
 
 def test_a_service_that_ends_while_it_is_needed_is_an_error():
@@ -169,60 +172,67 @@ async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_
     await queue.close()
     await taken(queue, 0)
     await queue.report(0, 7, RungReached("copy", CurvePoint(0, 0.0, 1.0, 50.0), 0.1))
-    waiting = asyncio.create_task(queue.found(7))
+    waiting = asyncio.create_task(queue.found(7, ("mlp",)))
     await queue.set_found(8, "another's")
     await asyncio.sleep(0.01)
     assert not waiting.done()
+    assert await queue.wanted() == [(7, ("mlp",))]
     await queue.set_found(7, "nothing found")
-    assert await waiting == "nothing found"
+    assert await waiting == await queue.found(7, ("mlp",)) == "nothing found"
+    assert await queue.wanted() == [], "it is searched once"
     assert await taken(queue, 0) == 7, "still held, so it is taken up again"
 
 
-def bowl(point: dict[str, Any]) -> float:
-    return (point["alpha"] - 0.8) ** 2 + (point["beta"] + 0.4) ** 2
+def play(search: FleetSearch, *names: str) -> list[tuple[int, int] | None]:
+    """Plays Tune, which asks for trials: whose round each is, and how many candidates it has."""
+    asked = [search.suggest(name) for name in names]
+    return [(found["version_id"], len(found["points"])) if isinstance(found, dict) else None for found in asked]
 
 
-def run_search(search: FleetSearch, num_trials: int) -> list[int]:
-    """Plays Tune: one trial after the other; returns whose each was."""
-    owners = []
-    for index in range(num_trials):
-        point = search.suggest(f"t{index}")
-        assert isinstance(point, dict)
-        owners.append(point["version_id"])
-        search.on_trial_complete(f"t{index}", {"loss": bowl(point)})
-    return owners
+def end(search: FleetSearch, **num_points: int) -> None:
+    for name, number in num_points.items():
+        search.on_trial_complete(name, {"losses": [1.0] * number})
 
 
-def test_the_search_serves_adapters_in_turn_and_beats_the_corners():
+def test_the_search_serves_adapters_in_turn_when_they_are_wanted():
     results: dict[int, SearchResult | str] = {}
-    search = FleetSearch(SearchConfig(trials=24), results.__setitem__)
+    search = FleetSearch(SearchConfig(trials=12, batch=8), results.__setitem__)
+    assert play(search, "idle") == [None]
     search.add(3)
     search.add(2)
-    assert run_search(search, 48) == [3] * 24 + [2] * 24
-    assert search.suggest("idle") is None
-    for found in results.values():
-        assert isinstance(found, SearchResult)
-        assert {(trial.alpha, trial.beta) for trial in found.trials[:3]} == set(CORNERS)
-        assert found.loss < 0.5 * min(bowl({"alpha": alpha, "beta": beta}) for alpha, beta in CORNERS)
+    for name, expected in zip("abcd", [(3, 8), (3, 4), (2, 8), (2, 4)], strict=True):
+        assert play(search, name) == [expected]
+        end(search, **{name: expected[1]})
+    assert play(search, "idle") == [None]
+    assert list(results) == [3, 2]
+    assert all(isinstance(found, SearchResult) and len(found.trials) == 12 for found in results.values())
     search.close()
     assert search.suggest("over") == "FINISHED"
 
 
-def test_the_search_keeps_to_its_concurrency_and_skips_what_is_not_wanted_any_more():
-    search = FleetSearch(SearchConfig(trials=4, concurrency=2), lambda version_id, found: None)
+def test_the_actors_begin_with_an_empty_round_for_the_first_adapter():
+    search = FleetSearch(SearchConfig(concurrency=2), lambda version_id, found: None)
+    search.warm_up(7)
+    search.warm_up(8)
+    assert play(search, "a", "b", "c") == [(7, 0), (7, 0), None]
+    end(search, a=0, b=0)
+    assert play(search, "d") == [None]
+
+
+def test_rounds_side_by_side_are_of_different_adapters_where_there_are_some():
+    search = FleetSearch(SearchConfig(trials=24, batch=8, concurrency=3), lambda version_id, found: None)
     search.add(3)
     search.add(2)
-    assert [(search.suggest(name) or {}).get("version_id") for name in "abc"] == [3, 3, None]
+    assert play(search, *"abcd") == [(3, 8), (2, 8), (3, 8), None]
     search.drop(3)
-    search.on_trial_complete("a", {"loss": 1.0})
-    assert search.suggest("d")["version_id"] == 2
+    end(search, a=8)
+    assert play(search, "e") == [(2, 8)]
 
 
 def test_a_search_without_any_result_says_so():
     results: dict[int, SearchResult | str] = {}
     search = FleetSearch(SearchConfig(trials=3), results.__setitem__)
     search.add(3)
-    for name in "abc":
-        search.suggest(name)
-        search.on_trial_complete(name, None, error=True)
+    assert play(search, "a") == [(3, 3)]
+    search.on_trial_complete("a", None, error=True)
     assert "no trial" in results[3]

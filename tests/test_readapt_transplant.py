@@ -1,0 +1,158 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.adapter_files import Adapter
+from cluster.config import TransplantConfig
+from readapt.data import Encoded
+from readapt.evaluate import judge
+from readapt.lora import attach, load_base
+from readapt.transplant import HeadMap, Regression, by_length, transplant
+from tests.readapt_worlds import World, evolve, logits, make_world
+from tests.worlds import make_checkpoint
+
+CONFIG = TransplantConfig(rows=200, rank=8)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("transplant"))
+
+
+def rows_of(world: World, num_rows: int = 200) -> list[Encoded]:
+    return by_length(world.encoder.encode_all(world.task.train[:num_rows]))
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_map(x_ND, y_NF, ridge: float, centre_FD) -> torch.Tensor:
+    """The full-rank solution by the normal equations, in double."""
+    x_ND, y_NF = x_ND.double(), y_NF.double()
+    gram_DD = x_ND.T @ x_ND
+    penalty = ridge * gram_DD.diagonal().mean()
+    inner_DF = x_ND.T @ y_NF + penalty * centre_FD.double().T
+    return torch.linalg.solve(gram_DD + penalty * torch.eye(len(gram_DD)), inner_DF).T
+
+
+@pytest.mark.parametrize("has_centre", [False, True])
+def test_regression_solves_the_ridge_problem(has_centre: bool) -> None:
+    x_ND, y_NF = random(90, 13, seed=0), random(90, 7, seed=1)
+    centre_FD = random(7, 13, seed=3) if has_centre else torch.zeros(7, 13)
+    regression = Regression(x_ND, ridge=0.05)
+    a_RD, b_FR, energy = regression.solve(y_NF, 7, centre_FD if has_centre else None)
+    torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_ND, y_NF, 0.05, centre_FD), rtol=1e-4, atol=1e-5)
+    assert energy == pytest.approx(1.0, abs=1e-5)
+
+
+def test_no_cut_of_that_rank_is_nearer_in_the_metric_of_the_outputs() -> None:
+    """Eckart and Young, in the metric of G: random competitors and the plain SVD of the weights are all worse."""
+    scales_D = torch.logspace(0, -2, 13)
+    x_ND, y_NF = random(300, 13, seed=0) * scales_D, random(300, 9, seed=1)
+    regression = Regression(x_ND, ridge=1e-2)
+    full_FD = reference_map(x_ND, y_NF, 1e-2, torch.zeros(9, 13)).float()
+    gram_DD = x_ND.T @ x_ND
+    gram_DD.diagonal().add_(1e-2 * gram_DD.diagonal().mean())
+
+    def distance(cut_FD: torch.Tensor) -> float:
+        lost_FD = cut_FD - full_FD
+        return float((lost_FD @ gram_DD * lost_FD).sum())
+
+    a_RD, b_FR, energy = regression.solve(y_NF, 3)
+    found = distance(b_FR @ a_RD)
+    u_FK, s_K, v_KD = torch.linalg.svd(full_FD, full_matrices=False)
+    assert found < 0.9 * distance((u_FK[:, :3] * s_K[:3]) @ v_KD[:3])
+    nudged = [
+        distance((b_FR + 0.01 * random(9, 3, seed=s)) @ (a_RD + 0.01 * random(3, 13, seed=s + 50))) for s in range(20)
+    ]
+    assert found < min(nudged)
+    assert energy == pytest.approx(1 - found / float((full_FD @ gram_DD * full_FD).sum()), rel=1e-3)
+
+
+def test_an_unchanged_base_gets_its_own_adapter_back(world: World) -> None:
+    found = transplant(load_base(world.base), world.specialist, load_base(world.base), rows_of(world), CONFIG)
+    lora = attach(model := load_base(world.base), world.specialist)
+    expected = logits(model)
+    lora.load(found.adapter)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=6e-2)
+    assert min(found.energy.values()) > 0.999
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
+def test_with_ranks_to_spare_the_new_base_does_what_the_old_service_did(
+    world: World, tmp_path: Path, architecture: str
+) -> None:
+    """On the calibration rows, at full rank and hardly any ridge; biases, norms of heads and grouped heads and all."""
+    old_base = make_checkpoint(tmp_path / "old", architecture, std=0.08)
+    new_base = evolve(old_base, tmp_path / "new", rank=None, scale=0.3)
+    teacher, student, rows = load_base(old_base), load_base(new_base), rows_of(world, 40)
+    old = replace(world.specialist, base_model="")
+    config = TransplantConfig(rows=40, rank=256, ridge=1e-5)
+    found = transplant(teacher, old, student, rows, config)
+    service, new = attach(teacher, old), attach(student, found.adapter)
+    inputs = torch.tensor([rows[-1].input_ids])
+    with torch.no_grad():
+        expected, got = teacher(input_ids=inputs).logits, student(input_ids=inputs).logits
+        service.detach()
+        new.detach()
+        bare = student(input_ids=inputs).logits
+    assert (got - expected).norm() < 0.05 * (bare - expected).norm()
+
+
+def test_a_head_that_did_not_change_asks_for_the_teachers_own_stream(world: World) -> None:
+    model, answers_L = load_base(world.base), torch.tensor([5, 6, 6])
+    stream_ND = random(7, model.config.hidden_size, seed=0)
+    torch.testing.assert_close(HeadMap(model, model, answers_L)(stream_ND), stream_ND, rtol=1e-4, atol=1e-4)
+
+
+def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
+    """A new head, and a new final norm, that read the stream in other coordinates."""
+    teacher, student = load_base(world.base), load_base(world.base)
+    width = teacher.config.hidden_size
+    q_DD, _ = torch.linalg.qr(random(width, width, seed=1))
+    student.get_output_embeddings().weight = torch.nn.Parameter(teacher.get_output_embeddings().weight @ q_DD)
+    student.base_model.norm.weight.data = random(width, seed=2).abs() + 0.5
+    stream_ND = random(7, width, seed=0)
+    turned_ND = HeadMap(teacher, student, torch.tensor([5, 6, 6]))(stream_ND)
+
+    def logits_of(model, stream_ND):
+        # The gain rescales the stream, and so its norm: heads that differ in it agree up to one factor a token.
+        logits_NV = model.get_output_embeddings()(model.base_model.norm(stream_ND))
+        return logits_NV / logits_NV.norm(dim=1, keepdim=True)
+
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(student, turned_ND), logits_of(teacher, stream_ND), rtol=1e-2, atol=1e-3)
+
+
+def test_it_mends_what_fusion_cannot_reach_and_leaves_both_models_bare(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
+    teacher, student = load_base(world.base), load_base(new)
+    before = logits(teacher), logits(student)
+    found = transplant(teacher, world.specialist, student, rows_of(world), CONFIG)
+    assert torch.equal(logits(teacher), before[0])
+    assert torch.equal(logits(student), before[1])
+    assert found.adapter.factors.keys() == world.specialist.factors.keys()
+    quality = judge(student, found.adapter, world.encoder, world.task.valid, "exact_match").quality
+    copied = judge(student, world.specialist, world.encoder, world.task.valid, "exact_match").quality
+    assert quality > 90
+    assert copied < quality - 10
+
+
+def test_only_the_old_adapters_modules_are_adapted(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.1)
+    some = {name: f for name, f in world.specialist.factors.items() if name.endswith(("q_proj", "down_proj"))}
+    found = transplant(load_base(world.base), Adapter(some), load_base(new), rows_of(world, 50), CONFIG)
+    assert found.adapter.factors.keys() == some.keys()
+
+
+def test_ranks_are_those_asked_for_but_never_below_the_old_ones(world: World) -> None:
+    bases = load_base(world.base), load_base(world.base)
+    low = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=2))
+    assert {f.rank for f in low.adapter.factors.values()} == {8}
+    high = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=20))
+    assert {f.rank for f in high.adapter.factors.values()} == {20}
