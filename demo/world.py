@@ -74,6 +74,7 @@ QUICK = Recipe(
     rows={"train": 3000, "valid": 448, "test": 400},
 )
 _RECIPES = {"full": FULL, "quick": QUICK}
+RUNGS = ("copy", "fused", "transplant", "train", "scratch")  # all that there are: the demo shows each at work
 _MARK = "# Written by `relora demo`, which deletes the folder of an earlier run.\n"
 _KIT_BUDGETS = {"clinc150": (800, 24)}  # tasks that need more than 300 steps of 16 rows
 
@@ -120,7 +121,7 @@ class WorldInfo:
         tables = [_table("[[bases]]", {"name": name, "path": base}) for name, base in self.bases.items()]
         tables += [_table("[[adapters]]", self._adapter(index, spec)) for index, spec in enumerate(self.specs)]
         tables += [_table("[serving]", serving), _table("[readapt.train]", self.train)]
-        tables += [_table("[readapt.gate]", self.gate)]
+        tables += [_table("[readapt.ladder]", {"rungs": RUNGS}), _table("[readapt.gate]", self.gate)]
         tables += [_table("[readapt.workers]", {"num_workers": max(1, (os.cpu_count() or 1) // 2)})]
         path.write_text("\n".join([_MARK, 'name = "demo"\n', *tables]), encoding="utf-8")
         return path
