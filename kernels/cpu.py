@@ -59,6 +59,8 @@ def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
         if group.num_segments > 1:
             own_TR = own_TR.index_select(0, group.token_places)
         torch.mul(own_TR, group.token_scales, out=h_TR[:num_adapted])
+        if len(group.spared_tokens):
+            h_TR[group.spared_tokens] = 0.0  # not another's infinity times zero
     else:
         for module, column in zip(group.modules, group.columns, strict=True):
             for start, end, rank, table_start, scaling in _each_segment(module):

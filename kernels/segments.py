@@ -113,10 +113,19 @@ class LoraGroup:
         return self.inputs_by_segment.scales[self.token_segments]
 
     @cached_property
+    def is_adapted_by_token(self) -> Tensor:
+        """Whether the adapter of each token that has one changes any of the modules."""
+        return torch.stack([module.ranks for module in self.modules]).any(0)[self.token_segments]
+
+    @cached_property
+    def spared_tokens(self) -> Tensor:
+        """The tokens whose adapter leaves all of the modules alone, int64: their rows of lora_a are another's."""
+        return (~self.is_adapted_by_token).nonzero()[:, 0]
+
+    @cached_property
     def inputs_by_token(self) -> "InputRows":
         """The rows of lora_a of each token whose adapter has any."""
-        is_adapted_S = torch.stack([module.ranks for module in self.modules]).any(0)
-        tokens = is_adapted_S[self.token_segments].nonzero()[:, 0]
+        tokens = self.is_adapted_by_token.nonzero()[:, 0]
         _, rows_SR, scales_SR = self.inputs_by_segment
         segment_U = self.token_segments[tokens]
         return InputRows(_as_slice(tokens), rows_SR[segment_U], scales_SR[segment_U])
@@ -138,7 +147,8 @@ class InputRows(NamedTuple):
     """Rows of lora_a, all modules' side by side: an offset for each column of h, by segment or by token.
 
     Offsets beyond a rank repeat a row of the same adapter, since another's infinity times zero would be NaN; `scales`,
-    the scalings, are 0 there. `where` are the tokens, as a slice if adjacent.
+    the scalings, are 0 there. A segment without any row has another's: what comes of it is not to be used (see
+    `spared_tokens`). `where` are the tokens, as a slice if adjacent.
     """
 
     where: "Tensor | slice"

@@ -80,8 +80,11 @@ class LocalBackend:
             raise BackendDiedError("The engine has stopped.")
 
     async def _with_adapter(self, request: Request, adapter: AdapterRef) -> Request:
-        """The request once its adapter is on the host; the time that took counts for the first token's deadline."""
-        deadline_s = request.terms.first_token_deadline_s
+        """The request once its adapter is on the host; the time that took counts for the first token's deadline.
+
+        One that another replica has begun has had its first token: the deadline is nothing to it.
+        """
+        deadline_s = None if request.resumed_tokens else request.terms.first_token_deadline_s
         started_at = time.monotonic()
         try:
             async with asyncio.timeout(deadline_s):

@@ -78,7 +78,7 @@ class EvictionQueue:
         priority, _, thing = entry
         idle = self._idle.pop(thing)
         self.num_pages -= idle.num_pages
-        self._floor = priority
+        self._floor = max(self._floor, priority)  # what was passed over, because it was kept, may go later
         num_free = self._arena.num_free
         idle.evict()
         assert self._arena.num_free == num_free + idle.num_pages, f"{thing} did not free its pages"

@@ -89,7 +89,8 @@ class EngineLoop:
         """Load an adapter's files if the engine does not have it; `folder` may be a function that fetches them first.
 
         Runs on a loader thread, once for all who ask at the same time. Raises what went wrong (InvalidAdapterError,
-        StorageError, ...), and StorageError after `adapter_load_timeout_s`; the next call tries again.
+        StorageError, ...), and StorageError after `adapter_load_timeout_s`; the next call tries again, but
+        for an adapter that keeps failing only after a pause (see `serving.loads`).
         """
         if self.has_adapter(ref.key):
             return

@@ -4,6 +4,7 @@ Shape letters: P pages, E elements of a page.
 """
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ def new_memory(num_pages: int, page_elements: int, dtype: torch.dtype, device: t
     """
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_pages, page_elements, dtype=dtype, device=device)
-    buffer = mmap.mmap(-1, num_pages * page_elements * dtype.itemsize)
-    buffer.madvise(mmap.MADV_HUGEPAGE)
+    # Private, not Python's default: for shared memory the kernel has another switch, which nearly everywhere says no.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    buffer = mmap.mmap(-1, num_pages * page_elements * dtype.itemsize, flags=flags)
+    with suppress(OSError):  # a kernel without huge pages
+        buffer.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(buffer, dtype=dtype).view(num_pages, page_elements)  # keeps the buffer alive

@@ -30,6 +30,7 @@ from serving.sequence import Sequence
 CLUSTERING_TOKENS = 1024
 # How many flows are looked at for one that is resident: enough to find one, few enough to look at every time.
 _CLUSTERING_FLOWS = 32
+_LEAST_COUNTS = 256  # of tokens given, before any are forgotten
 
 FlowKey = tuple[int, str | None]  # priority, adapter
 Place = tuple[int, int, int, FlowKey]  # priority, tokens, a number of its own, flow
@@ -56,8 +57,9 @@ class WaitingQueue:
         self._max_overtakes = max_overtakes
         self._flows: OrderedDict[FlowKey, _Flow] = OrderedDict()  # longest without an admission first
         self._places: list[Place] = []  # in fair order
-        self._tokens: dict[FlowKey, int] = {}  # given to each flow; a newcomer counts as having had `_floor`
-        self._floor = 0
+        self._tokens: dict[FlowKey, int] = {}  # given to each flow; a newcomer counts as having had its floor
+        self._floors: Counter[int] = Counter()  # by priority: flows of different ones do not compete
+        self._max_counts = _LEAST_COUNTS
         self._num_admitted = 0
         self._num_flows = 0  # that ever came
         self._per_tenant: Counter[str] = Counter()
@@ -91,6 +93,9 @@ class WaitingQueue:
         if sequence.deadline_at is not None:
             self._num_deadlines += 1
             heapq.heappush(self._deadlines, (sequence.deadline_at, self._num_deadlines, sequence))
+            if len(self._deadlines) > 2 * self._length + 64:
+                self._deadlines = [entry for entry in self._deadlines if self._does_wait(entry[2])]
+                heapq.heapify(self._deadlines)
 
     def choose(self) -> Sequence | None:
         """Who is next; it stays until `admit` or `remove`."""
@@ -108,7 +113,8 @@ class WaitingQueue:
         """Let a sequence go to its first step, in which its flow is given so many tokens."""
         key = _flow_of(sequence)
         self._num_admitted += 1
-        self._floor = max(self._floor, min(place[1] for place in self._places[:1]))
+        priority, num_least, *_ = self._places[0]
+        self._floors[priority] = max(self._floors[priority], num_least)
         self._flows[key].since = self._num_admitted
         self._flows.move_to_end(key)
         self.charge(sequence, num_tokens)
@@ -117,7 +123,7 @@ class WaitingQueue:
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
         """Count tokens that a sequence's flow has been given."""
         key = _flow_of(sequence)
-        self._tokens[key] = max(self._tokens.get(key, 0), self._floor) + num_tokens
+        self._tokens[key] = self._num_given(key) + num_tokens
         flow = self._flows.get(key)
         if flow is not None:
             self._leave_place(flow)
@@ -141,8 +147,7 @@ class WaitingQueue:
         """Those who wait although their deadline has passed; each is told once."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, sequence = heapq.heappop(self._deadlines)
-            flow = self._flows.get(_flow_of(sequence))
-            if flow is not None and sequence in flow.waiting:
+            if self._does_wait(sequence):
                 yield sequence
 
     def check_integrity(self) -> None:
@@ -156,8 +161,8 @@ class WaitingQueue:
     def _begin(self, key: FlowKey) -> None:
         self._num_flows += 1
         self._prune()
-        tokens = max(self._tokens.get(key, 0), self._floor)
-        flow = self._flows[key] = _Flow((key[0], tokens, self._num_flows, key), since=self._num_admitted)
+        place = (key[0], self._num_given(key), self._num_flows, key)
+        flow = self._flows[key] = _Flow(place, since=self._num_admitted)
         insort(self._places, flow.place)
 
     def _preferred(self) -> _Flow:
@@ -176,10 +181,18 @@ class WaitingQueue:
         assert self._places[index] is flow.place, "a flow is not at its place"
         del self._places[index]
 
+    def _does_wait(self, sequence: Sequence) -> bool:
+        flow = self._flows.get(_flow_of(sequence))
+        return flow is not None and sequence in flow.waiting
+
+    def _num_given(self, key: FlowKey) -> int:
+        return max(self._tokens.get(key, 0), self._floors[key[0]])
+
     def _prune(self) -> None:
-        """Forget counts that say no more than the floor does."""
-        if len(self._tokens) > 2 * len(self._flows) + 256:
-            self._tokens = {key: tokens for key, tokens in self._tokens.items() if tokens > self._floor}
+        """Forget counts that say no more than the floor does, whenever there are twice as many as were left then."""
+        if len(self._tokens) > self._max_counts:
+            self._tokens = {key: num for key, num in self._tokens.items() if num > self._floors[key[0]]}
+            self._max_counts = max(2 * len(self._tokens), _LEAST_COUNTS)
 
 
 def _flow_of(sequence: Sequence) -> FlowKey:

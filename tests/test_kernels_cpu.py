@@ -83,6 +83,16 @@ def test_an_adapter_that_overflowed_hurts_nobody_else(way, what):
     assert not out_TF[4:, :40].isfinite().all()
 
 
+def test_an_adapter_that_overflowed_does_not_hurt_one_that_leaves_all_modules_alone(way):
+    case = lora_case(popularity="distinct", ranks=[2, 0, 8], widths=(40,), num_tokens=6, seed=8)
+    module = case.group.modules[0]
+    for row in module.a_rows[module.table_starts[2] :][:8].tolist():
+        case.arena[row : row + 24] = torch.inf
+    out_TF = case.base_TF.clone()
+    run_lora(cpu, case, out_TF)
+    assert torch.equal(out_TF[2:4], case.base_TF[2:4])
+
+
 @quick
 @given(
     ranks=st.lists(st.sampled_from([0, 1, 3, 8, 31]), min_size=1, max_size=8).filter(any),

@@ -23,13 +23,13 @@ from cluster.errors import (
     StorageError,
 )
 from cluster.registry import Registry, Status, Version
-from serving.backend import coalesce, merge
+from serving.backend import LocalBackend, coalesce, merge
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway import Answer, Call, Gateway
 from serving.golden import check_golden
 from serving.lifecycle import residencies
 from serving.prompts import Prompter
-from serving.request import FinishReason, Request, SamplingParams, Terms, TokenEvent
+from serving.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent
 from serving.residency import Residency, Tier
 from tests.worlds import make_adapter, make_checkpoint
 
@@ -548,6 +548,31 @@ async def test_an_engine_that_fails_a_golden_prompt_is_named(world: World):
 
 
 # The stream helpers.
+
+
+@dataclass
+class SlowLoader:
+    """An engine loop whose adapters take a while to come."""
+
+    seen: list[Request] = field(default_factory=list)
+
+    async def ensure_adapter(self, ref, folder):
+        await asyncio.sleep(0.05)
+
+    async def generate(self, request):
+        self.seen.append(request)
+        yield TokenEvent(request.id, finish_reason=FinishReason.LENGTH)
+
+
+async def test_one_that_was_begun_elsewhere_is_not_held_to_its_first_token(tmp_path: Path):
+    loop, terms = SlowLoader(), Terms(first_token_deadline_s=0.01)
+    backend = LocalBackend(loop, BlobStore(str(tmp_path / "blobs"), tmp_path / "cache"))
+    new = Request("r", (1,), SamplingParams(), AdapterRef("key", "tone", 1, "blob"), terms=terms)
+    with pytest.raises(OverloadedError):
+        await anext(backend.generate(new))
+    begun = replace(new, resumed_tokens=(2,))
+    assert (await anext(backend.generate(begun)))[-1].finish_reason is FinishReason.LENGTH
+    assert loop.seen == [begun]
 
 
 async def test_coalescing_holds_no_first_event_and_no_end():

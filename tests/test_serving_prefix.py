@@ -67,6 +67,17 @@ def test_what_was_useful_long_ago_sinks() -> None:
     raise AssertionError("a use of long ago counts for ever")
 
 
+def test_what_was_kept_and_goes_later_does_not_lower_the_floor() -> None:
+    things = Things(6)
+    for name, value in {"kept": 1.0, "useful": 9.0}.items():
+        things.add(name, 2, value)
+    assert things.make_room(4, keep=("kept",)) == ["useful"]
+    things.add("earlier", 2, 0.0)
+    assert things.make_room(4) == ["kept"]
+    things.add("later", 2, 0.0)
+    assert things.make_room(4) == ["earlier"]
+
+
 def test_what_is_used_again_stays_and_what_is_kept_too() -> None:
     things = Things(6)
     for name in "abc":

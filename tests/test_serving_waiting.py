@@ -103,6 +103,31 @@ def test_endless_urgent_newcomers_do_not_starve_the_rest() -> None:
     assert (5, "cold") not in model.waiting
 
 
+def test_urgent_traffic_leaves_the_counts_of_the_others_alone() -> None:
+    model = QueueModel(max_overtakes=100)
+    for key, num_tokens in (((0, "much"), 9000), ((0, "little"), 10), ((-1, "urgent"), 10**6), ((-1, "urgent"), 1)):
+        model.add(key)
+        model.admit(num_tokens)
+    for key in ((0, "much"), (0, "little"), (-1, "urgent")):
+        model.add(key)
+    order = []
+    while (chosen := model.queue.choose()) is not None:
+        order.append(chosen.adapter_key)
+        model.admit(1)
+    assert order == ["urgent", "little", "much"]
+
+
+def test_who_does_not_wait_any_more_is_not_kept_for_a_far_deadline() -> None:
+    model = QueueModel(max_overtakes=4)
+    request = Request("", (1,), SamplingParams())
+    for _ in range(1000):
+        model.queue.add(sequence := Sequence(request, 2, deadline_at=1e9))
+        model.queue.remove(sequence)
+    assert len(model.queue._deadlines) < 100
+    model.queue.add(late := Sequence(request, 2, deadline_at=1e9))
+    assert list(model.queue.overdue(2e9)) == [late]
+
+
 def test_ten_thousand_wait_at_little_cost() -> None:
     model = QueueModel(max_overtakes=64)
     draw = random.Random(0)
