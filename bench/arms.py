@@ -30,11 +30,11 @@ from cluster.errors import TrainingError
 from readapt.data import encoder_for, load_task
 from readapt.delta import base_evolution
 from readapt.evaluate import Gate
-from readapt.ladder import Ladder, Outcome, Ready
+from readapt.ladder import Ladder, Ready, finish
 from readapt.lora import load_base
 from readapt.relabel import PROMPTS, load_prompts, relabelled
 from readapt.search import find
-from readapt.train import BrokenRunError, CurvePoint, End, TrainJob, fine_tune
+from readapt.train import CurvePoint
 
 TOLERANCE_POINTS = 0.5
 MAX_TOKENS = 256  # the rows fit it whole
@@ -145,7 +145,7 @@ def climb(spec: RunSpec, place: Place, limit_steps: float) -> Climb:
     clock = _Clock()
     ladder, model, points = _ladder(spec, place, clock, limit_steps)
     began_s = clock.seconds()
-    outcome = _driven(ladder, model)
+    outcome = finish(model, ladder.climb())
     return Climb(
         None if outcome.ready is None else _timed(outcome.ready, points),
         outcome.rung,
@@ -222,22 +222,3 @@ def _gate(spec: RunSpec, config: ReadaptConfig) -> Gate:
 def _evolution(place: Place, config: ReadaptConfig) -> Adapter:
     old, new = open_checkpoint(place.old_base), open_checkpoint(place.new_base)
     return base_evolution(old, new, config.search.evolution_rank, config.search.evolution_energy)[0]
-
-
-def _driven(ladder: Ladder, model: Any) -> Outcome:
-    """Climbs, with each training alone."""
-    climb = ladder.climb()
-    try:
-        job = next(climb)
-        while True:
-            job = climb.send(_trained(model, job))
-    except StopIteration as stop:
-        outcome: Outcome = stop.value
-        return outcome
-
-
-def _trained(model: Any, job: TrainJob) -> End:
-    try:
-        return fine_tune(model, job)
-    except BrokenRunError as error:
-        return error

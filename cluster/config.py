@@ -68,8 +68,9 @@ class BaseSpec:
 class AdapterSpec:
     """An adapter as it exists today, the base it was trained for, and the rows that say whether a new one is as good.
 
-    `path` is a folder in PEFT's format. `data` holds train.jsonl, valid.jsonl and test.jsonl. `traffic` is its share of
-    requests, in any unit: campaigns take the busiest first.
+    `path` is a folder in PEFT's format. `data` holds train.jsonl, valid.jsonl and test.jsonl, or, where these are gone,
+    logged prompts.jsonl. `traffic` is its share of requests, in any unit: campaigns take first what has most of it for
+    each second that it is expected to take.
     """
 
     name: Name
@@ -168,8 +169,8 @@ class TrainConfig:
 class TransplantConfig:
     """The functional transplant: how many training rows it is fitted on, and how.
 
-    `rank` is that of the new adapter, unless the old one has a higher. `ridge` is the penalty as a share of the inputs'
-    mean square; it pulls to the old adapter, or to nothing.
+    `rank` is that of the new adapter, unless the old one has a higher; at most `serving.max_rank`. `ridge` is the
+    penalty as a share of the inputs' mean square; it pulls to the old adapter, or to nothing.
     `match_stream` and `map_head` let it mend the residual stream, and allow for the new head; there to be measured.
     """
 
@@ -185,8 +186,9 @@ class TransplantConfig:
 class LadderConfig:
     """Which rungs are tried, in the given order, and when the climb ends: at the first that passes, or with the budget.
 
-    "copy", "transplant" and "fused" are starts; "train" goes on from the best of them; "scratch" begins anew. Bases
-    whose weights have a cosine below `min_cosine` are taken for unrelated: then only "scratch" is tried, if allowed.
+    "copy", "transplant" and "fused" are starts; "train", after them, goes on from the best; "scratch" begins anew.
+    Bases whose weights have a cosine below `min_cosine` are taken for unrelated: then only "scratch" is tried, if
+    allowed.
     """
 
     rungs: tuple[Literal["copy", "transplant", "fused", "train", "scratch"], ...] = (
@@ -220,7 +222,8 @@ class WorkersConfig:
     """The processes that re-adapt.
 
     `pack` is the number of adapters that a worker trains at once. On a CPU more than 1 pays only where batches are of a
-    few rows; on a GPU, which a small batch leaves idle, it is meant to be large.
+    few rows; on a GPU, which a small batch leaves idle, it is meant to be large. Beside the workers, a search for the
+    fused rung takes `gpus_per_worker` GPUs of its own.
     """
 
     num_workers: Count = 1
@@ -313,8 +316,20 @@ def _contradictions(fleet: Fleet) -> Iterator[str]:
             yield f"adapters[{i}].base: no base {adapter.base!r} among: {_listed(fleet.bases)}"
     if fleet.serving.max_replicas < fleet.serving.min_replicas:
         yield "serving.max_replicas: Input should be at least serving.min_replicas"
+    yield from _impossible_rungs(fleet.readapt.ladder.rungs)
+    if "transplant" in fleet.readapt.ladder.rungs and fleet.readapt.transplant.rank > fleet.serving.max_rank:
+        yield "readapt.transplant.rank: Input should be at most serving.max_rank, or the result cannot be served"
     if fleet.readapt.search.beta_max <= fleet.readapt.search.beta_min:
         yield "readapt.search.beta_max: Input should be greater than readapt.search.beta_min"
+
+
+def _impossible_rungs(rungs: tuple[str, ...]) -> Iterator[str]:
+    if not rungs:
+        yield "readapt.ladder.rungs: Input should have at least one rung"
+    if len(set(rungs)) < len(rungs):
+        yield "readapt.ladder.rungs: Input should name no rung twice"
+    if "train" in rungs and {"copy", "transplant", "fused"}.isdisjoint(rungs[: rungs.index("train")]):
+        yield "readapt.ladder.rungs: 'train' should come after a start to train from: copy, transplant or fused"
 
 
 def _name_clashes(fleet: Fleet) -> Iterator[str]:

@@ -34,7 +34,7 @@ from readapt.fuse import Fusion
 from readapt.lora import load_base
 from readapt.planning import ASSESSED
 from readapt.points import BARE, COPY, UNDO
-from readapt.relabel import PROMPTS, answered, load_prompts
+from readapt.relabel import PROMPTS, answered, is_data_free, load_prompts
 from readapt.search import split_valid
 
 Rung = Literal["copy", "transplant", "fused", "train", "scratch"]
@@ -119,7 +119,7 @@ class Assessor:
         """One adapter, by its live version."""
         try:
             assessment = self._measure(version, self._pairs.of(version.base))
-        except ReloraError as error:
+        except (ReloraError, RuntimeError) as error:  # torch's: out of memory, shapes that do not fit
             traffic = self._registry.adapter(version.adapter).traffic
             words = "it cannot be carried over"
             return Assessment(
@@ -162,7 +162,7 @@ class Assessor:
 
     def _valid(self, base: str, task: Adapter, data: Path) -> list[Row]:
         """Validation rows; where there are only prompts, some of them as the old service answers them."""
-        if not (data / PROMPTS).is_file():
+        if not is_data_free(data):
             return load_rows(data / "valid.jsonl")
         folder, prompts = self._fleet.base(base).path, load_prompts(data / PROMPTS)
         return answered(self._base(folder), task, self._encoder(folder), prompts[:NUM_ANSWERED])
@@ -201,7 +201,9 @@ def predict(corners: Corners, tolerance_points: float) -> tuple[Rung, str]:
         if start.loss - old.loss <= READY_EXCESS and start.quality >= asked:
             return rungs[name], f"the {name} is as good as today: {start.loss:.2f} nats a token, today {old.loss:.2f}"
     worth = max(corners.bare.loss - old.loss, 1e-9)
-    shares = {name: (corners.bare.loss - start.loss) / worth for name, start in starts.items()}
+    shares = {
+        n: (corners.bare.loss - s.loss) / worth if math.isfinite(s.loss) else -math.inf for n, s in starts.items()
+    }
     best = max(shares, key=lambda name: shares[name])
     if shares[best] >= WORTH_SHARE:
         return "train", f"the {best} keeps {100 * shares[best]:.0f} % of what the adapter is worth"

@@ -30,11 +30,9 @@ from cluster.registry import Registry, Status, Version
 from readapt.base_pair import BasePairs
 from readapt.ladder import Outcome
 from readapt.leases import LeaseWatch, heartbeat
-from readapt.planning import expected_seconds, in_order, unready_traffic
+from readapt.planning import SETTLED, expected_seconds, in_order, unready_traffic
 from readapt.search import SearchResult
 from readapt.workbench import AdapterJob, Climbed, Executor, JobFailed, Report, RungReached
-
-SETTLED = frozenset({Status.CANDIDATE, Status.REJECTED, Status.FAILED})
 
 
 class Campaign:

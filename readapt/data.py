@@ -111,7 +111,7 @@ class Encoder:
 
         InvalidDataError when the completion alone leaves no room for a prompt token.
         """
-        completion = [*self._answer_tokens(row.completion), self.eos_id]
+        completion = [*self.tokenizer(row.completion, add_special_tokens=False)["input_ids"], self.eos_id]
         room_tokens = self.max_tokens - len(completion)
         if room_tokens < 1:
             size = f"{len(completion)} tokens, of {self.max_tokens} allowed"
@@ -122,13 +122,6 @@ class Encoder:
     def encode_all(self, rows: Sequence[Row]) -> list[Encoded]:
         """Encodes rows in their order."""
         return [self.encode(row) for row in rows]
-
-    def num_answer_tokens(self, completion: str) -> int:
-        """How many tokens a completion has, end-of-sequence not counted."""
-        return len(self._answer_tokens(completion))
-
-    def _answer_tokens(self, completion: str) -> list[int]:
-        return list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A prompt's tokens as a server sees them, uncut. InvalidDataError for a prompt without tokens."""

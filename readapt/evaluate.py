@@ -32,12 +32,15 @@ class Evaluation:
 
     Both are over the `num_rows` rows that were looked at. Where these are not all (`is_complete` false), the gate that
     was asked is certain or nearly certain not to be passed, and `quality` is an estimate on which nothing is shipped.
+    `first_loss` is that of the rows up to the first look, always the same ones, by which evaluations are compared
+    whatever rows they saw; None for `loss` itself.
     """
 
     loss: float
     quality: float
     num_rows: int = 0
     is_complete: bool = True
+    first_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Watcher:
 
     A run is evaluated many times on the same rows, so that a single pass may be luck; its start is evaluated once. One
     that after `trial` further evaluations has not had a lower loss than at its start is dropped: what it began with has
-    been thrown away, or was of no use. None: it is given all its steps.
+    been thrown away, or was of no use. Losses are those of the same rows each time (`first_loss`). None: it is given
+    all its steps.
     """
 
     def __init__(self, gate: Gate, trial: int | None = None):
@@ -89,7 +93,8 @@ class Watcher:
 
     def __call__(self, evaluation: Evaluation) -> Verdict:
         """Whether the run may end now; called with each evaluation in turn."""
-        self._losses.append(evaluation.loss)
+        loss = evaluation.loss if evaluation.first_loss is None else evaluation.first_loss
+        self._losses.append(loss if math.isfinite(loss) else math.inf)
         self._num_passes = self._num_passes + 1 if self._gate.passes(evaluation.quality) else 0
         if self._num_passes >= min(2, len(self._losses)):
             return Verdict.READY
@@ -160,17 +165,17 @@ class Evaluator:
 
     def loss(self) -> float:
         """The loss alone, on all rows: one forward whatever the metric."""
-        seen = sum((self._teacher_forced(chunk) for chunk in self._chunks), _Counts())
-        return seen.loss_sum / seen.num_labels
+        return sum((self._teacher_forced(chunk) for chunk in self._chunks), _Counts()).loss
 
     def _evaluate(self, *, may_stop: bool) -> Evaluation:
-        seen = _Counts()
+        seen, first_loss = _Counts(), None
         for chunk in self._chunks:
             seen += self._teacher_forced(chunk)
+            first_loss = seen.loss if first_loss is None else first_loss
             if may_stop and seen.num_exact <= self._given_up.get(seen.num_rows, -1):
                 break
         quality = 100.0 * seen.num_exact / seen.num_rows if self._metric == "exact_match" else self._chrf()
-        return Evaluation(seen.loss_sum / seen.num_labels, quality, seen.num_rows, seen.num_rows == len(self._rows))
+        return Evaluation(seen.loss, quality, seen.num_rows, seen.num_rows == len(self._rows), first_loss)
 
     def _chrf(self) -> float:
         from sacrebleu.metrics.chrf import CHRF  # imported here: only tasks of free text need it
@@ -199,6 +204,10 @@ class _Counts:
     num_labels: int = 0
     num_rows: int = 0
     num_exact: int = 0
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.num_labels
 
     def __add__(self, other: "_Counts") -> "_Counts":
         sums = (mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True))

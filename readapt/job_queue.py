@@ -1,11 +1,15 @@
 """Between a campaign's driver, which claims jobs and writes results down, and the processes that work on them.
 
-Made to be an async actor, but knows nothing of Ray. Workers have ranks; when one dies, another of its rank comes. A job
-that was in the air `MAX_CRASHES_PER_JOB` times when its worker died is given up.
+Made to be an async actor, but knows nothing of Ray. Workers have ranks; when one dies, another of its rank comes.
+
+Of several jobs that a worker dies with, any may be at fault. From then on each has a worker for itself, and one that
+was alone `MAX_CRASHES_PER_JOB` times with a worker that died is given up. Ray Train restarts all workers when one dies,
+so that a job that was alone on another one is charged too.
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 
 from readapt.search import SearchResult
 from readapt.workbench import AdapterJob, JobFailed, Report, RungReached
@@ -20,9 +24,10 @@ class JobQueue:
         self._changed = asyncio.Condition()
         self._jobs: dict[int, AdapterJob] = {}
         self._waiting: deque[int] = deque()
-        self._held: dict[int, int] = {}
-        self._turns: Counter[int] = Counter()
-        self._crashes: Counter[int] = Counter()
+        self._held: defaultdict[int, list[int]] = defaultdict(list)  # by worker
+        self._lives: Counter[int] = Counter()  # of each rank: which of its workers lives now
+        self._suspects: set[int] = set()  # worked on when a worker died
+        self._crashes: Counter[int] = Counter()  # alone with a worker that died
         self._asked: set[int] = set()
         self._wanted: list[tuple[int, tuple[str, ...]]] = []
         self._found: dict[int, SearchResult | str] = {}
@@ -42,33 +47,43 @@ class JobQueue:
             self._is_closed = True
             self._changed.notify_all()
 
-    async def take(self, worker: int) -> AdapterJob | None:
-        """Waits for a job for the worker of that rank; None when there will be none.
+    async def enter(self, worker: int) -> int:
+        """A new worker of that rank begins; returns its life, which it asks for jobs with.
 
-        A worker that asks while it still holds a job is the successor of one that died with it. Whatever the dead one
-        was still waiting for ends empty-handed, so that no job is handed to nobody.
+        What its predecessor held is queued again, and what it was waiting for ends empty-handed.
         """
         async with self._changed:
-            self._turns[worker] += 1
-            turn = self._turns[worker]
-            self._requeue(self._held.pop(worker, None))
+            self._lives[worker] += 1
+            self._requeue(self._held.pop(worker, []))
             self._changed.notify_all()
-            await self._changed.wait_for(lambda: self._waiting or self._is_over() or turn != self._turns[worker])
-            if turn != self._turns[worker] or not self._waiting:
+            return self._lives[worker]
+
+    async def take(self, worker: int, life: int) -> AdapterJob | None:
+        """Waits for one more job for that worker; None when there will be none, or when it is not its rank's last life.
+
+        A worker that asks for one job at a time leaves the others theirs.
+        """
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: life != self._lives[worker] or self._can_take(worker) or self._is_over()
+            )
+            if life != self._lives[worker] or not self._can_take(worker):
                 return None
-            self._held[worker] = self._waiting.popleft()
-            return self._jobs[self._held[worker]]
+            version_id = self._waiting.popleft()
+            self._held[worker].append(version_id)
+            self._changed.notify_all()  # the next in line may suit one that this one did not
+            return self._jobs[version_id]
 
     async def job(self, version_id: int) -> AdapterJob:
         """A job that was added, whoever works on it."""
         return self._jobs[version_id]
 
     async def report(self, worker: int, version_id: int, report: Report) -> None:
-        """A worker's word on the job that it holds; anything but a rung is its last."""
+        """A worker's word on a job that it holds, or held before it died; anything but a rung is its last."""
         async with self._changed:
             self._reports.append((version_id, report))
-            if not isinstance(report, RungReached):
-                self._held.pop(worker, None)
+            if not isinstance(report, RungReached) and version_id in self._held[worker]:
+                self._held[worker].remove(version_id)
             self._changed.notify_all()
 
     async def reports(self, timeout_s: float) -> list[tuple[int, Report]]:
@@ -102,15 +117,24 @@ class JobQueue:
         wanted, self._wanted = self._wanted, []
         return wanted
 
-    def _is_over(self) -> bool:
-        return self._is_closed and not self._held  # while a job is held it may yet come back
+    def _can_take(self, worker: int) -> bool:
+        """Whether the next job may join those that the worker holds: a suspect is worked on alone."""
+        if not self._waiting:
+            return False
+        together = [*self._held[worker], self._waiting[0]]
+        return len(together) == 1 or self._suspects.isdisjoint(together)
 
-    def _requeue(self, version_id: int | None) -> None:
-        if version_id is None:
-            return
-        self._crashes[version_id] += 1
-        if self._crashes[version_id] < MAX_CRASHES_PER_JOB:
-            self._waiting.appendleft(version_id)
-        else:
-            error = f"{MAX_CRASHES_PER_JOB} worker processes died while they worked on it"
-            self._reports.append((version_id, JobFailed(error)))
+    def _is_over(self) -> bool:
+        return self._is_closed and not any(self._held.values())  # while a job is held it may yet come back
+
+    def _requeue(self, lost: Sequence[int]) -> None:
+        """Puts back, in their order, what a worker died with; gives up what has been alone with too many that died."""
+        self._suspects.update(lost)
+        if len(lost) == 1:
+            self._crashes[lost[0]] += 1
+        for version_id in reversed(lost):
+            if self._crashes[version_id] < MAX_CRASHES_PER_JOB:
+                self._waiting.appendleft(version_id)
+            else:
+                error = f"{MAX_CRASHES_PER_JOB} worker processes died while they worked on it"
+                self._reports.append((version_id, JobFailed(error)))

@@ -8,17 +8,21 @@
     scratch     a new adapter, trained as if there had been no old one
 
 Which of them are tried is the fleet file's choice, and each known method is one: ReLoRA is fused and train, copying and
-fine-tuning is copy and train without a pull, retraining is scratch alone.
+fine-tuning is copy and train without a pull, retraining is scratch alone. A rung that cannot be climbed (a search
+without a trial, a transplant between models that it does not know) is noted and left out; the climb fails only where no
+rung leads to an adapter.
 """
 
+import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.adapter_files import Adapter
 from cluster.config import ReadaptConfig
-from readapt.data import EncodedRows, Encoder, Task
+from cluster.errors import InvalidDataError, ReloraError, TrainingError
+from readapt.data import Encoded, EncodedRows, Encoder, Task
 from readapt.delta import cosine
 from readapt.evaluate import Evaluation, Evaluator, Gate, Metric, Watcher, golden
 from readapt.lora import attach, blank_like, row_norms
@@ -31,18 +35,24 @@ from readapt.transplant import by_length, transplant
 RUNGS = ("copy", "transplant", "fused", "short", "full", "scratch")
 REUSING = frozenset({"copy", "transplant", "fused", "train"})
 
-Search = Callable[[FusionObjective], SearchResult]
-Climb = Generator[TrainJob, End, "Outcome"]
+Search = Callable[[FusionObjective], SearchResult | None]  # None: not found yet, ask again
+Climb = Generator[TrainJob | None, End | None, "Outcome"]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What one rung cost and reached: the best quality on it, and the evaluations made there."""
+    """What one rung cost and reached: the best quality on it, and the evaluations made there.
+
+    `energy` is of a transplant: the least share of a module's map that its rank holds, 0 to 1. `error` says why the
+    rung led to nothing; the quality is 0 then.
+    """
 
     rung: str
     quality: float
     seconds: float
     curve: tuple[CurvePoint, ...] = ()
+    energy: float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,14 @@ class Outcome:
     accepted: bool
     ready: Ready | None
     golden: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Start:
+    adapter: Adapter
+    alpha: float
+    beta: float
+    energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,12 +143,15 @@ class Ladder:
         self._candidates: list[_Candidate] = []
         self._train_rows = EncodedRows(encoder, task.train)
         self._ready: Ready | None = None
+        self._fault: ReloraError | None = None  # the last one
         self._runs_on = config.ladder.stop == "budget"
 
     def climb(self) -> Climb:
         """Tries the rungs in their order and stops as `config.ladder.stop` says; returns where it ended.
 
-        Yields each training that it wants and is sent its end, so that whoever drives many climbs trains them together.
+        TrainingError where no rung led to an adapter; it tells what went wrong on the last one.
+        Yields each training that it wants and is sent its end, so that whoever drives many climbs trains them together;
+        and None, to be sent None, as long as its search goes on elsewhere.
         """
         self._began = time.perf_counter()
         for rung in self._rungs():
@@ -151,14 +172,14 @@ class Ladder:
     def _are_unrelated(self) -> bool:
         return cosine(self._old_model, self._model, self._old.factors) < self._config.ladder.min_cosine
 
-    def _try(self, rung: str) -> Generator[TrainJob, End, None]:
+    def _try(self, rung: str) -> Generator[TrainJob | None, End | None, None]:
         match rung:
             case "copy":
-                self._try_start("copy", lambda: (self._old, 1.0, 0.0))
+                self._try_start("copy", lambda: _Start(self._old, 1.0, 0.0))
             case "transplant":
                 self._try_start("transplant", self._transplanted)
             case "fused":
-                self._try_start("fused", self._fused)
+                yield from self._try_fused()
             case "train":
                 yield from self._train()
             case "scratch":
@@ -166,36 +187,53 @@ class Ladder:
 
     # Starts
 
-    def _try_start(self, rung: str, make: Callable[[], tuple[Adapter, float, float]]) -> None:
+    def _try_start(self, rung: str, make: Callable[[], _Start]) -> None:
         """A start that passes is ready at once: evaluated again, it would give the same answers."""
         started = time.perf_counter()
-        adapter, alpha, beta = make()
-        evaluation = self._judge(adapter)
+        try:
+            start = make()
+        except ReloraError as error:  # other rungs may do without what is missing here
+            self._failed(rung, error, time.perf_counter() - started)
+            return
+        self._add_start(rung, start, started)
+
+    def _try_fused(self) -> Generator[None, End | None, None]:
+        started = time.perf_counter()
+        rows, config = self._search_rows, self._config.search
+        try:
+            objective = FusionObjective(self._model, self._old, self._evolution, rows, self._encoder, config)
+            while (found := self._search(objective)) is None:
+                yield None
+        except ReloraError as error:
+            self._failed("fused", error, time.perf_counter() - started)
+            return
+        point = found.point
+        self._add_start("fused", _Start(objective.adapter(point), point.alpha, point.beta), started)
+
+    def _add_start(self, rung: str, start: _Start, started: float) -> None:
+        evaluation = self._judge(start.adapter)
         seconds = time.perf_counter() - started
         point = CurvePoint(0, seconds, evaluation.loss, evaluation.quality)
         self._report(rung, point)
-        self._attempts.append(Attempt(rung, evaluation.quality, seconds, (point,)))
-        candidate = _Candidate(rung, adapter, evaluation.quality, alpha, beta, evaluation)
+        self._attempts.append(Attempt(rung, evaluation.quality, seconds, (point,), start.energy))
+        candidate = _Candidate(rung, start.adapter, evaluation.quality, start.alpha, start.beta, evaluation)
         self._starts.append(candidate)
         self._candidates.append(candidate)
         if self._gate.passes(evaluation.quality):
-            self._is_ready(rung, point, adapter)
+            self._is_ready(rung, point, start.adapter)
 
-    def _transplanted(self) -> tuple[Adapter, float, float]:
+    def _failed(self, rung: str, error: ReloraError, seconds: float) -> None:
+        self._fault = error
+        self._attempts.append(Attempt(rung, 0.0, seconds, error=f"{type(error).__name__}: {error}"))
+
+    def _transplanted(self) -> _Start:
         config = self._config.transplant
         rows = subset(self._task.train, config.rows, self._config.train.seed)
-        vocabulary = self._old_model.config.vocab_size  # tokens that only the new base has say nothing to the old one
-        encoded = [row for row in self._encoder.encode_all(rows) if max(row.input_ids) < vocabulary]
+        encoded = readable(self._encoder.encode_all(rows), self._old_model.config.vocab_size)
         if not encoded:
-            return self._old, 1.0, 0.0
+            raise InvalidDataError("every row has tokens that the old base does not know: nothing to transplant")
         found = transplant(self._old_model, self._old, self._model, by_length(encoded), config)
-        return found.adapter, 1.0, 0.0
-
-    def _fused(self) -> tuple[Adapter, float, float]:
-        rows, config = self._search_rows, self._config.search
-        objective = FusionObjective(self._model, self._old, self._evolution, rows, self._encoder, config)
-        found = self._search(objective)
-        return objective.adapter(found.point), found.point.alpha, found.point.beta
+        return _Start(found.adapter, 1.0, 0.0, min(found.energy.values(), default=None))
 
     def _judge(self, adapter: Adapter) -> Evaluation:
         lora = attach(self._model, adapter)
@@ -213,7 +251,8 @@ class Ladder:
         def loss(start: _Candidate) -> float:
             lora = attach(self._model, start.adapter)
             try:
-                return evaluator.loss()
+                found = evaluator.loss()
+                return found if math.isfinite(found) else math.inf
             finally:
                 lora.detach()
 
@@ -221,37 +260,46 @@ class Ladder:
 
     # Training
 
-    def _train(self) -> Generator[TrainJob, End, None]:
-        """Of a run that breaks down counts what it had reached before."""
+    def _train(self) -> Generator[TrainJob | None, End | None, None]:
+        """Of a run that breaks down counts what it had reached before. Without a start there is nothing to train."""
+        if not self._starts:
+            return
         start = self._best_start()
         anchor = anchor_adapter(self._config.train.anchor, start.adapter, self._old)
         plan = warm_plan(self._config.train, anchor, runs_on=self._runs_on)
-        end = yield self._job(start.adapter, plan, self._warm_rung, start.evaluation)
+        end = yield from _trained(self._job(start.adapter, plan, self._warm_rung, start.evaluation))
         result = end.kept if isinstance(end, BrokenRunError) else end
         self._attempts += self._milestones(result)
         rung = self._warm_rung(result.best_step)
         self._candidates.append(_Candidate(rung, result.best, result.best_quality, start.alpha, start.beta))
         self._note_ready(result, self._warm_rung)
 
-    def _train_scratch(self) -> Generator[TrainJob, End, None]:
+    def _train_scratch(self) -> Generator[TrainJob | None, End | None, None]:
         """A run that breaks down is no candidate: it does not tell what scratch training can reach."""
         norms = row_norms(self._model, self._old.factors) if self._old.is_dora else None
         start = blank_like(self._old, self._config.train.seed, norms)
         plan = scratch_plan(self._config.train, runs_on=self._runs_on)
-        end = yield self._job(start, plan, lambda step: "scratch")
+        end = yield from _trained(self._job(start, plan, lambda step: "scratch"))
         if isinstance(end, BrokenRunError):
+            self._fault = end
             return
         self._attempts.append(Attempt("scratch", end.best_quality, end.curve[-1].seconds, tuple(end.curve)))
         self._candidates.append(_Candidate("scratch", end.best, end.best_quality, 0.0, 0.0))
         self._note_ready(end, lambda step: "scratch")
 
     def _job(self, start: Adapter, plan: Plan, rung: Callable[[int], str], known: Evaluation | None = None) -> TrainJob:
+        """`known` is the evaluation of a start that is not blank.
+
+        Training from such a one is on trial where it may end before its budget and scratch training could do better.
+        """
+
         def report(point: CurvePoint) -> None:
             if point.step > 0 or known is None:
                 self._report(rung(point.step), point)
 
         self._run_began = time.perf_counter()
-        trial = None if known is None else max(1, self._config.train.short_steps // plan.eval_every)
+        is_on_trial = known is not None and not self._runs_on and "scratch" in self._config.ladder.rungs
+        trial = max(1, self._config.train.short_steps // plan.eval_every) if is_on_trial else None
         return TrainJob(start, self._train_rows, plan, self._evaluate, Watcher(self._gate, trial), report, known)
 
     def _warm_rung(self, step: int) -> str:
@@ -287,6 +335,8 @@ class Ladder:
 
     def _complete(self, candidate: _Candidate) -> _Candidate:
         """The candidate with its quality on all of the gate's rows, for those that were given up early."""
+        if candidate.evaluation is not None and candidate.evaluation.is_complete:
+            return candidate
         lora = attach(self._model, candidate.adapter)
         try:
             return replace(candidate, quality=self._evaluate.complete().quality)
@@ -294,6 +344,8 @@ class Ladder:
             lora.detach()
 
     def _outcome(self) -> Outcome:
+        if not self._candidates:
+            raise TrainingError(f"no rung of the ladder led to an adapter: {self._fault}") from self._fault
         if self._ready is None:  # qualities may be estimates then, of evaluations that were given up
             self._candidates = [self._complete(candidate) for candidate in self._candidates]
         best = max(self._candidates, key=lambda c: c.quality)
@@ -324,16 +376,31 @@ class Ladder:
         return [p for p, _ in zip(fitting, range(self._num_golden), strict=False)]
 
 
+def readable(rows: Sequence[Encoded], vocabulary: int) -> list[Encoded]:
+    """The rows that a base of so many tokens can read, without the end-of-sequence where it is that which it lacks."""
+    ended = [
+        replace(row, input_ids=row.input_ids[:-1]) if row.input_ids[-1] >= vocabulary else row  # eos is the last token
+        for row in rows
+    ]
+    return [row for row in ended if max(row.input_ids) < vocabulary]
+
+
+def _trained(job: TrainJob) -> Generator[TrainJob, End | None, End]:
+    end = yield job
+    assert end is not None, "who drives the climb sends each training's end"
+    return end
+
+
 def finish(model: Any, climb: Climb) -> Outcome:
     """One climb to its end, its trainings run alone on `model`, the bare new base."""
     end: End | None = None
     while True:
         try:
-            job = next(climb) if end is None else climb.send(end)
+            job = climb.send(end)
         except StopIteration as stop:
             outcome: Outcome = stop.value
             return outcome
         try:
-            end = fine_tune(model, job)
+            end = None if job is None else fine_tune(model, job)
         except BrokenRunError as error:
             end = error

@@ -16,7 +16,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,8 @@ from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from ray.tune.search import Searcher
 
-from cluster.config import Fleet, SearchConfig
-from cluster.errors import TrainingError
+from cluster.config import Fleet, ReadaptConfig, SearchConfig
+from cluster.errors import ConfigError, TrainingError
 from readapt.job_queue import JobQueue
 from readapt.objective import FusionObjective, SearchResult
 from readapt.points import Point
@@ -39,6 +39,7 @@ from readapt.workbench import AdapterJob, Ended, Report, RungReached, Shift, Wor
 
 MAX_WORKER_GROUP_RESTARTS = 16
 TRIAL_CPUS = 0.5  # trials are short and share the cores with the workers
+SEARCH_POLL_S = 0.01  # how long a worker waits for a search before it goes on with its other jobs
 _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -53,7 +54,8 @@ class RayExecutor:
     """Runs jobs on the connected Ray cluster; see `workbench.Executor`.
 
     `storage` takes the small files that Ray Train and Tune write; on a cluster of several machines a shared folder.
-    Needs `num_workers * cpus_per_worker + concurrency / 2` CPUs free, or it waits for them.
+    Needs `num_workers * cpus_per_worker + concurrency / 2` CPUs free, or it waits for them; `check_room` says what the
+    cluster must have at least.
     """
 
     def __init__(self, fleet: Fleet, storage: Path | None = None):
@@ -63,8 +65,9 @@ class RayExecutor:
     def run(self, jobs: Iterator[AdapterJob]) -> Iterator[tuple[AdapterJob, Report]]:
         """See `Executor.run`. One job more than there are workers is drawn, so that none waits for the campaign.
 
-        TrainingError when the worker group or the search cannot be kept alive.
+        ConfigError when the cluster is too small, TrainingError when workers or the search cannot be kept alive.
         """
+        check_room(self._fleet.readapt, ray.cluster_resources())
         os.environ.update(_SETTINGS)
         # Its warning is a line for each trial that has no result file; ours report to the searcher and write none.
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
@@ -169,6 +172,25 @@ class _Service:
             raise TrainingError(f"On Ray, {self._name} could not go on: {self._error}") from self._error
 
 
+def check_room(config: ReadaptConfig, cluster: Mapping[str, float]) -> None:
+    """ConfigError where a cluster of these resources can never hold all workers, and a search beside them.
+
+    Both would wait for ever: the workers go home when all is done, and what they do may need the search.
+    """
+    workers, num_searches = config.workers, int("fused" in config.ladder.rungs)
+    needs = {
+        "CPU": workers.num_workers * workers.cpus_per_worker + num_searches * TRIAL_CPUS,
+        "GPU": (workers.num_workers + num_searches) * workers.gpus_per_worker,
+    }
+    for resource, needed in needs.items():
+        if round(needed - cluster.get(resource, 0.0), 4) > 0:  # Ray counts in ten-thousandths
+            beside = " and the search of the fused rung" if num_searches else ""
+            raise ConfigError(
+                f"[readapt.workers]: the workers{beside} need {needed:g} {resource}s, "
+                f"the cluster has {cluster.get(resource, 0.0):g}."
+            )
+
+
 def _device(fleet: Fleet) -> str:
     return "cuda" if fleet.readapt.workers.gpus_per_worker > 0 else "cpu"
 
@@ -176,33 +198,41 @@ def _device(fleet: Fleet) -> str:
 def _work(config: dict[str, Any]) -> None:
     """One worker's life: jobs from the queue, as many at once as it packs, with the bases held.
 
-    To the queue each of its places is a worker of its own, with one job at a time.
+    It asks for the next job when the last one has come, so that the workers share out what there is.
     """
     queue, pack = config["queue"], config["fleet"].readapt.workers.pack
-    first = train.get_context().get_world_rank() * pack
+    rank = train.get_context().get_world_rank()
 
-    def search(job: AdapterJob, objective: FusionObjective) -> SearchResult:
-        found = ray.get(queue.found.remote(job.version_id, objective.groups))
+    searches: dict[int, ray.ObjectRef] = {}
+
+    def search(job: AdapterJob, objective: FusionObjective) -> SearchResult | None:
+        if job.version_id not in searches:
+            searches[job.version_id] = queue.found.remote(job.version_id, objective.groups)
+        if not ray.wait([searches[job.version_id]], timeout=SEARCH_POLL_S)[0]:
+            return None
+        found = ray.get(searches.pop(job.version_id))
         if isinstance(found, str):
             raise TrainingError(found)
         return refine(objective, found)
 
     shift = Shift(Workbench(config["fleet"], _device(config["fleet"])), search)
-    asked = {queue.take.remote(place): place for place in range(first, first + pack)}
-    places: dict[Hashable, int] = {}
-    while asked or shift.num_jobs:
+    life = ray.get(queue.enter.remote(rank))
+    asked: ray.ObjectRef | None = None
+    is_over = False
+    while True:
+        if asked is None and not is_over and shift.num_jobs < pack:
+            asked = queue.take.remote(rank, life)
+        if is_over and not shift.num_jobs:
+            return
         ended: list[Ended] = []
-        answered, _ = ray.wait([*asked], timeout=0 if shift.num_jobs else None) if asked else ([], [])
-        for answer in answered:
-            place, job = asked.pop(answer), ray.get(answer)
+        if asked is not None and ray.wait([asked], timeout=0 if shift.num_jobs else None)[0]:
+            job, asked = ray.get(asked), None
+            is_over = job is None
             if job is not None:
-                places[job.version_id] = place
-                ended += shift.begin(job, partial(queue.report.remote, place, job.version_id))
+                ended += shift.begin(job, partial(queue.report.remote, rank, job.version_id))
         ended += shift.step() if shift.num_jobs else []
         for version_id, end in ended:
-            place = places.pop(version_id)
-            ray.get(queue.report.remote(place, version_id, end))
-            asked[queue.take.remote(place)] = place
+            ray.get(queue.report.remote(rank, version_id, end))
 
 
 class FusionTrial(tune.Trainable):

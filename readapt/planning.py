@@ -16,14 +16,15 @@ from statistics import median
 from cluster.registry import Registry, Status, Version
 
 ASSESSED = "assessed"
+SETTLED = frozenset({Status.CANDIDATE, Status.REJECTED, Status.FAILED})
 
 
 @dataclass(frozen=True)
 class UnreadyTraffic:
     """Of one target: `integral` in units of traffic times seconds, and divided by all traffic, `mean_s`.
 
-    Counted from the planning of each version until it became a candidate, or, where it did not, until the end: the
-    last version settled. Of a campaign that was killed and resumed this includes the time between.
+    Counted from the planning of each adapter's first version until that became a candidate, or, where it did not, until
+    the end: the last version settled. Of a campaign that was killed and resumed this includes the time between.
     """
 
     integral: float
@@ -51,8 +52,9 @@ def expected_seconds(registry: Registry, versions: Collection[Version]) -> dict[
 def unready_traffic(registry: Registry, target: str) -> UnreadyTraffic:
     """What the upgrade to `target` has cost so far, by the registry's log."""
     traffic = {record.name: record.traffic for record in registry.adapters()}
-    versions = {v.id: v for v in registry.versions(base=target) if v.parent_id is not None}
-    moves = [event for event in registry.events(kind="moved") if event.version_id in versions]
+    newest_first = reversed([v for v in registry.versions(base=target) if v.parent_id is not None])
+    versions = {v.id: v for v in {v.adapter: v for v in newest_first}.values()}
+    moves = [e for e in registry.events(kind="moved") if e.version_id in versions and e.details["target"] in SETTLED]
     end_at = max((event.at for event in moves), default=0.0)
     ready_at = {event.version_id: event.at for event in moves if event.details["target"] == Status.CANDIDATE}
     waits = [(traffic[v.adapter], ready_at.get(id, end_at) - v.created_at) for id, v in versions.items()]

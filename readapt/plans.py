@@ -16,6 +16,7 @@ from readapt.data import Encoder, Row
 from readapt.evaluate import Evaluation, Verdict
 from readapt.fuse import align
 from readapt.lora import blank_like, row_norms
+from readapt.svd import decompose
 from readapt.train import CurvePoint, Plan, TrainJob, TrainResult, fine_tune, go_on
 
 SCRATCH_WARMUP_SHARE = 0.02
@@ -60,12 +61,17 @@ def anchor_adapter(kind: str, start: Adapter, old: Adapter) -> Adapter | None:
 
 
 def _laid_out(adapter: Adapter, like: Adapter) -> Adapter:
-    """The same function with the ranks and scalings of `like`: ranks that are missing are zero, others cut off."""
+    """The same function with the ranks and scalings of `like`: missing ranks are zero, too many are cut to the best.
+
+    Magnitudes are those of `like`, or none: what a DoRA pulls a plain adapter to is its direction alone.
+    """
     factors = {name: _factors_like(adapter.factors[name], f) for name, f in like.factors.items()}
     return replace(like, factors=factors)
 
 
 def _factors_like(factors: LoraFactors, like: LoraFactors) -> LoraFactors:
+    if factors.rank > like.rank:
+        factors = LoraFactors(*decompose(factors.delta(), like.rank).factors(like.rank), 1.0)
     spare = like.rank - factors.rank
     a_RD, b_FR = pad(factors.a_RD, (0, 0, 0, spare)), pad(factors.b_FR, (0, spare))
     return replace(like, a_RD=a_RD, b_FR=b_FR * (factors.scaling / like.scaling))

@@ -24,8 +24,8 @@ EVAL_EVERY, PATIENCE = 5, 2
 def refine(objective: FusionObjective, found: SearchResult) -> SearchResult:
     """Goes on from a search's best point for up to `refine_steps`; back to `found` where that is no better.
 
-    What the gradient sees is the uncut sum. Whether the end is better is measured as `objective` measures, on the rows
-    that the gradient has not seen.
+    What the gradient sees is what the search scores: the sum as it ships, or uncut. Whether the end is better
+    is measured as `objective` measures, on the rows that the gradient has not seen.
     """
     fit_rows, stop_rows = objective.rows[::2], objective.rows[1::2]
     if objective.config.refine_steps == 0 or not stop_rows:

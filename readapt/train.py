@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter, check_fits
-from cluster.errors import TrainingError
+from cluster.errors import ReloraError, TrainingError
 from readapt.adamw import adamw_, clip_
 from readapt.data import Encoded
 from readapt.evaluate import Evaluation, Verdict
@@ -118,6 +118,7 @@ class TrainJob:
 
 
 End = TrainResult | BrokenRunError
+Failure = ReloraError | RuntimeError  # RuntimeError is torch's for out of memory and shapes that do not fit
 
 
 class TrainingPack:
@@ -129,15 +130,15 @@ class TrainingPack:
     """
 
     def __init__(self, model: Any):
-        self._model = model
+        self.model = model
         self._hooks = LoraHooks(model)
         self._groups: dict[Hashable, _Group] = {}
 
     def add(self, key: Hashable, job: TrainJob) -> None:
         """Takes in a job, which begins with the next step. InvalidAdapterError where it does not fit the model."""
-        check_fits(job.start, linear_shapes(self._model))
+        check_fits(job.start, linear_shapes(self.model))
         assert all(key != run.key for group in self._groups.values() for run in group.runs), f"two jobs named {key!r}"
-        self._groups.setdefault(_group_key(job), _Group(self._model.device)).add(_Run(key, job))
+        self._groups.setdefault(_group_key(job), _Group(self.model.device)).add(_Run(key, job))
         self._cover()
 
     @property
@@ -145,12 +146,14 @@ class TrainingPack:
         """Whether there is nothing left to train."""
         return not self._groups
 
-    def step(self) -> list[tuple[Hashable, End]]:
+    def step(self) -> list[tuple[Hashable, End | Failure]]:
         """Evaluates those that are due, then trains each one step further. Returns those that ended, with their ends.
 
-        A run whose loss is no longer finite ends with a BrokenRunError; the others do not notice.
+        A run whose loss is no longer finite ends with a BrokenRunError, one whose own evaluation or rows fail with that
+        error; the others do not notice. What fails in the pass that all share is raised.
         """
         ended = self._leave([group.watch(self._hooks) for group in self._groups.values()])
+        ended += self._leave([group.draw() for group in self._groups.values()])
         if self._groups:
             losses = iter(self._compute_gradients())
             groups = self._groups.values()
@@ -162,9 +165,9 @@ class TrainingPack:
         self._groups = {}
         self._cover()
 
-    def _leave(self, ends: Sequence[Mapping[int, End]]) -> list[tuple[Hashable, End]]:
+    def _leave(self, ends: Sequence[Mapping[int, End | Failure]]) -> list[tuple[Hashable, End | Failure]]:
         """Takes out what has ended; `ends` are by row, for each group."""
-        finished: list[tuple[Hashable, End]] = []
+        finished: list[tuple[Hashable, End | Failure]] = []
         for group, by_row in zip(self._groups.values(), ends, strict=True):
             finished += [(group.runs[member].key, end) for member, end in by_row.items()]
             if by_row:
@@ -179,10 +182,10 @@ class TrainingPack:
     def _compute_gradients(self) -> list[float]:
         """Losses of every run's next batch, in one pass over the base; their gradients are left in the stacks."""
         groups = list(self._groups.values())
-        batch = pack([[next(run.batches) for run in group.runs] for group in groups])
+        batch = pack([[run.batch for run in group.runs] for group in groups])
         segments = [Segment(group.stack, rows) for group, rows in zip(groups, batch.group_rows, strict=True)]
         with self._hooks.running(*segments):
-            losses_K = mean_losses(self._model, batch, sum(len(group.runs) for group in groups))
+            losses_K = mean_losses(self.model, batch, sum(len(group.runs) for group in groups))
             losses_K.sum().backward()
         return [float(loss) for loss in losses_K.tolist()]
 
@@ -202,7 +205,8 @@ def mean_losses(model: Any, batch: PackedBatch, num_adapters: int) -> Tensor:
 def fine_tune(model: Any, job: TrainJob) -> TrainResult:
     """Trains one adapter on a bare model to the end of its run: a pack of one.
 
-    The model is bare again afterwards. BrokenRunError when the loss is no longer finite.
+    The model is bare again afterwards. BrokenRunError when the loss is no longer finite; errors of the evaluation and
+    of the rows are passed on.
     """
     training = TrainingPack(model)
     training.add(0, job)
@@ -212,7 +216,7 @@ def fine_tune(model: Any, job: TrainJob) -> TrainResult:
     finally:
         training.close()
     [(_, end)] = ended
-    if isinstance(end, BrokenRunError):
+    if isinstance(end, Exception):
         raise end
     return end
 
@@ -229,7 +233,8 @@ class _Run:
 
     def __init__(self, key: Hashable, job: TrainJob):
         self.key, self.job = key, job
-        self.batches = _batches(job.rows, job.plan.batch_rows, job.plan.seed)
+        self._batches = _batches(job.rows, job.plan.batch_rows, job.plan.seed)
+        self.batch: list[Encoded] = []
         self.num_steps = 0
         self._started = time.perf_counter()
         self._curve: list[CurvePoint] = []
@@ -240,6 +245,10 @@ class _Run:
     def is_due(self) -> bool:
         """Whether it is to be evaluated before it goes on."""
         return self.num_steps % self.job.plan.eval_every == 0 or self.num_steps == self.job.plan.steps
+
+    def draw(self) -> None:
+        """Turns to the rows of the next step. InvalidDataError where one cannot be encoded."""
+        self.batch = next(self._batches)
 
     def watch(self, export: Callable[[], Adapter]) -> TrainResult | None:
         """Evaluates; the result if the run is over."""
@@ -304,16 +313,30 @@ class _Group:
         starts = [run.job.start for run in self.runs]
         self.stack, self._averages = LoraStack(starts, state_SKN[0]), LoraStack(starts, state_SKN[1])
 
-    def watch(self, hooks: LoraHooks) -> dict[int, TrainResult]:
-        """Evaluates the runs that are due, each with its adapter alone on the model; results of those that are over."""
-        results = {}
+    def watch(self, hooks: LoraHooks) -> dict[int, TrainResult | Failure]:
+        """Evaluates the runs that are due, each with its adapter alone on the model; ends of those that are over."""
+        ends: dict[int, TrainResult | Failure] = {}
         for member, run in enumerate(self.runs):
-            if run.is_due:
-                with hooks.running(Segment(self._averages, ALL_ROWS, member)):
-                    result = run.watch(partial(self._averages.adapter, member))
-                if result is not None:
-                    results[member] = result
-        return results
+            if run.is_due and (end := self._watched(hooks, member, run)) is not None:
+                ends[member] = end
+        return ends
+
+    def _watched(self, hooks: LoraHooks, member: int, run: _Run) -> TrainResult | Failure | None:
+        try:
+            with hooks.running(Segment(self._averages, ALL_ROWS, member)):
+                return run.watch(partial(self._averages.adapter, member))
+        except (ReloraError, RuntimeError) as error:
+            return error
+
+    def draw(self) -> dict[int, Failure]:
+        """Turns every run to its next rows; errors of those whose rows cannot be used."""
+        failed: dict[int, Failure] = {}
+        for member, run in enumerate(self.runs):
+            try:
+                run.draw()
+            except ReloraError as error:
+                failed[member] = error
+        return failed
 
     def update(self, losses_K: Sequence[float]) -> dict[int, BrokenRunError]:
         """One step of each run with the gradients that lie ready; errors of those whose loss is not finite."""

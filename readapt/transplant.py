@@ -12,6 +12,7 @@ Both models go through the calibration rows layer by layer. At each site (q/k/v,
            left wrong is mended on the way
     D      = argmin |X D^T - Y|^2 + mu |D - D0|^2, D0 the old adapter's delta, mu = ridge x mean diagonal of X^T X;
            one Cholesky solve of the Gram matrix G = X^T X + mu I for all modules of the site
+           (of a DoRA, D0 is all that it makes of the old weight, less that weight)
     B, A   the best D of rank R in the metric of the outputs: with G = C C^T and U the left singular vectors of D C,
            B = U_R, A = U_R^T D (reduced-rank regression: Izenman, J. Multivariate Analysis 1975)
 
@@ -31,12 +32,16 @@ from torch import Tensor, nn
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import TransplantConfig
+from cluster.errors import InvalidCheckpointError, TrainingError
 from readapt.data import IGNORED, BatchTensors, Encoded, collate
 from readapt.lora import attach
 from readapt.svd import decompose
 
 BATCH_ROWS = 32
 HEAD_RIDGE = 1e-3  # from 1e-4 to 1e-2 it made no difference
+MAX_PENALTIES = 4  # tried, each ten times the one before, until the Gram matrix can be factored
+BALANCE_FLOOR = 1e-4  # of the length of A's rows, so that B's columns can be trained where there was nothing to add
+WALK_ROWS, WALK_TOLERANCE = 2, 1e-3
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_OUTPUT = ("self_attn.o_proj",)
 MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
@@ -63,10 +68,15 @@ def transplant(
 
     The result adapts the modules of `old`, each at `config.rank` or at its old rank if that is higher. Memory: the
     activations of one layer on all rows. Works on decoders of the Llama family (as `serving.model` does), whatever the
-    two models' vocabularies, as long as both read the rows' tokens.
+    two models' vocabularies, as long as both read the rows' tokens; InvalidCheckpointError for others. TrainingError
+    where what they compute is not finite.
     """
+    check_walk(teacher, rows[:WALK_ROWS])
+    check_walk(student, rows[:WALK_ROWS])
+    if len(teacher.base_model.layers) != len(student.base_model.layers):
+        raise InvalidCheckpointError("a transplant needs two models of as many layers")
     batches = [collate(rows[start : start + BATCH_ROWS]) for start in _starts(rows)]
-    fitter = _Fitter(old, config)
+    fitter = _Fitter(teacher, old, config)
     attached = attach(teacher, old)
     try:
         streams = _Stream(teacher, batches), _Stream(student, batches)
@@ -79,6 +89,23 @@ def transplant(
     finally:
         attached.detach()
     return Transplant(Adapter(fitter.factors, base_model=old.base_model), fitter.energy)
+
+
+@torch.no_grad()
+def check_walk(model: Any, rows: Sequence[Encoded]) -> None:
+    """InvalidCheckpointError where the first layer, taken site by site, does not compute what it does by itself."""
+    try:
+        batch, layer = collate(rows), model.base_model.layers[0]
+        embedded_BTD, settings = _first_layer_call(model, batch)
+        own = layer(embedded_BTD, **settings)
+        stream = _Stream(model, [batch])
+        stream.advance(layer, lambda modules, x_ND, outputs, stream_ND: outputs)
+    except AttributeError as error:
+        raise InvalidCheckpointError(f"no decoder of the Llama family, which a transplant needs: {error}") from error
+    own_BTD = own[0] if isinstance(own, tuple) else own
+    own_ND = own_BTD[batch.attention_mask_BT.bool().to(own_BTD.device)]
+    if not (stream.hidden_ND - own_ND).norm() <= WALK_TOLERANCE * own_ND.norm():
+        raise InvalidCheckpointError("no decoder of the Llama family, which a transplant needs: its layers differ")
 
 
 def by_length(rows: Sequence[Encoded]) -> list[Encoded]:
@@ -99,27 +126,33 @@ class HeadMap:
     """Turns the teacher's last stream into the one from which the student's norm and head compute the same logits.
 
     Least squares over the vocabulary, half of the weight on the tokens that the task answers with, and a penalty on
-    what differs from the identity, so that equal heads map a stream to itself. Its norm is kept: both heads read the
-    stream through an RMS norm, which does not see it. Tokens that only one of the two has do not count.
+    what differs from the identity, so that equal heads map a stream to itself. The gain of each RMS norm is counted to
+    its head, whose columns it scales; the length of the stream is left as it is, for neither head sees it. Tokens that
+    only one of the two has do not count.
     """
 
     def __init__(self, teacher: Any, student: Any, answers_L: Tensor):
-        old_VD, new_VD = (model.get_output_embeddings().weight.float() for model in (teacher, student))
+        old_VD, new_VD = _head(teacher), _head(student)
         num_shared = min(len(old_VD), len(new_VD))
         old_VD, new_VD = old_VD[:num_shared], new_VD[:num_shared]
         counts_V = answers_L[answers_L < num_shared].bincount(minlength=num_shared).to(new_VD)
-        weights_V = 0.5 / num_shared + 0.5 * counts_V / counts_V.sum()
+        weights_V = 0.5 / num_shared + 0.5 * counts_V / counts_V.sum().clamp_min(1)
         weighted_DV = (new_VD * weights_V[:, None]).T
         gram_DD = (weighted_DV @ new_VD).double()
-        penalty_DD = HEAD_RIDGE * gram_DD.diagonal().mean() * torch.eye(len(gram_DD)).to(gram_DD)
+        scales_D = gram_DD.diagonal()  # squares of the new gains are in it: the penalty goes with them, but never to 0
+        penalty_DD = HEAD_RIDGE * scales_D.clamp_min(HEAD_RIDGE * scales_D.mean()).diag()
         moment_DD = (weighted_DV @ old_VD).double() + penalty_DD
         self._map_DD = torch.linalg.solve(gram_DD + penalty_DD, moment_DD).float()
-        self._old_norm, self._new_gain_D = teacher.base_model.norm, student.base_model.norm.weight.float()
 
     def __call__(self, stream_ND: Tensor) -> Tensor:
         """The stream to ask of the student."""
-        scale_N1 = stream_ND.square().mean(1, keepdim=True).sqrt()
-        return self._old_norm(stream_ND) @ self._map_DD.T / self._new_gain_D * scale_N1
+        return stream_ND @ self._map_DD.T
+
+
+def _head(model: Any) -> Tensor:
+    """The map from a stream of unit mean square to the logits, V x D."""
+    head_VD: Tensor = model.get_output_embeddings().weight.float()
+    return head_VD * model.base_model.norm.weight.float()
 
 
 class _Stream:
@@ -130,11 +163,11 @@ class _Stream:
         self._is_token = [batch.attention_mask_BT.bool().to(model.device) for batch in batches]
         calls = [_first_layer_call(model, batch) for batch in batches]
         self._settings = [settings for _, settings in calls]
-        self._hidden_ND = torch.cat([h[kept] for (h, _), kept in zip(calls, self._is_token, strict=True)])
+        self.hidden_ND = torch.cat([h[kept] for (h, _), kept in zip(calls, self._is_token, strict=True)])
 
     def advance(self, layer: Any, visit: Visit) -> None:
         """Takes the stream through one decoder layer, with `visit` at its four sites."""
-        stream_ND = self._hidden_ND
+        stream_ND = self.hidden_ND
         x_ND = layer.input_layernorm(stream_ND)
         qkv = visit(ATTENTION_INPUTS, x_ND, _outputs(layer, ATTENTION_INPUTS, x_ND), None)
         mixed_ND, added_ND = self._attend(layer.self_attn, x_ND, qkv)
@@ -144,7 +177,7 @@ class _Stream:
         gate_ND, up_ND = visit(MLP_INPUTS, x_ND, _outputs(layer, MLP_INPUTS, x_ND), None)
         inner_ND = layer.mlp.act_fn(gate_ND) * up_ND
         [added_ND] = visit(MLP_OUTPUT, inner_ND, _outputs(layer, MLP_OUTPUT, inner_ND), stream_ND)
-        self._hidden_ND = stream_ND + added_ND
+        self.hidden_ND = stream_ND + added_ND
 
     def _attend(self, attention: Any, x_ND: Tensor, qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Input and output of o_proj, given what q, k and v shall be."""
@@ -249,8 +282,8 @@ class _Record:
 class _Fitter:
     """Finds the student's factors site by site."""
 
-    def __init__(self, old: Adapter, config: TransplantConfig):
-        self._old, self._config = old, config
+    def __init__(self, teacher: Any, old: Adapter, config: TransplantConfig):
+        self._teacher, self._old, self._config = teacher, old, config
         self.factors: dict[str, LoraFactors] = {}
         self.energy: dict[str, float] = {}
 
@@ -277,25 +310,33 @@ class _Fitter:
     def _fit(self, module: str, regression: "Regression", y_NF: Tensor) -> Tensor:
         """Keeps the module's factors and returns what they add."""
         like = self._old.factors[module]
-        centre_FD = like.delta().to(y_NF.device) if self._config.centre == "old" else None
+        centre_FD = self._centre(module).to(y_NF.device) if self._config.centre == "old" else None
         rank = min(max(self._config.rank, like.rank), *like.shape)
         a_RD, b_FR, self.energy[module] = regression.solve(y_NF, rank, centre_FD)
         self.factors[module] = LoraFactors(a_RD.cpu(), b_FR.cpu(), 1.0)
         return (regression.x_ND @ a_RD.T) @ b_FR.T
 
+    def _centre(self, module: str) -> Tensor:
+        """All that the old adapter adds to the old weight, F x D on the CPU."""
+        like = self._old.factors[module]
+        if like.magnitude_F is None:
+            return like.delta()
+        weight_FD = self._teacher.get_submodule(module).weight.float().cpu()
+        return like.adapted(weight_FD) - weight_FD
+
 
 class Regression:
     """Ridge regression on the inputs x_ND, its Gram matrix factored once for all outputs.
 
-    The penalty is `ridge` times the mean diagonal of the Gram matrix.
+    The penalty is `ridge` times the mean diagonal of the Gram matrix, more where that cannot be factored; TrainingError
+    where nothing helps, for the inputs are not finite.
     """
 
     def __init__(self, x_ND: Tensor, ridge: float):
         self.x_ND = x_ND
         gram_DD = (x_ND.T @ x_ND).double()
-        self._penalty = ridge * gram_DD.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        gram_DD.diagonal().add_(self._penalty)
-        self._cholesky_DD = torch.linalg.cholesky(gram_DD)
+        least = ridge * gram_DD.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        self._penalty, self._cholesky_DD = _factored(gram_DD, least)
 
     def solve(self, y_NF: Tensor, rank: int, centre_FD: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """Factors (a_RD, b_FR) of the best map of at most `rank`, and the share of the full map's energy they hold.
@@ -306,9 +347,22 @@ class Regression:
         if centre_FD is not None:
             moment_DF += self._penalty * centre_FD.T
         full_FD = torch.cholesky_solve(moment_DF, self._cholesky_DD).T.float()
+        if not full_FD.isfinite().all():
+            raise TrainingError("the transplant meets values that are not finite")
         found = decompose(full_FD @ self._cholesky_DD.float(), rank)
         b_FR = found.u_FR
         a_RD = b_FR.T @ full_FD
-        balance_R = torch.linalg.vector_norm(a_RD, dim=1).clamp_min(torch.finfo(a_RD.dtype).tiny).sqrt()
+        balance_R = torch.linalg.vector_norm(a_RD, dim=1).clamp_min(BALANCE_FLOOR).sqrt()
         energy = float(found.s_R.double().square().sum()) / found.total if found.total else 1.0
         return a_RD / balance_R[:, None], b_FR * balance_R, energy
+
+
+def _factored(gram_DD: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """The first penalty with which it can be done, from `least` on, and the Cholesky factor of the matrix with it."""
+    for penalty in (least * 10**power for power in range(MAX_PENALTIES)):
+        ridged_DD = gram_DD.clone()
+        ridged_DD.diagonal().add_(penalty)
+        cholesky_DD, failed_at = torch.linalg.cholesky_ex(ridged_DD)
+        if not failed_at and cholesky_DD.isfinite().all():
+            return penalty, cholesky_DD
+    raise TrainingError("the transplant's Gram matrix cannot be factored: the inputs are not finite")

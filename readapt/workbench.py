@@ -17,13 +17,13 @@ from readapt.evaluate import Gate, Metric, judge
 from readapt.ladder import Ladder, Outcome
 from readapt.lora import load_base
 from readapt.objective import FusionObjective, SearchResult
-from readapt.relabel import PROMPTS, load_prompts, relabelled
+from readapt.relabel import PROMPTS, is_data_free, load_prompts, relabelled
 from readapt.search import split_valid
-from readapt.train import CurvePoint, End, TrainingPack, TrainJob
+from readapt.train import BrokenRunError, CurvePoint, End, Failure, TrainingPack, TrainJob
 
-NUM_BASES_HELD = 2  # the new base and the one that the adapters come from
+NUM_OLD_BASES_HELD = 2  # beside the new one; adapters seldom come from more
 
-Search = Callable[["AdapterJob", FusionObjective], SearchResult]
+Search = Callable[["AdapterJob", FusionObjective], SearchResult | None]  # None: not found yet, ask again
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ class RungReached:
 
 @dataclass(frozen=True)
 class Climbed:
-    """The ladder's outcome, what the search saw on the way (None: it was not needed), and seconds by stage."""
+    """The ladder's outcome, what the search saw on the way (None: it was not needed), and seconds by stage.
+
+    Without the outcome's `ready`: it goes between processes, and one adapter is enough to carry.
+    """
 
     outcome: Outcome
     search: SearchResult | None
@@ -83,17 +86,18 @@ class Executor(Protocol):
 
 
 class Workbench:
-    """Holds the loaded base models. Not thread-safe."""
+    """Holds the loaded base models: one new base, which is never exchanged for an old one. Not thread-safe."""
 
     def __init__(self, fleet: Fleet, device: str = "cpu"):
         self._config = fleet.readapt
         self._num_golden = fleet.rollout.golden_prompts
         self._blobs: BlobStore = open_blobs(fleet)
-        self.base = lru_cache(maxsize=NUM_BASES_HELD)(lambda folder: load_base(folder, device))
+        self.new_base = lru_cache(maxsize=1)(lambda folder: load_base(folder, device))
+        self._old_base = lru_cache(maxsize=NUM_OLD_BASES_HELD)(lambda folder: load_base(folder, device))
 
     def climb(
         self, job: AdapterJob, search: Search, report: Callable[[RungReached], None]
-    ) -> Generator[TrainJob, End, Climbed]:
+    ) -> Generator[TrainJob | None, End | None, Climbed]:
         """Carries one adapter over; see `Ladder.climb` for what it yields and is sent.
 
         Raises a ReloraError where the adapter's files, its rows or its training are at fault.
@@ -101,9 +105,11 @@ class Workbench:
         started = time.perf_counter()
         found: list[SearchResult] = []
 
-        def search_and_keep(objective: FusionObjective) -> SearchResult:
-            found.append(search(job, objective))
-            return found[-1]
+        def search_and_keep(objective: FusionObjective) -> SearchResult | None:
+            result = search(job, objective)
+            if result is not None:
+                found.append(result)
+            return result
 
         def report_point(rung: str, point: CurvePoint) -> None:
             report(RungReached(rung, point, time.perf_counter() - started))
@@ -113,11 +119,12 @@ class Workbench:
         reference_s = time.perf_counter() - started
         outcome = yield from self._ladder(job, task, gate, search_and_keep, report_point).climb()
         climb_s = time.perf_counter() - started - reference_s
-        return Climbed(outcome, found[-1] if found else None, {"reference": reference_s, "climb": climb_s})
+        seconds = {"reference": reference_s, "climb": climb_s}
+        return Climbed(replace(outcome, ready=None), found[-1] if found else None, seconds)
 
     def objective(self, job: AdapterJob) -> FusionObjective:
         """The job's search objective, for a search beside the workers."""
-        model, encoder = self.base(job.new_base), self._encoder(job.new_base)
+        model, encoder = self.new_base(job.new_base), self._encoder(job.new_base)
         rows = split_valid(self._task(job).valid, self._config.search)[0]
         old, evolution = self._adapter(job.task_key), self._evolution(job)
         return FusionObjective(model, old, evolution, rows, encoder, self._config.search)
@@ -125,7 +132,7 @@ class Workbench:
     def _task(self, job: AdapterJob) -> Task:
         if not has_labels(job):
             prompts = load_prompts(job.data / PROMPTS)
-            old_model, encoder = self.base(job.old_base), self._encoder(job.old_base)
+            old_model, encoder = self._old_base(job.old_base), self._encoder(job.old_base)
             return relabelled(old_model, self._adapter(job.task_key), encoder, prompts)
         return load_task(job.data)
 
@@ -133,7 +140,7 @@ class Workbench:
         """Asks for the old specialist's quality on the old base, on the gate's rows."""
         gate_rows = split_valid(task.valid, self._config.search)[1]
         old, encoder = self._adapter(job.task_key), self._encoder(job.old_base)
-        quality = judge(self.base(job.old_base), old, encoder, gate_rows, job.metric).quality
+        quality = judge(self._old_base(job.old_base), old, encoder, gate_rows, job.metric).quality
         gate = Gate.beside(quality, self._config.gate)
         return gate if has_labels(job) else replace(gate, tolerance_points=self._config.gate.agreement_points)
 
@@ -142,12 +149,12 @@ class Workbench:
         job: AdapterJob,
         task: Task,
         gate: Gate,
-        search: Callable[[FusionObjective], SearchResult],
+        search: Callable[[FusionObjective], SearchResult | None],
         report: Callable[[str, CurvePoint], None],
     ) -> Ladder:
         return Ladder(
-            self.base(job.new_base),
-            self.base(job.old_base),
+            self.new_base(job.new_base),
+            self._old_base(job.old_base),
             self._encoder(job.new_base),
             task,
             self._adapter(job.task_key),
@@ -172,7 +179,7 @@ class Workbench:
 
 def has_labels(job: AdapterJob) -> bool:
     """Whether there are rows with true answers, or only prompts that the old service is to answer."""
-    return not (job.data / PROMPTS).is_file()
+    return not is_data_free(job.data)
 
 
 class Shift:
@@ -183,7 +190,8 @@ class Shift:
 
     def __init__(self, bench: Workbench, search: Search):
         self._bench, self._search = bench, search
-        self._climbs: dict[Hashable, Generator[TrainJob, End, Climbed]] = {}
+        self._climbs: dict[Hashable, Generator[TrainJob | None, End | None, Climbed]] = {}
+        self._searching: set[Hashable] = set()  # whose climbs wait for a search
         self._training: TrainingPack | None = None
 
     @property
@@ -193,31 +201,41 @@ class Shift:
 
     def begin(self, job: AdapterJob, report: Callable[[RungReached], None]) -> list[Ended]:
         """Takes a job up, as far as to its first training; returns it with its end if it needs none."""
-        self._training = self._training or TrainingPack(self._bench.base(job.new_base))
+        self._training = self._training or TrainingPack(self._bench.new_base(job.new_base))
+        assert self._training.model is self._bench.new_base(job.new_base), "a shift has one new base"
         self._climbs[job.version_id] = self._bench.climb(job, self._search, report)
         return self._advance(job.version_id)
 
     def step(self) -> list[Ended]:
-        """Trains all one step further; returns the jobs that ended."""
+        """Asks after the searches under way and trains all others one step further; returns the jobs that ended."""
         assert self._training is not None, "a shift begins with a job"
+        found = [end for version_id in [*self._searching] for end in self._advance(version_id)]
+        return found + self._train()
+
+    def _train(self) -> list[Ended]:
+        assert self._training is not None
         try:
             ended = self._training.step()
         except (ReloraError, RuntimeError) as error:  # of a step that all share, all share the failure
             self._training.close()
-            ends: list[Ended] = [(version_id, _failure(error)) for version_id in self._climbs]
-            self._climbs = {}
-            return ends
+            sharing = self._climbs.keys() - self._searching
+            self._climbs = {version_id: self._climbs[version_id] for version_id in self._searching}
+            return [(version_id, _failure(error)) for version_id in sharing]
         return [end for version_id, result in ended for end in self._advance(version_id, result)]
 
-    def _advance(self, version_id: Hashable, result: End | None = None) -> list[Ended]:
-        """One ladder's way to its next training or its end; its own faults end it, so that the others go on.
+    def _advance(self, version_id: Hashable, result: End | Failure | None = None) -> list[Ended]:
+        """One ladder's way to its next training, search or end; its own faults end it, so that the others go on.
 
         RuntimeError is what torch raises for out of memory and shapes that do not fit. Anything else is a bug of ours.
         """
         assert self._training is not None
+        self._searching.discard(version_id)
         try:
-            climb = self._climbs[version_id]
-            self._training.add(version_id, next(climb) if result is None else climb.send(result))
+            wanted = _go_on(self._climbs[version_id], result)
+            if wanted is None:
+                self._searching.add(version_id)
+            else:
+                self._training.add(version_id, wanted)
             return []
         except StopIteration as stop:
             end: Climbed | JobFailed = stop.value
@@ -225,6 +243,13 @@ class Shift:
             end = _failure(error)
         del self._climbs[version_id]
         return [(version_id, end)]
+
+
+def _go_on(climb: Generator[TrainJob | None, End | None, Climbed], result: End | Failure | None) -> TrainJob | None:
+    """Goes on with a climb: a run that broke down is an end that it reckons with, any other error is thrown into it."""
+    if isinstance(result, Exception) and not isinstance(result, BrokenRunError):
+        return climb.throw(result)
+    return climb.send(result)
 
 
 def _failure(error: Exception) -> JobFailed:

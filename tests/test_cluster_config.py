@@ -88,6 +88,11 @@ def test_an_unknown_base_is_not_found_with_the_known_ones_listed(tmp_path: Path)
         ("[serving]\nmin_replicas = 3\nmax_replicas = 2", "serving.max_replicas: "),
         ("[readapt.search]\nbeta_min = 2.0", "readapt.search.beta_max: "),
         ("[readapt.search]\nbeta_min = 0.0\nbeta_max = 0.0", "readapt.search.beta_max: Input should be greater"),
+        ("[readapt.ladder]\nrungs = []", "readapt.ladder.rungs: Input should have at least one rung"),
+        ('[readapt.ladder]\nrungs = ["copy", "copy"]', "readapt.ladder.rungs: Input should name no rung twice"),
+        ('[readapt.ladder]\nrungs = ["train", "scratch"]', "readapt.ladder.rungs: 'train' should come after a start"),
+        ('[readapt.ladder]\nrungs = ["train", "copy"]', "readapt.ladder.rungs: 'train' should come after a start"),
+        ("[serving]\nmax_rank = 16", "readapt.transplant.rank: Input should be at most serving.max_rank"),
         ("[readapt.train]\nlearning_rate = nan", "readapt.train.learning_rate: "),
         ("[rollout]\ncanary_share = 1.5", "rollout.canary_share: "),
         ("serving = 3", "serving: "),
@@ -104,6 +109,11 @@ def test_an_unknown_base_is_not_found_with_the_known_ones_listed(tmp_path: Path)
 )
 def test_a_bad_value_is_named_by_its_key(tmp_path: Path, text: str, words: str):
     assert words in complaint(tmp_path, f'name = "f"\n{text}\n')
+
+
+def test_a_ladder_without_a_transplant_does_not_ask_for_its_rank(tmp_path: Path):
+    text = 'name = "f"\n[serving]\nmax_rank = 16\n[readapt.ladder]\nrungs = ["fused", "train"]\n'
+    assert load_fleet(write(tmp_path, text)).readapt.ladder.rungs == ("fused", "train")
 
 
 def test_all_faults_are_told_at_once_one_on_a_line(tmp_path: Path):

@@ -130,6 +130,16 @@ def test_what_cannot_be_assessed_is_told_and_holds_up_no_other(fleet: Fleet, reg
     assert as_table(found, "mild").row_count == 3
 
 
+def test_an_adapter_for_which_torch_fails_holds_up_no_other(
+    fleet: Fleet, registry: Registry, monkeypatch: pytest.MonkeyPatch
+):
+    def out_of_memory(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Assessor, "_measure", out_of_memory)
+    assert [found.error for found in assess_all(fleet, registry, "mild")] == ["out of memory"] * 2
+
+
 def test_a_base_with_another_vocabulary_is_told_with_what_can_be_done(fleet: Fleet, registry: Registry, tmp_path: Path):
     other = evolve(fleet.base("v1").path, tmp_path / "other", rank=1, scale=0.1)
     file = other / "tokenizer.json"
@@ -196,6 +206,7 @@ def test_where_there_are_only_prompts_the_old_services_answers_are_what_counts(
         ((0.1, 4.2, 5.6, 4.4), (97, 0, 0, 0), "scratch"),
         ((0.1, float("nan"), float("nan"), 4.4), (97, 0, 0, 0), "scratch"),
         ((float("nan"), 0.1, 0.1, 4.4), (97, 97, 97, 0), "scratch"),
+        ((0.1, float("nan"), 1.9, 8.4), (97, 0, 0, 0), "train"),
     ],
 )
 def test_the_rule(losses: tuple[float, ...], qualities: tuple[float, ...], rung: str):

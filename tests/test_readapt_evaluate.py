@@ -183,11 +183,20 @@ def test_a_run_ends_at_a_passing_start_or_at_two_passes_in_a_row(qualities: list
         ([1.0, 1.2, 0.9, 1.3], Verdict.GO_ON),
         ([1.0, 1.2, 1.1], Verdict.GO_ON),
         ([1.0, float("nan"), 1.1, 1.2], Verdict.DROP),
+        ([1.0, float("nan"), 0.9, 1.2], Verdict.GO_ON),
+        ([float("nan"), 1.2, 1.1, 1.2], Verdict.GO_ON),
     ],
 )
 def test_a_run_that_only_loses_what_it_began_with_is_dropped(losses: list[float], last: Verdict) -> None:
     watcher = Watcher(Gate(reference=95.0, tolerance_points=1.0), trial=3)
     assert [watcher(Evaluation(loss, 50.0)) for loss in losses][-1] is last
+
+
+def test_losses_are_compared_on_the_rows_that_every_evaluation_sees() -> None:
+    """A start that was given up after its first rows, hard ones, and a run that got no better on these."""
+    watcher = Watcher(Gate(reference=95.0, tolerance_points=1.0), trial=1)
+    watcher(Evaluation(2.0, 0.0, 16, False, first_loss=2.0))
+    assert watcher(Evaluation(1.5, 50.0, 100, True, first_loss=2.1)) is Verdict.DROP
 
 
 def own_answers(model: Any, encoder: Encoder, num_rows: int, num_wrong: int) -> list[Row]:
@@ -227,8 +236,11 @@ def test_an_evaluation_stops_early_only_to_fail_and_passes_only_on_all_rows(
         assert (
             evaluate.complete().loss == pytest.approx(full.loss, rel=1e-4) == pytest.approx(evaluate.loss(), rel=1e-4)
         )
+        assert found.first_loss == evaluate.complete().first_loss
     hopeless = Evaluator(model, reader, rows, "exact_match", gate=Gate(101.5, 1.0))()
     assert hopeless.num_rows == 16, "a gate that nothing passes"
+    assert hopeless.first_loss == hopeless.loss
+    assert full.first_loss == full.loss, "without a gate there is one look"
 
 
 def test_equal_prompts_are_answered_once(model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,14 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.checkpoints import open_checkpoint
-from cluster.config import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig
+from cluster.config import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig, TransplantConfig
+from cluster.errors import InvalidCheckpointError, TrainingError
+from readapt import ladder as ladder_module
+from readapt.data import Encoded
 from readapt.delta import base_evolution
 from readapt.evaluate import Evaluator, Gate, judge
-from readapt.ladder import RUNGS, Ladder, Outcome, finish
-from readapt.lora import blank_like, load_base
+from readapt.ladder import RUNGS, Ladder, Outcome, finish, readable
+from readapt.lora import blank_like, load_base, row_norms
 from readapt.plans import anchor_adapter, train_scratch
 from readapt.points import COPY, CORNERS
 from readapt.search import FusionObjective, SearchResult, split_valid
@@ -185,6 +188,140 @@ def test_broken_training_is_not_accepted_and_costs_nothing_that_was_reached(worl
     assert all(torch.isfinite(f.a_RD).all() for f in outcome.adapter.factors.values())
 
 
+def only(*rungs: str, config: ReadaptConfig = CONFIG, **train: object) -> ReadaptConfig:
+    ladder = replace(config.ladder, rungs=rungs)
+    return replace(config, ladder=ladder, train=replace(config.train, **train))
+
+
+def test_a_climb_without_any_adapter_says_why(world: World) -> None:
+    with pytest.raises(TrainingError, match="no rung of the ladder led to an adapter: the loss became"):
+        climb(world, world.base, only("scratch", scratch_learning_rate=1e30))
+
+
+def no_trials(objective: FusionObjective) -> SearchResult:
+    raise TrainingError("no trial could be carried out")
+
+
+def test_a_start_that_cannot_be_made_leaves_the_other_rungs(world: World) -> None:
+    outcome = climb(world, world.base, only("fused", "copy"), search=no_trials)
+    assert (outcome.rung, outcome.accepted) == ("copy", True)
+    failed, copy = outcome.attempts
+    assert (failed.rung, failed.quality, failed.curve) == ("fused", 0.0, ())
+    assert failed.error == "TrainingError: no trial could be carried out"
+    assert copy.error is None
+    with pytest.raises(TrainingError, match="no trial could be carried out"):
+        climb(world, world.base, only("fused", "train"), search=no_trials)
+
+
+def test_models_that_the_transplant_does_not_know_are_trained_all_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise InvalidCheckpointError("another family")
+
+    monkeypatch.setattr(ladder_module, "transplant", refuse)
+    outcome = climb(world, world.base, only("transplant", "scratch"))
+    assert [a.error for a in outcome.attempts] == ["InvalidCheckpointError: another family", None]
+    assert outcome.rung == "scratch"
+
+
+def test_rows_are_read_without_an_end_that_the_old_base_lacks() -> None:
+    rows = [Encoded((3, 4, 9), 1), Encoded((3, 9, 5), 1), Encoded((3, 4, 5), 1)]
+    assert readable(rows, 9) == [Encoded((3, 4), 1), Encoded((3, 4, 5), 1)]
+    assert readable(rows, 10) == rows
+
+
+def test_where_the_old_base_reads_no_row_there_is_no_transplant(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder_module, "readable", lambda rows, vocabulary: [])
+    outcome = climb(world, world.base, only("transplant", "copy"))
+    assert [(a.rung, a.quality > 0) for a in outcome.attempts] == [("transplant", False), ("copy", True)]
+    assert "does not know" in str(outcome.attempts[0].error)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "stop", "is_dropped"),
+    [
+        (("copy", "train", "scratch"), "ready", True),
+        (("copy", "train"), "ready", False),
+        (("copy", "train", "scratch"), "budget", False),
+    ],
+)
+def test_a_run_is_dropped_only_for_scratch_training(
+    world: World, rungs: tuple[str, ...], stop: str, is_dropped: bool
+) -> None:
+    """A start that no step makes better: the gate is out of reach, the learning rate next to nothing."""
+    config = only(*rungs, learning_rate=1e-12, short_steps=20, full_steps=60, scratch_steps=1)
+    config = replace(config, ladder=replace(config.ladder, stop=stop))
+    outcome = climb(world, world.base, config, reference=200.0)
+    steps = [p.step for a in outcome.attempts if a.rung in ("short", "full") for p in a.curve]
+    assert steps[-1] == (20 if is_dropped else 60)
+
+
+def test_a_start_whose_loss_is_not_a_number_is_not_the_best(world: World) -> None:
+    broken = {n: replace(f, b_FR=f.b_FR * torch.nan) for n, f in world.specialist.factors.items()}
+    config = only("copy", "fused", "train", full_steps=20)
+    old = replace(world.specialist, factors=broken)
+    seen: list[tuple[str, float]] = []
+
+    def search(objective: FusionObjective) -> SearchResult:
+        return SearchResult(COPY, 1.0, ())
+
+    def swap(objective: FusionObjective, point: object) -> Adapter:
+        return world.specialist
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusionObjective, "adapter", swap)
+        outcome = climb(
+            world,
+            world.base,
+            config,
+            reference=200.0,
+            old=old,
+            search=search,
+            report=lambda rung, point: seen.append((rung, point.quality)),
+        )
+    assert dict(seen)["short"] > 50
+    assert outcome.quality > 50
+
+
+def test_the_least_energy_of_a_transplant_is_told(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
+    energies = []
+    for rank in (8, 32):
+        config = replace(only("copy", "transplant"), transplant=TransplantConfig(rank=rank))
+        copy, transplant = climb(world, new, config).attempts
+        assert copy.energy is None
+        assert transplant.energy is not None
+        energies.append(transplant.energy)
+    assert 0 < energies[0] < energies[1] <= 1 + 1e-6
+
+
+def test_a_dora_climbs_too(world: World) -> None:
+    norms = row_norms(load_base(world.base), world.specialist.factors)
+    factors = {n: replace(f, magnitude_F=norms[n]) for n, f in world.specialist.factors.items()}
+    dora = replace(world.specialist, factors=factors)
+    few = only("transplant", "train", "scratch", full_steps=20, scratch_steps=40, anchor="old")
+    outcome = climb(world, world.base, few, old=dora, reference=200.0)
+    qualities = {a.rung: a.quality for a in outcome.attempts}
+    start = judge(load_base(world.base), dora, world.encoder, world.task.valid, "exact_match").quality
+    assert qualities["transplant"] > start - 20
+    assert {"short", "scratch"} <= qualities.keys()
+    assert all(a.error is None for a in outcome.attempts)
+
+
+def test_what_was_seen_on_all_rows_is_not_evaluated_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gate of its own an evaluator is never content with some of the rows."""
+
+    def refuse(evaluator: Evaluator) -> None:
+        raise AssertionError("this is known")
+
+    monkeypatch.setattr(ladder_module, "Evaluator", lambda *args, **options: Evaluator(*args))
+    monkeypatch.setattr(Evaluator, "complete", refuse)
+    outcome = climb(world, world.base, only("copy"), reference=200.0)
+    assert not outcome.accepted
+    assert outcome.quality == gate_quality(world, world.base, world.specialist)
+
+
 def test_a_good_start_survives_a_run_that_breaks_down(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     wild = replace(CONFIG, train=replace(TRAIN, learning_rate=1e30, scratch_learning_rate=1e30))
@@ -245,17 +382,26 @@ def test_train_scratch_alone_reaches_the_gate(world: World) -> None:
 
 
 def test_anchors(world: World) -> None:
+    """The old adapter as an anchor: the same function, laid out as the start, whatever its rank and scaling were."""
     name, factors = next(iter(world.specialist.factors.items()))
     q, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
-    old = Adapter({name: LoraFactors(q.T @ factors.a_RD, factors.b_FR @ q, factors.scaling)})
     start = Adapter({name: factors})
-    assert anchor_adapter("init", start, old) is None
-    zero = anchor_adapter("zero", start, old)
+    assert anchor_adapter("init", start, start) is None
+    zero = anchor_adapter("zero", start, start)
     assert zero is not None
     assert not zero.factors[name].a_RD.any()
-    turned = anchor_adapter("old", start, old)
-    assert turned is not None
-    torch.testing.assert_close(turned.factors[name].b_FR, factors.b_FR, rtol=1e-3, atol=1e-4)
+    turned = LoraFactors(q.T @ factors.a_RD, factors.b_FR @ q, factors.scaling)
+    lower = LoraFactors(factors.a_RD[:4], 4 * factors.b_FR[:, :4], factors.scaling / 4)  # the other ranks are zero
+    higher = LoraFactors(torch.cat([factors.a_RD] * 2), torch.cat([factors.b_FR] * 2, dim=1), factors.scaling / 2)
+    for old in (turned, lower, higher):
+        anchor = anchor_adapter("old", start, Adapter({name: old}))
+        assert anchor is not None
+        found = anchor.factors[name]
+        assert (found.rank, found.scaling) == (factors.rank, factors.scaling)
+        torch.testing.assert_close(found.delta(), factors.delta(), rtol=1e-3, atol=1e-4)
+    anchor = anchor_adapter("old", start, Adapter({name: turned}))
+    assert anchor is not None
+    torch.testing.assert_close(anchor.factors[name].b_FR, factors.b_FR, rtol=1e-3, atol=1e-4)
 
 
 def test_training_with_each_anchor(world: World, tmp_path: Path) -> None:

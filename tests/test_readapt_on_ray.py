@@ -11,8 +11,8 @@ import pytest
 
 from cluster.adapter_files import load_adapter
 from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet, SearchConfig
-from cluster.errors import TrainingError
+from cluster.config import Fleet, LadderConfig, ReadaptConfig, SearchConfig, WorkersConfig
+from cluster.errors import ConfigError, TrainingError
 from cluster.fleet import open_blobs
 from cluster.on_ray import LocalCluster, connect
 from cluster.registry import Status, Version
@@ -21,7 +21,7 @@ from readapt.data import encoder_for, load_task
 from readapt.delta import base_evolution
 from readapt.job_queue import MAX_CRASHES_PER_JOB, JobQueue
 from readapt.lora import load_base
-from readapt.on_ray import FleetSearch, RayExecutor, _Service
+from readapt.on_ray import FleetSearch, RayExecutor, _Service, check_room
 from readapt.search import FusionObjective, SearchResult, find, split_valid
 from readapt.train import CurvePoint
 from readapt.workbench import AdapterJob, JobFailed, RungReached
@@ -118,24 +118,57 @@ def test_a_service_that_ends_while_it_is_needed_is_an_error():
     alive.join()
 
 
+@pytest.mark.parametrize(
+    ("rungs", "cluster", "words"),
+    [
+        (("copy", "fused"), {"CPU": 9.0, "GPU": 2.0}, "need 3 GPUs, the cluster has 2"),
+        (("copy", "fused"), {"CPU": 2.0, "GPU": 3.0}, "need 2.5 CPUs, the cluster has 2"),
+        (("copy", "train"), {"CPU": 2.0}, "need 2 GPUs, the cluster has 0"),
+        (("copy", "train"), {"CPU": 2.0, "GPU": 2.0}, None),
+        (("copy", "fused"), {"CPU": 2.5, "GPU": 3.0}, None),
+    ],
+)
+def test_a_cluster_that_cannot_hold_workers_and_search_is_told_at_once(
+    rungs: tuple[str, ...], cluster: dict[str, float], words: str | None
+):
+    """Else the search would wait for ever for the GPU of a worker that waits for the search."""
+    config = ReadaptConfig(ladder=LadderConfig(rungs=rungs), workers=WorkersConfig(num_workers=2, gpus_per_worker=1.0))
+    if words is None:
+        check_room(config, cluster)
+        return
+    with pytest.raises(ConfigError, match=words):
+        check_room(config, cluster)
+
+
 # The queue and the fleet's search need no Ray to be tested.
 
 
-async def taken(queue: JobQueue, worker: int) -> int | None:
-    job = await asyncio.wait_for(queue.take(worker), timeout=5)
+async def taken(queue: JobQueue, worker: int, life: int) -> int | None:
+    job = await asyncio.wait_for(queue.take(worker, life), timeout=5)
     return None if job is None else job.version_id
 
 
-async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothing_can_come_back():
-    queue = JobQueue()
-    for version_id in (7, 5):
-        await queue.add(make_job(version_id))
-    await queue.close()
-    assert (await taken(queue, 0), await taken(queue, 1)) == (7, 5)
-    await queue.report(0, 7, JobFailed("its own fault"))
-    idle = asyncio.create_task(queue.take(0))
+async def waiting_for(queue: JobQueue, worker: int, life: int) -> asyncio.Task:
+    task = asyncio.create_task(queue.take(worker, life))
     await asyncio.sleep(0.01)
-    assert not idle.done(), "worker 1 may yet die with job 5"
+    assert not task.done()
+    return task
+
+
+async def filled(*version_ids: int) -> JobQueue:
+    queue = JobQueue()
+    for version_id in version_ids:
+        await queue.add(make_job(version_id))
+    return queue
+
+
+async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothing_can_come_back():
+    queue = await filled(7, 5)
+    await queue.close()
+    lives = [await queue.enter(0), await queue.enter(1)]
+    assert (await taken(queue, 0, lives[0]), await taken(queue, 1, lives[1])) == (7, 5)
+    await queue.report(0, 7, JobFailed("its own fault"))
+    idle = await waiting_for(queue, 0, lives[0])  # worker 1 may yet die with job 5
     await queue.report(1, 5, JobFailed("its own fault"))
     assert await idle is None
     assert [version_id for version_id, _ in await queue.reports(1.0)] == [7, 5]
@@ -143,12 +176,10 @@ async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothin
 
 
 async def test_a_dead_workers_job_goes_to_its_successor_until_it_has_killed_too_many():
-    queue = JobQueue()
-    await queue.add(make_job(7))
-    await queue.add(make_job(8))
+    queue = await filled(7, 8)
     for _ in range(MAX_CRASHES_PER_JOB):
-        assert await taken(queue, 0) == 7
-    assert await taken(queue, 0) == 8
+        assert await taken(queue, 0, await queue.enter(0)) == 7
+    assert await taken(queue, 0, await queue.enter(0)) == 8
     ((version_id, report),) = await queue.reports(1.0)
     assert version_id == 7
     assert isinstance(report, JobFailed)
@@ -157,20 +188,74 @@ async def test_a_dead_workers_job_goes_to_its_successor_until_it_has_killed_too_
 
 async def test_a_dead_worker_that_was_waiting_gets_no_job():
     queue = JobQueue()
-    dead = asyncio.create_task(queue.take(0))
-    await asyncio.sleep(0.01)
-    successor = asyncio.create_task(queue.take(0))
-    await asyncio.sleep(0.01)
+    first = await queue.enter(0)
+    dead = await waiting_for(queue, 0, first)
+    second = await queue.enter(0)
+    successor = await waiting_for(queue, 0, second)
     await queue.add(make_job(7))
     assert await dead is None
     assert (await successor).version_id == 7
+    await queue.add(make_job(8))
+    assert await taken(queue, 0, first) is None, "a call that was on its way when its worker died"
+
+
+async def test_the_late_last_word_of_a_dead_worker_does_not_end_its_successors_job():
+    queue = await filled(7, 8)
+    await taken(queue, 0, await queue.enter(0))
+    for expected in (7, 8):
+        life = await queue.enter(0)
+        assert await taken(queue, 0, life) == expected
+        await queue.report(0, 7, JobFailed("by the first, then by the second, late"))
+    assert await taken(queue, 0, await queue.enter(0)) == 8, "it was still held, so it comes back"
+
+
+async def test_jobs_that_a_worker_died_with_are_tried_alone_and_only_the_guilty_one_is_given_up():
+    """Job 8 kills any worker; 7 and 9 only shared one with it, and go with others again once they are through."""
+    queue = await filled(7, 8, 9, 5, 6)
+    life = await queue.enter(0)
+    assert [await taken(queue, 0, life) for _ in range(3)] == [7, 8, 9]
+    life = await queue.enter(0)
+    assert await taken(queue, 0, life) == 7
+    another = await waiting_for(queue, 0, life)
+    await queue.report(0, 7, JobFailed("its own fault"))
+    assert (await another).version_id == 8
+    for _ in range(MAX_CRASHES_PER_JOB - 1):
+        assert await taken(queue, 0, await queue.enter(0)) == 8
+    life = await queue.enter(0)
+    assert await taken(queue, 0, life) == 9
+    await queue.report(0, 9, JobFailed("its own fault"))
+    assert [await taken(queue, 0, life) for _ in range(2)] == [5, 6]
+    failed = {version_id: report.error for version_id, report in await queue.reports(1.0)}
+    assert {version_id for version_id, error in failed.items() if "died" in error} == {8}
+
+
+async def test_a_suspect_waits_for_a_worker_without_jobs_and_who_takes_it_clears_the_way_for_the_others():
+    queue = await filled(7, 8, 9)
+    lives = [await queue.enter(0), await queue.enter(1)]
+    assert [await taken(queue, worker, lives[worker]) for worker in (0, 1)] == [7, 8]
+    lives[1] = await queue.enter(1)
+    full = await waiting_for(queue, 0, lives[0])
+    assert await taken(queue, 1, lives[1]) == 8
+    assert (await full).version_id == 9
+
+
+async def test_workers_that_ask_for_one_job_at_a_time_share_them_out():
+    queue = JobQueue()
+    lives = [await queue.enter(0), await queue.enter(1)]
+    asked = [await waiting_for(queue, worker, lives[worker]) for worker in (0, 1)]
+    for first in (5, 7):
+        for version_id in (first, first + 1):
+            await queue.add(make_job(version_id))
+        assert [(await task).version_id for task in asked] == [first, first + 1]
+        asked = [asyncio.create_task(queue.take(worker, lives[worker])) for worker in (0, 1)]
+    for task in asked:
+        task.cancel()
 
 
 async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_job():
-    queue = JobQueue()
-    await queue.add(make_job(7))
+    queue = await filled(7)
     await queue.close()
-    await taken(queue, 0)
+    await taken(queue, 0, await queue.enter(0))
     await queue.report(0, 7, RungReached("copy", CurvePoint(0, 0.0, 1.0, 50.0), 0.1))
     waiting = asyncio.create_task(queue.found(7, ("mlp",)))
     await queue.set_found(8, "another's")
@@ -180,7 +265,7 @@ async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_
     await queue.set_found(7, "nothing found")
     assert await waiting == await queue.found(7, ("mlp",)) == "nothing found"
     assert await queue.wanted() == [], "it is searched once"
-    assert await taken(queue, 0) == 7, "still held, so it is taken up again"
+    assert await taken(queue, 0, await queue.enter(0)) == 7, "still held, so it is taken up again"
 
 
 def play(search: FleetSearch, *names: str) -> list[tuple[int, int] | None]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cluster.adapter_files import Adapter
-from cluster.errors import InvalidAdapterError
+from cluster.errors import InvalidAdapterError, InvalidDataError
 from readapt.adamw import adamw_, clip_
-from readapt.data import Encoded, collate
+from readapt.data import Encoded, EncodedRows, Row, collate
 from readapt.evaluate import Evaluation, Evaluator, Verdict, judge, label_logits
 from readapt.lora import blank, linear_shapes, load_base, row_norms
 from readapt.packing import pack
@@ -207,3 +207,25 @@ def test_an_evaluation_that_raises_leaves_the_model_bare(world: World, model: An
     with pytest.raises(ArithmeticError):
         fine_tune(model, replace(jobs_of_many_kinds(world, model)[0], evaluate=evaluate))
     assert torch.equal(logits(model), bare)
+
+
+def test_a_row_that_cannot_be_encoded_ends_its_own_run_and_no_other(world: World, model: Any) -> None:
+    """It is met in the middle of a run, for rows are encoded when they are first asked for."""
+    jobs = jobs_of_many_kinds(world, model)
+    rows = EncodedRows(world.encoder, [*world.task.train[:80], Row("too long", "x" * world.encoder.max_tokens)])
+    ends = run_all(TrainingPack(model), [*jobs, replace(jobs[1], rows=rows)], (0, 0, 0, 0, 1))
+    assert isinstance(ends[4], InvalidDataError)
+    assert "leaves no room" in str(ends[4])
+    for key, job in enumerate(jobs):
+        assert_same_run(ends[key], fine_tune(model, job))
+
+
+def test_an_evaluation_that_fails_ends_its_own_run_and_no_other(world: World, model: Any) -> None:
+    stays, other, *_ = jobs_of_many_kinds(world, model)
+
+    def evaluate() -> Evaluation:
+        raise torch.OutOfMemoryError("no room for these answers")
+
+    ends = run_all(TrainingPack(model), [replace(other, evaluate=evaluate), stays], (0, 0))
+    assert isinstance(ends[0], torch.OutOfMemoryError)
+    assert_same_run(ends[1], fine_tune(model, stays))

@@ -112,6 +112,20 @@ def test_the_integral_counts_from_planning_to_candidate_or_to_the_end(registry: 
     assert unready_traffic(registry, "v3").integral == 0.0
 
 
+def test_what_comes_after_the_settling_does_not_count(registry: Registry, clock: Clock) -> None:
+    """Neither the move of the traffic, nor a second version of the same adapter."""
+    versions = planned(registry)
+    clock.now_s = 103.0
+    settle(registry, versions["busy"], Status.CANDIDATE)
+    clock.now_s = 110.0
+    settle(registry, versions["usual"], Status.REJECTED)
+    found = unready_traffic(registry, "v2")
+    clock.now_s = 500.0
+    registry.move(versions["busy"].id, Status.CANDIDATE, Status.READY)
+    registry.add_version("usual", "v2", Status.PLANNED, parent_id=versions["usual"].parent_id)
+    assert unready_traffic(registry, "v2") == found
+
+
 def test_ids_of_versions_do_not_matter(registry: Registry) -> None:
     one, other = version("usual"), replace(version("busy"), id=7)
     assert in_order([one, other], {"busy": 1.0, "usual": 1.0}, {"busy": 1.0, "usual": 1.0}) == [other, one]

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import InvalidDataError
+from readapt.data import Encoder
 from readapt.evaluate import judge
 from readapt.lora import load_base
-from readapt.relabel import answered, load_prompts, relabelled
+from readapt.relabel import answered, is_data_free, load_prompts, relabelled
 from tests.readapt_worlds import World, logits, make_world
 
 
@@ -32,6 +33,37 @@ def test_prompts_become_a_task_with_disjoint_splits(world: World) -> None:
     task = relabelled(load_base(world.base), world.specialist, world.encoder, prompts)
     assert (len(task.valid), len(task.train), task.test) == (10, 40, [])
     assert not {row.prompt for row in task.train} & {row.prompt for row in task.valid}
+
+
+def test_sorted_prompts_are_shuffled_before_they_are_split(world: World) -> None:
+    prompts = sorted({row.prompt for row in world.task.train[:60]}, key=len)
+    model = load_base(world.base)
+    task, again = (relabelled(model, world.specialist, world.encoder, prompts) for _ in range(2))
+    assert task == again
+    assert len({len(row.prompt) for row in task.valid}) > 2, "all lengths"
+
+
+def test_an_answer_that_is_cut_off_is_left_out_however_it_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for three tokens, "red" has no end; and the text of a cut answer may have fewer tokens than it took."""
+    model, prompts = load_base(world.base), ["1a=", "2b="]
+    assert len(answered(model, world.specialist, world.encoder, prompts)) == 2
+    short = Encoder(world.encoder.tokenizer, world.encoder.eos_id, max_tokens=6)
+    monkeypatch.setattr(short, "decode", lambda tokens: "r")
+    assert answered(model, world.specialist, short, prompts) == []
+
+
+def test_too_long_prompts_are_told_as_such(world: World) -> None:
+    prompts = [f"{number}{'9' * 60}" for number in range(5)]
+    with pytest.raises(InvalidDataError, match=r"answered 0 of 5 prompts.* 5 prompts leave no room for 32 tokens"):
+        relabelled(load_base(world.base), world.specialist, world.encoder, prompts)
+
+
+def test_rows_with_true_answers_go_before_prompts(tmp_path: Path) -> None:
+    assert not is_data_free(tmp_path)
+    (tmp_path / "prompts.jsonl").touch()
+    assert is_data_free(tmp_path)
+    (tmp_path / "train.jsonl").touch()
+    assert not is_data_free(tmp_path)
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_left_out(world: World) -> None:

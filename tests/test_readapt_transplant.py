@@ -6,10 +6,11 @@ import torch
 
 from cluster.adapter_files import Adapter
 from cluster.config import TransplantConfig
+from cluster.errors import InvalidCheckpointError, TrainingError
 from readapt.data import Encoded
 from readapt.evaluate import judge
-from readapt.lora import attach, load_base
-from readapt.transplant import HeadMap, Regression, by_length, transplant
+from readapt.lora import attach, load_base, row_norms
+from readapt.transplant import HeadMap, Regression, by_length, check_walk, transplant
 from tests.readapt_worlds import World, evolve, logits, make_world
 from tests.worlds import make_checkpoint
 
@@ -79,6 +80,71 @@ def test_an_unchanged_base_gets_its_own_adapter_back(world: World) -> None:
     lora.load(found.adapter)
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=6e-2)
     assert min(found.energy.values()) > 0.999
+    for name, old in world.specialist.factors.items():
+        assert (found.adapter.factors[name].delta() - old.delta()).norm() < 2e-2 * old.delta().norm()
+
+
+def as_dora(world: World) -> Adapter:
+    """The specialist with magnitudes that are not those of the weights."""
+    norms = row_norms(load_base(world.base), world.specialist.factors)
+    factors = {n: replace(f, magnitude_F=1.1 * norms[n]) for n, f in world.specialist.factors.items()}
+    return replace(world.specialist, factors=factors)
+
+
+def test_all_that_a_dora_does_is_carried_over(world: World) -> None:
+    """Its magnitudes too, which are of full rank: with ranks to spare the plain adapter does the same."""
+    old = as_dora(world)
+    config = TransplantConfig(rank=256)
+    found = transplant(load_base(world.base), old, load_base(world.base), rows_of(world, 50), config)
+    assert not found.adapter.is_dora
+    weights = load_base(world.base)
+    for name, like in old.factors.items():
+        weight_FD = weights.get_submodule(name).weight
+        expected_FD = like.adapted(weight_FD) - weight_FD
+        assert (found.adapter.factors[name].delta() - expected_FD).norm() < 1e-2 * expected_FD.norm()
+
+
+def test_inputs_that_are_not_finite_are_told() -> None:
+    x_ND, y_NF = random(30, 5, seed=0), random(30, 4, seed=1)
+    with pytest.raises(TrainingError, match="not finite"):
+        Regression(x_ND * torch.nan, 0.03)
+    with pytest.raises(TrainingError, match="not finite"):
+        Regression(x_ND, 0.03).solve(y_NF * torch.inf, 2)
+
+
+def test_equal_inputs_are_factored_with_a_larger_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gram matrix of rank one, and a Cholesky that fails at the first penalty."""
+    tried: list[torch.Tensor] = []
+    cholesky = torch.linalg.cholesky_ex
+
+    def fails_once(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tried.append(matrix)
+        return cholesky(matrix if len(tried) > 1 else -matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_once)
+    x_ND, y_NF = random(1, 6, seed=0).expand(30, 6), random(30, 4, seed=1)
+    a_RD, b_FR, _ = Regression(x_ND, 0.03).solve(y_NF, 4)
+    torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_ND, y_NF, 0.3, torch.zeros(4, 6)))
+
+
+def test_where_nothing_is_to_be_added_the_factors_can_still_be_trained() -> None:
+    a_RD, b_FR, energy = Regression(random(30, 5, seed=0), 0.03).solve(torch.zeros(30, 4), 2)
+    assert energy == 1.0
+    assert not a_RD.any()
+    assert b_FR.norm(dim=0).min() > 1e-3
+
+
+def test_decoders_of_another_family_are_refused(world: World) -> None:
+    """One whose layers compute something else by the same names, and one that has not even the names."""
+    model, rows = load_base(world.base), rows_of(world, 2)
+    check_walk(model, rows)
+    layer = model.base_model.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: output * 1.1)
+    with pytest.raises(InvalidCheckpointError, match="its layers differ"):
+        transplant(load_base(world.base), world.specialist, model, rows, CONFIG)
+    del layer.mlp.act_fn
+    with pytest.raises(InvalidCheckpointError, match="act_fn"):
+        check_walk(model, rows)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +193,16 @@ def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
 
     with torch.no_grad():
         torch.testing.assert_close(logits_of(student, turned_ND), logits_of(teacher, stream_ND), rtol=1e-2, atol=1e-3)
+
+
+def test_what_the_new_head_cannot_see_is_left_as_it_is(world: World) -> None:
+    """A norm whose gain is zero somewhere: no division by it."""
+    teacher, student = load_base(world.base), load_base(world.base)
+    for model in (teacher, student):
+        model.base_model.norm.weight.data[3] = 0.0
+    stream_ND = random(7, teacher.config.hidden_size, seed=0)
+    answers_L = torch.tensor([teacher.config.vocab_size + 5])  # nothing that both know
+    torch.testing.assert_close(HeadMap(teacher, student, answers_L)(stream_ND), stream_ND, rtol=1e-3, atol=1e-3)
 
 
 def test_it_mends_what_fusion_cannot_reach_and_leaves_both_models_bare(world: World, tmp_path: Path) -> None:
