@@ -17,7 +17,7 @@ from cluster.errors import ReloraError, StorageError
 
 if TYPE_CHECKING:
     from cluster.registry import Registry, Version
-    from readapt.extract import Spread
+    from readapt.extraction.extract import Spread
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
 
@@ -171,21 +171,19 @@ def extract(
     on_ray: Annotated[bool, typer.Option("--on-ray", help="spread over the running Ray cluster")] = False,
 ) -> None:
     """Turns full fine-tuning into a LoRA adapter: truncated SVD of tuned - base, tensor by tensor, with a report."""
-    import readapt.extract
     from cluster.checkpoints import open_checkpoint
-    from readapt.extract_report import adapters_table, read_report
-    from readapt.extract_verify import read_rows, verify_into_report
+    from readapt.extraction import extract as extraction
+    from readapt.extraction.report import adapters_table, read_report
+    from readapt.extraction.verify import read_rows, verify_into_report
     from readapt.spectra import rules_of
 
-    settings = readapt.extract.Settings(
-        rules_of(rank or [], energy, knee, budget), max_rank, include, exclude, dtype=dtype
-    )
+    settings = extraction.Settings(rules_of(rank or [], energy, knee, budget), max_rank, include, exclude, dtype=dtype)
     if verify is not None:
         read_rows(verify)  # bad ones are told before the work, not after it
     checkpoints = open_checkpoint(base.resolve()), open_checkpoint(tuned.resolve())
     with Progress(console=console) as progress:
         bar = progress.add_task("tensors")
-        done = readapt.extract.extract(
+        done = extraction.extract(
             *checkpoints,
             out.resolve(),
             settings,
@@ -227,8 +225,8 @@ def continual(
     """Teaches an adapter new classes without the rows of the old ones: a new version, a candidate with lineage."""
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
-    from readapt.continual import Method, contrast, distilling, released_code
-    from readapt.continual_stage import NextStage, add_stage
+    from readapt.continual.learn import Method, contrast, distilling, released_code
+    from readapt.continual.stage import NextStage, add_stage
 
     loaded = load_fleet(fleet)
     registry, blobs = open_registry(loaded), open_blobs(loaded)

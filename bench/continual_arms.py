@@ -8,7 +8,7 @@ sequential_masked  the same with the method's classifier and loss, which leaves 
 method             SD-LoRA as in the paper (arXiv 2501.13198), but for an encoder's classes, which start at their means
 method_linear      SD-LoRA with the paper's plain linear classifier
 released_code      its authors' code: other norms, the fresh direction not normalised, magnitudes restarted, SGD
-contrast           ours: the method, with new directions that look at what is new in the inputs (see readapt.moments)
+contrast           ours: the method, with new directions that look at what is new in the inputs (`moments`)
 rank_reduction     the method, with fewer ranks for later stages
 distillation       the method, with directions that start as the first one and are dropped if the older ones can do
 oracle             one LoRA for each stage, and the stage is told
@@ -23,8 +23,8 @@ from typing import Any
 
 from bench.continual_subjects import Subject
 from cluster.adapter_files import Adapter
-from readapt.continual import Method, contrast, descend, distilling, learn_stage, released_code, shuffled
-from readapt.directions import Decoupled, Decoupling, DirectionWeights, fold
+from readapt.continual.directions import Decoupled, Decoupling, DirectionWeights, fold
+from readapt.continual.learn import Method, contrast, descend, distilling, learn_stage, released_code, shuffled
 from readapt.lora import blank
 
 PLAIN = Decoupling(is_fresh_unit=False)

@@ -1,7 +1,7 @@
 """The settings of the continual benchmark, chosen on validation rows."""
 
 from bench.continual_arms import Settings
-from readapt.continual import Method
+from readapt.continual.learn import Method
 
 RANKS = ((0, 10), (1, 6), (2, 4))
 """Rank reduction to 48 % of the method's ranks over ten stages, 60 % over four; the paper's own keeps 84 % of ten."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cluster.errors import NotFoundError
-from readapt.continual import Learner
-from readapt.continual_encoder import GrowingClassifier, SentenceEncoder
-from readapt.continual_writer import LabelWriter, Rivals, exact_points, labels_in
+from readapt.continual.encoder import GrowingClassifier, SentenceEncoder
+from readapt.continual.learn import Learner
+from readapt.continual.writer import LabelWriter, Rivals, exact_points, labels_in
 from readapt.data import Row, encoder_for, load_rows
 from readapt.lora import linear_shapes, load_base
 

@@ -52,7 +52,7 @@ def main(base: Path, tuned: Path, out: Path, rank: int) -> None:
     import transformers.pytorch_utils  # noqa: F401
 
     from cluster.checkpoints import open_checkpoint
-    from readapt.extract import Settings, extract
+    from readapt.extraction.extract import Settings, extract
     from readapt.spectra import EnergyShare, FixedRank
 
     torch.set_num_threads(1)

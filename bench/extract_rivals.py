@@ -125,7 +125,7 @@ def likeness(base: Path, tuned: Path, adapters: Mapping[str, Path], data: Path) 
     """KL and agreement with the tuned model, of each adapter loaded by PEFT."""
     from peft import PeftModel
 
-    from readapt.extract_verify import compare, encode_rows
+    from readapt.extraction.verify import compare, encode_rows
     from readapt.lora import load_base
 
     reference, found = load_base(tuned), {}

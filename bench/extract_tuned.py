@@ -22,10 +22,10 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import ServingConfig
 from readapt.data import Encoder, Row, collate, encoder_for
 from readapt.evaluate import Evaluator
-from readapt.extract import Settings, extract
-from readapt.extract_files import Extraction
-from readapt.extract_report import read_report
-from readapt.extract_verify import verify_into_report
+from readapt.extraction.extract import Settings, extract
+from readapt.extraction.files import Extraction
+from readapt.extraction.report import read_report
+from readapt.extraction.verify import verify_into_report
 from readapt.lora import load_base
 from readapt.spectra import Budget, EnergyShare, FixedRank, Knee, Rule
 from serving.engine import Engine

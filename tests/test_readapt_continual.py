@@ -15,12 +15,8 @@ from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError,
 from cluster.fleet import open_blobs
 from cluster.registry import Registry, Status
 from cluster.rollout import Rollout
-from readapt.continual import RANK_REDUCTION, Method, contrast, learn_stage, released_code
-from readapt.continual_stage import NextStage, add_stage
-from readapt.continual_writer import LabelWriter, Rivals, encode_labels, exact_points, labels_in
-from readapt.data import Row, Task, encoder_for, load_rows
-from readapt.direction_files import load_directions, save_directions
-from readapt.directions import (
+from readapt.continual.direction_files import load_directions, save_directions
+from readapt.continual.directions import (
     Decoupled,
     Decoupling,
     DirectionWeights,
@@ -29,8 +25,12 @@ from readapt.directions import (
     gram,
     norm_of,
 )
+from readapt.continual.learn import RANK_REDUCTION, Method, contrast, learn_stage, released_code
+from readapt.continual.moments import contrasting, input_moments, with_moments
+from readapt.continual.stage import NextStage, add_stage
+from readapt.continual.writer import LabelWriter, Rivals, encode_labels, exact_points, labels_in
+from readapt.data import Row, Task, encoder_for, load_rows
 from readapt.lora import attach, blank, linear_shapes, load_base
-from readapt.moments import contrasting, input_moments, with_moments
 from serving.engine import Engine
 from serving.request import AdapterRef, Request, SamplingParams
 from tests.fleets import make_fleet, registered

@@ -12,10 +12,10 @@ from bench.continual_arms import run_arm
 from bench.continual_settings import settings_for
 from bench.continual_subjects import EncoderSubject, TaskRows
 from cluster.errors import InvalidCheckpointError
-from readapt.continual import Method, learn_stage
-from readapt.continual_encoder import GrowingClassifier, SentenceEncoder
+from readapt.continual.directions import Decoupled, DirectionWeights
+from readapt.continual.encoder import GrowingClassifier, SentenceEncoder
+from readapt.continual.learn import Method, learn_stage
 from readapt.data import Row
-from readapt.directions import Decoupled, DirectionWeights
 from tests.worlds import make_tokenizer
 
 STAGES = [

@@ -8,8 +8,8 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
-from readapt.direction_files import load_directions, save_directions
-from readapt.directions import (
+from readapt.continual.direction_files import load_directions, save_directions
+from readapt.continual.directions import (
     Decoupled,
     Decoupling,
     DirectionWeights,

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import ConfigError, ConflictError, InvalidCheckpointError, StorageError
-from readapt.extract import Settings, extract
-from readapt.extract_files import Extraction, Status, apply_remainder
+from readapt.extraction.extract import Settings, extract
+from readapt.extraction.files import Extraction, Status, apply_remainder
 from readapt.spectra import Budget, EnergyShare, FixedRank, Knee
 
 TEXT = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}

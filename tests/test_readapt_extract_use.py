@@ -17,9 +17,9 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import ServingConfig
 from cluster.errors import InvalidCheckpointError, InvalidDataError
 from cluster.on_ray import LocalCluster, connect
-from readapt.extract import Settings, extract
-from readapt.extract_files import Extraction
-from readapt.extract_verify import verify
+from readapt.extraction.extract import Settings, extract
+from readapt.extraction.files import Extraction
+from readapt.extraction.verify import verify
 from readapt.spectra import EnergyShare, FixedRank
 from serving.engine import Engine
 from serving.request import AdapterRef, Request, SamplingParams

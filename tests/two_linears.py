@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cluster.adapter_files import Adapter
-from readapt.directions import Decoupled, decouple
+from readapt.continual.directions import Decoupled, decouple
 from tests.readapt_worlds import random_factors
 
 SHAPES = {"one": (7, 5), "two": (6, 7)}

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluster.errors import InvalidDataError
-from readapt.anatomy import Kind, Place
 from readapt.data import Encoded, Row, collate, encoder_for
-from readapt.extract_files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
-from readapt.extract_report import read_report, write_report
+from readapt.extraction.anatomy import Kind, Place
+from readapt.extraction.files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
+from readapt.extraction.report import read_report, write_report
 from readapt.lora import load_base
 
 MAX_ROWS, MAX_TOKENS, BATCH_ROWS = 128, 512, 8

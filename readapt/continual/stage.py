@@ -17,11 +17,11 @@ from cluster.config import Fleet
 from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, NotFoundError
 from cluster.names import check_name
 from cluster.registry import Registry, Status, Version
-from readapt.continual import Method, learn_stage, remember
-from readapt.continual_writer import LabelWriter, encode_labels, exact_points
+from readapt.continual.direction_files import has_directions, load_directions, save_directions
+from readapt.continual.directions import Decoupled, decouple, fold
+from readapt.continual.learn import Method, learn_stage, remember
+from readapt.continual.writer import LabelWriter, encode_labels, exact_points
 from readapt.data import Encoded, Encoder, Row, encoder_for, load_rows
-from readapt.direction_files import has_directions, load_directions, save_directions
-from readapt.directions import Decoupled, decouple, fold
 from readapt.evaluate import golden
 from readapt.fuse import Fusion
 from readapt.lora import attach, load_base

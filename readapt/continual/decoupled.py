@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter
-from readapt.continual import MAX_GRADIENT_NORM, shuffled
+from readapt.continual.directions import Decoupled, DirectionWeights, decoupled_start, fold
+from readapt.continual.learn import MAX_GRADIENT_NORM, shuffled
 from readapt.data import Encoded, collate
-from readapt.directions import Decoupled, DirectionWeights, decoupled_start, fold
 from readapt.evaluate import Evaluation, Verdict, label_logits
 from readapt.lora import attach, blank
 from readapt.schedule import learning_rate

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cluster.checkpoints import Checkpoint
 from cluster.errors import InvalidCheckpointError
-from readapt.anatomy import Anatomy, Kind, Place, anatomy_of
+from readapt.extraction.anatomy import Anatomy, Kind, Place, anatomy_of
 
 _NO_MATRIX = "it is no weight matrix of a module that an adapter can change"
 

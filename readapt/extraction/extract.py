@@ -22,10 +22,10 @@ from torch import Tensor
 
 from cluster.checkpoints import Checkpoint
 from cluster.errors import ConfigError, ConflictError, InvalidCheckpointError, StorageError
-from readapt.anatomy import Anatomy, Kind, anatomy_of
-from readapt.extract_files import Extraction, Part, Status, read_part, write_adapter, write_part, write_remainder
-from readapt.extract_plan import TensorJob, plan_jobs
-from readapt.extract_report import report_of, write_report
+from readapt.extraction.anatomy import Anatomy, Kind, anatomy_of
+from readapt.extraction.files import Extraction, Part, Status, read_part, write_adapter, write_part, write_remainder
+from readapt.extraction.plan import TensorJob, plan_jobs
+from readapt.extraction.report import report_of, write_report
 from readapt.spectra import EnergyShare, Rule
 from readapt.svd import decompose, squared_norm
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
-from readapt.directions import Decoupled
+from readapt.continual.directions import Decoupled
 
 _WEIGHTS = "directions.safetensors"
 _MAGNITUDES = "directions.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from readapt.extract_files import REMAINDER, WEIGHTS, Extraction, Part, Status
+from readapt.extraction.files import REMAINDER, WEIGHTS, Extraction, Part, Status
 
 REPORT, PLOT = "extraction.json", "spectrum.png"
 _MAX_CURVES = 400  # more lines than this only blacken the plot

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import TrainingError
-from readapt.directions import PAPER, Decoupled, Decoupling, DirectionWeights, distil, restarted
+from readapt.continual.directions import PAPER, Decoupled, Decoupling, DirectionWeights, distil, restarted
+from readapt.continual.moments import contrasting, input_moments, with_moments
 from readapt.lora import blank
-from readapt.moments import contrasting, input_moments, with_moments
 from readapt.schedule import learning_rate
 
 MAX_GRADIENT_NORM = 1.0

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from readapt.anatomy import Anatomy, Kind, Place
+from readapt.extraction.anatomy import Anatomy, Kind, Place
 from readapt.spectra import Spectrum
 
 REMAINDER = "remainder.safetensors"
