@@ -1,4 +1,8 @@
-"""The settings of the continual benchmark, chosen on validation rows."""
+"""The settings of the continual benchmark.
+
+The learning rates and the encoder's head were compared on validation rows; steps, batch, ranks and the threshold of
+distillation were chosen for their cost, and have not been tuned.
+"""
 
 from bench.continual_arms import Settings
 from readapt.continual.learn import Method
