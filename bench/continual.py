@@ -1,8 +1,8 @@
 """Class-incremental learning measured: `relora bench continual`. JSON, and a table with the targets.
 
 Two streams: the ten domains of 15 intents of CLINC150, and four data sets one after the other. Two subjects: a real
-pre-trained encoder with a growing classifier, and a causal LM that writes labels. The arms are in `continual_arms`, their
-settings in `continual_settings`; what is reported is on test rows.
+pre-trained encoder with a growing classifier, and a causal LM that writes labels. The arms are in `continual_arms`,
+their settings in `continual_settings`; what is reported is on test rows.
 """
 
 import json
