@@ -1,7 +1,8 @@
 """Times the kernels against their twins: `python -m bench.kernels [--device cuda] [--out kernels.json]`.
 
 Every case is first compared with the twin and not timed if it differs. `base_us` is the dense product that the LoRA
-operations ride on (x @ W), for scale. Times are medians. Adapters and pages are scattered over an arena that is larger
+operations ride on (x @ W), for scale; where the operation is not LoRA, there is none. Times are medians. `--torch`
+times the CPU path without its compiled kernels. Adapters and pages are scattered over an arena that is larger
 than they are, and each repetition uses other ones of it, so that caches flatter nobody.
 
 Shape letters: T tokens, D in, F out, K key/value heads, H head dim.
@@ -46,11 +47,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--torch", action="store_true", help="not the compiled kernels of a CPU")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = run(options.device, DTYPES[options.dtype], options.repeats)
+    ops = ops_for(options.device, is_compiled=not options.torch)
+    results = run(ops, options.device, DTYPES[options.dtype], options.repeats)
     _print(results, f"{options.device} {options.dtype}, {options.threads} threads, torch {torch.__version__}")
     if options.out:
         facts = {**vars(options), "out": str(options.out), "torch": torch.__version__, "machine": platform.processor()}
@@ -59,10 +62,10 @@ def main() -> None:
         )
 
 
-def run(device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
+def run(ops: Ops, device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
     """All cases on one device."""
     torch.manual_seed(0)
-    timer = _Timer(ops_for(device), device, dtype, repeats)
+    timer = _Timer(ops, device, dtype, repeats)
     lora = [
         timer.lora(num_tokens, num_adapters, width)
         for width in (192, 2048)
@@ -73,8 +76,12 @@ def run(device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
         timer.attention([1] * 32, [256] * 32),
         timer.attention([1] * 32, [32] * 31 + [2000]),
         timer.attention([256, 1, 1], [256] * 3),
+        timer.attention([256], [2000]),
     ]
-    return [*lora, *attention, timer.store()]
+    rows = [timer.norm(num_tokens) for num_tokens in (8, 256)]
+    rows += [timer.rotate(num_tokens) for num_tokens in (8, 256)]
+    rows += [timer.gate(num_tokens) for num_tokens in (8, 256)]
+    return [*lora, *attention, timer.store(), *rows]
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,29 @@ class _Timer:
 
         return Result("store_kv T=32", *self._compare(store, slots), None)
 
+    def norm(self, num_tokens: int) -> Result:
+        """RMSNorm of 768 numbers a token."""
+        xs, weight_D = [self._randn(num_tokens, 768) for _ in range(NUM_COPIES)], self._randn(768)
+        return Result(
+            f"rms_norm T={num_tokens}", *self._compare(lambda ops, x: ops.rms_norm(x, weight_D, 1e-5), xs), None
+        )
+
+    def rotate(self, num_tokens: int) -> Result:
+        """12 query and 4 key heads of 64."""
+        xs = [self._randn(num_tokens, 16, 64) for _ in range(NUM_COPIES)]
+        cos_TC = sin_TC = torch.full((num_tokens, 32), 0.5**0.5, device=self.device, dtype=self.dtype)
+
+        def rotate(ops: Any, x_TNH: Tensor) -> Tensor:
+            ops.rotate(x_TNH, cos_TC, sin_TC)
+            return x_TNH
+
+        return Result(f"rotate T={num_tokens}", *self._compare(rotate, xs), None)
+
+    def gate(self, num_tokens: int) -> Result:
+        """A gated unit of width 2048."""
+        xs = [self._randn(num_tokens, 4096) for _ in range(NUM_COPIES)]
+        return Result(f"silu_mul T={num_tokens}", *self._compare(lambda ops, x: ops.silu_mul(x), xs), None)
+
     def _adapters(self, num_tokens: int, num_adapters: int, width: int, num_modules: int) -> tuple[Tensor, LoraGroup]:
         ranks = [8 if s % 2 else 16 for s in range(num_adapters)]
         num_rows = 2 * sum(ranks)
@@ -150,7 +180,10 @@ class _Timer:
 
     def _compare(self, function: Callable[[Any, Any], Tensor], copies: list[Any]) -> tuple[float, float]:
         for copy in copies:
-            expected, actual = function(reference, copy).clone(), function(self.ops, copy)
+            if isinstance(copy, Tensor):  # some operations change it
+                expected, actual = function(reference, copy.clone()), function(self.ops, copy.clone())
+            else:
+                expected, actual = function(reference, copy).clone(), function(self.ops, copy)
             tolerance = 1e-4 if self.dtype == torch.float32 else 3e-2
             torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
         twin_us = _median_us(lambda copy: function(reference, copy), copies, max(3, self.repeats // 10))

@@ -130,6 +130,36 @@ def paged_attention(
     return out_TNH
 
 
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm of each row (arXiv 1910.07467), rounded before the weight is applied, as transformers does.
+
+    Semantics: `out[t] = weight * (x[t] / sqrt(mean(x[t] ** 2) + eps))`. Returns a new tensor in x's dtype.
+    """
+    x = x_TD.float()
+    return weight_D * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()).to(x_TD.dtype)
+
+
+def rotate(x_TNH: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
+    """Turn each pair of each head by its token's angles, in place: rotary position embedding (arXiv 2104.09864).
+
+    Semantics: with C = H / 2, x[i] becomes `x[i] cos[i] - x[i + C] sin[i]`, x[i + C] `x[i + C] cos[i] + x[i] sin[i]`.
+
+    x_TNH: the heads of a token side by side; may be a slice of a projection's output.
+    """
+    first, second = x_TNH.float().chunk(2, -1)
+    cos, sin = cos_TC[:, None].float(), sin_TC[:, None].float()
+    x_TNH.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], -1))
+
+
+def silu_mul(gate_up_TF: Tensor) -> Tensor:
+    """The gated unit of each row (SwiGLU, arXiv 2002.05202): `silu(gate) * up`, whose columns are side by side.
+
+    Returns [T, F / 2] in the same dtype.
+    """
+    gate_TF, up_TF = gate_up_TF.float().chunk(2, -1)
+    return (gate_TF * gate_TF.sigmoid() * up_TF).to(gate_up_TF.dtype)
+
+
 def _each_segment(segments: LoraSegments) -> Iterator[tuple[slice, int, int, float]]:
     starts = segments.token_starts.tolist()
     columns = zip(segments.ranks.tolist(), segments.table_starts.tolist(), segments.scalings.tolist(), strict=True)

@@ -8,6 +8,7 @@ The arena is one flat tensor of equal pages shared by KV cache and adapter weigh
 elements) or of `lora_b` transposed (F elements) never straddles a page, so one element offset says where it is.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,6 +90,11 @@ class LoraGroup:
         """Whether any adapter of any module is a DoRA."""
         return any(module.gain_rows is not None for module in self.modules)
 
+    @cached_property
+    def addresses(self) -> "GroupAddresses":
+        """Where the tables lie, for compiled code on a CPU."""
+        return GroupAddresses.of(self)
+
     # What follows is worked out once for all who ask: it takes longer than the products of a decode.
 
     @cached_property
@@ -141,6 +147,30 @@ class LoraGroup:
         tokens = [module.ranks[self.token_segments].nonzero()[:, 0] for module in self.modules]
         pairs = zip(tokens, self.b_rows_by_segment, strict=True)
         return tuple(OutputRows(_as_slice(own), rows_SR[self.token_segments[own]]) for own, rows_SR in pairs)
+
+
+class GroupAddresses(NamedTuple):
+    """A group as `cpu_ops.cpp` reads it: the address of its struct, and the arrays that it and its modules lie in."""
+
+    group: int
+    arrays: tuple["array[int]", "array[int]"]
+
+    @classmethod
+    def of(cls, group: LoraGroup) -> "GroupAddresses":
+        """Write the structs Group and Module; they point into the group's tensors, which have to live as long."""
+        out_columns = accumulate(group.widths[:-1], initial=0)
+        modules = array("q")
+        for module, h_column, out_column, width in zip(
+            group.modules, group.columns, out_columns, group.widths, strict=True
+        ):
+            assert module.a_rows.is_contiguous()
+            assert module.b_rows.is_contiguous()
+            for column in (module.ranks, module.scalings, module.table_starts):
+                modules.extend((column.data_ptr(), column.stride(0)))
+            modules.extend((module.a_rows.data_ptr(), module.b_rows.data_ptr(), h_column, out_column, width))
+        starts = group.modules[0].token_starts
+        whole = array("q", [starts.data_ptr(), group.num_segments, modules.buffer_info()[0], len(group.modules)])
+        return cls(whole.buffer_info()[0], (whole, modules))
 
 
 class InputRows(NamedTuple):

@@ -15,8 +15,8 @@ _HEAD = "lm_head.weight"
 _RECOMPUTED = "rotary_emb.inv_freq"  # old checkpoints carry these buffers
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device) -> CausalLM:
-    """Load a model to a device, converted to `dtype`.
+def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device, *, is_compiled: bool = False) -> CausalLM:
+    """Load a model to a device, converted to `dtype`; `is_compiled` asks for compiled kernels where a CPU has them.
 
     Raises InvalidCheckpointError naming the file, architecture, option or tensor that cannot be used: missing, of
     another shape, or one that the architecture has no place for (its outputs would be silently wrong without).
@@ -25,7 +25,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device) -> 
     config = read_model_config(checkpoint.config)
     # A head in the file counts even where the config ties it to the embedding: it may have been trained apart.
     config = replace(config, is_tied=config.is_tied and _HEAD not in checkpoint.names())
-    model = CausalLM(config, dtype, torch.device(device))
+    model = CausalLM(config, dtype, torch.device(device), is_compiled=is_compiled)
     parameters = model.parameters()
     _check_names(checkpoint, parameters)
     for name, parameter in parameters.items():
@@ -35,6 +35,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device) -> 
                 f"{folder}: tensor {name!r} has shape {shape}; config.json asks for {tuple(parameter.shape)}."
             )
         parameter.copy_(checkpoint.load(name))
+    model.pack()
     return model
 
 

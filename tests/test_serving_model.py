@@ -19,7 +19,8 @@ from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidCheckpointError
 from serving.batch import Batch, LoraBatch
-from serving.model import MODULE_KINDS, CausalLM
+from serving.layers import MODULE_KINDS
+from serving.model import CausalLM
 from serving.model_config import read_model_config
 from serving.rope import rope_tables
 from serving.weights import load_model
@@ -40,7 +41,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
     "llama-tied-mha": ("LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
-    "llama-biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "llama-biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama-linear": ("LlamaForCausalLM", {"rope_parameters": LINEAR}),
     "llama-llama3": ("LlamaForCausalLM", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-3}),
     "llama-yarn": ("LlamaForCausalLM", {"rope_parameters": YARN, "head_dim": 14}),
@@ -48,17 +49,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-no-window": ("MistralForCausalLM", {"sliding_window": None}),
     "qwen2": ("Qwen2ForCausalLM", {"sliding_window": 5, "tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 18, "num_key_value_heads": 3}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "num_key_value_heads": 3}),
     "qwen3-layer-types": (
         "Qwen3ForCausalLM",
         {
             "attention_bias": True,
+            "head_dim": 18,
             "use_sliding_window": True,
             "sliding_window": 5,
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
 }
+compiled_or_not = pytest.mark.parametrize("is_compiled", [False, True], ids=["torch", "compiled"])
 ARCHITECTURES = ("llama", "mistral-window", "qwen2-window", "qwen3")
 
 
@@ -113,8 +116,8 @@ class Stream:
 class World:
     """A model with an arena full of NaN, and a minimal stand-in for cache and scheduler that places things in it."""
 
-    def __init__(self, folder: Path, adapters: Sequence[Adapter] = ()):
-        self.model = load_model(folder, torch.float32, "cpu")
+    def __init__(self, folder: Path, adapters: Sequence[Adapter] = (), is_compiled: bool = False):
+        self.model = load_model(folder, torch.float32, "cpu", is_compiled=is_compiled)
         self.page_elements = self.model.num_layers * 2 * PAGE_TOKENS * self.model.num_kv_heads * self.model.head_dim
         self.arena = torch.full((NUM_PAGES * self.page_elements,), float("nan"))
         order = torch.randperm(NUM_PAGES // 2, generator=torch.Generator().manual_seed(2))
@@ -199,18 +202,20 @@ def assert_same(ours: Tensor, reference: Tensor) -> None:
     assert torch.equal(ours.argmax(-1), reference.argmax(-1))
 
 
+@compiled_or_not
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_prefill_in_one_step_equals_transformers(checkpoints, variant: str):
+def test_prefill_in_one_step_equals_transformers(checkpoints, variant: str, is_compiled: bool):
     tokens = random_tokens(29)
-    logits = World(checkpoints(variant)).run([(Stream(tokens), 0, 29)], every_row=True)
+    logits = World(checkpoints(variant), is_compiled=is_compiled).run([(Stream(tokens), 0, 29)], every_row=True)
     assert_same(logits, reference_logits(hugging_face(checkpoints(variant)), tokens))
 
 
+@compiled_or_not
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_chunked_prefill_and_decode_equal_transformers(checkpoints, variant: str):
+def test_chunked_prefill_and_decode_equal_transformers(checkpoints, variant: str, is_compiled: bool):
     """Chunks that end inside and at the end of a page, then token by token; earlier KV comes from the pages."""
     tokens = random_tokens(31, seed=1)
-    world, stream = World(checkpoints(variant)), Stream(tokens)
+    world, stream = World(checkpoints(variant), is_compiled=is_compiled), Stream(tokens)
     borders = [0, 3, 8, 9, 21, *range(22, 32)]
     logits = [world.run([(stream, start, end)]) for start, end in pairwise(borders)]
     reference = reference_logits(hugging_face(checkpoints(variant)), tokens)
@@ -232,12 +237,13 @@ def make_adapters(folder: Path, checkpoint: Path) -> list[Adapter]:
     return [load_adapter(path) for path in paths]
 
 
+@compiled_or_not
 @pytest.mark.parametrize("variant", ARCHITECTURES)
-def test_mixed_batches_equal_merged_models(checkpoints, tmp_path: Path, variant: str):
+def test_mixed_batches_equal_merged_models(checkpoints, tmp_path: Path, variant: str, is_compiled: bool):
     """Several sequences, adapters and none, prefill chunks and decode in the same steps."""
     folder = checkpoints(variant)
     adapters = make_adapters(tmp_path, folder)
-    world = World(folder, adapters)
+    world = World(folder, adapters, is_compiled)
     streams = [Stream(random_tokens(12 + 3 * i, seed=i), adapter) for i, adapter in enumerate((0, 0, 1, 2, None, None))]
     steps = [
         [(streams[0], 0, 9), (streams[2], 0, 1), (streams[4], 0, 13)],
@@ -259,10 +265,11 @@ def test_adapters_change_the_outputs(checkpoints, tmp_path: Path):
     assert all((one != base).float().mean() > 0.3 for one in adapted)
 
 
-def test_a_poisoned_adapter_hurts_only_its_own_rows(checkpoints, tmp_path: Path):
+@compiled_or_not
+def test_a_poisoned_adapter_hurts_only_its_own_rows(checkpoints, tmp_path: Path, is_compiled: bool):
     adapters = make_adapters(tmp_path, checkpoints("llama"))
     next(iter(adapters[1].factors.values())).a_RD[0, 0] = float("nan")
-    world = World(checkpoints("llama"), adapters)
+    world = World(checkpoints("llama"), adapters, is_compiled)
     streams = [Stream(random_tokens(10, seed=i), adapter) for i, adapter in enumerate((0, 1, 2, None))]
     logits = world.run([(stream, 0, 10) for stream in streams])
     assert logits.isnan().any(-1).tolist() == [False, True, False, False]
@@ -274,13 +281,13 @@ def test_module_index_and_shapes(checkpoints):
     model = load_model(checkpoints("qwen3"), torch.float32, "cpu")
     paths = list(model.linear_shapes)
     assert [path.rsplit(".", 1)[1] for path in paths] == list(MODULE_KINDS) * model.num_layers
-    assert model.linear_shapes["model.layers.1.self_attn.k_proj"] == (3 * 18, 60)
+    assert model.linear_shapes["model.layers.1.self_attn.k_proj"] == (3 * 32, 60)
     assert model.linear_shapes["model.layers.0.mlp.down_proj"] == (60, 92)
     assert model.target_shapes == open_checkpoint(checkpoints("qwen3")).adaptable_shapes()
     assert list(model.target_shapes)[len(paths) :] == ["model.embed_tokens", "lm_head"]
     assert (model.target_shapes["model.embed_tokens"], model.target_shapes["lm_head"]) == ((60, 261), (261, 60))
     assert {path: tuple(weight.shape) for path, weight in model.target_weights().items()} == model.target_shapes
-    assert (model.num_layers, model.num_kv_heads, model.head_dim) == (2, 3, 18)
+    assert (model.num_layers, model.num_kv_heads, model.head_dim) == (2, 3, 32)
     assert (model.vocab_size, model.max_position) == (261, 512)
 
 

@@ -1,0 +1,244 @@
+"""The operations of `cpu_ops.cpp`: same names, signatures and meaning as `kernels.reference`.
+
+Compiled once for each version of the source into a folder of the user's, and only when asked for. What the C++ does not
+do (float16, heads of odd sizes) goes to `kernels.cpu`.
+
+Shape letters: T tokens, D in, F out, R rank, P pages, L layers, K key/value heads, N query heads (in `q_TNH`) or
+sequences, H head dim, C = H / 2 frequencies, B blocks.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from array import array
+from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import cpu, pointwise
+from kernels.segments import LoraGroup
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("cpu_ops.cpp")
+_CACHE = Path(".cache") / "relora"  # in the user's home
+_COMMAND = ("c++", "-std=c++17", "-O3", "-march=x86-64-v4", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared")
+_COMPILE_TIMEOUT_S = 300
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_HEAD_DIMS = (16, 32, 48, 64, 96, 128)
+_ARGUMENTS = {
+    "lora_shrink": (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int),
+    "lora_expand": (c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int),
+    "paged_attention": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_int),
+    "store_kv": (
+        *(c_int64, c_void_p, c_int64, c_void_p, c_int64),
+        *(c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64),
+    ),
+    "rms_norm": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_float),
+    "rotate": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+    "silu_mul": (c_int, c_void_p, c_int64, c_void_p, c_int64, c_int64),
+}
+
+
+def load_native(cache: Path | None = None) -> "NativeOps | None":
+    """The compiled operations; None, with a line in the log, where the CPU or the machine does not have what it takes.
+
+    The first call takes some seconds for the compiler; its result is kept in `cache`, by default in the user's home.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    version = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_COMMAND).encode()).hexdigest()[:16]
+    library = (cache or Path.home() / _CACHE) / f"cpu_ops-{version}.so"
+    try:
+        if not library.exists():
+            _compile(library)
+        return NativeOps(ctypes.CDLL(str(library)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        log.warning("no compiled CPU kernels, those of torch are slower: %s", detail)
+        return None
+
+
+def _compile(library: Path) -> None:
+    """Compile beside the place and move there, since several processes may do so at once."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [*_COMMAND, "-o", str(made), str(_SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+        os.replace(made, library)
+
+
+class NativeOps:
+    """The operations, on the threads of torch (`torch.set_num_threads`)."""
+
+    def __init__(self, library: ctypes.CDLL):
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        self._c = library
+        self.lora_lookup = cpu.lora_lookup
+        self.dora_scale = cpu.dora_scale
+
+    def lora_shrink(self, x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
+        """Project each token onto its adapter's rows of `lora_a`; see `kernels.reference.lora_shrink`."""
+        is_half = _DTYPES.get(arena.dtype)
+        if is_half is None:
+            return cpu.lora_shrink(x_TD, arena, group)
+        assert x_TD.dtype == arena.dtype
+        assert x_TD.stride(1) == arena.stride(0) == 1
+        h_TR = torch.zeros(x_TD.shape[0], group.num_columns, dtype=torch.float32)
+        self._c.lora_shrink(
+            is_half,
+            group.addresses.group,
+            x_TD.data_ptr(),
+            x_TD.stride(0),
+            x_TD.shape[1],
+            arena.data_ptr(),
+            h_TR.data_ptr(),
+            group.num_columns,
+            torch.get_num_threads(),
+        )
+        return h_TR
+
+    def lora_expand(self, h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
+        """Add each adapter's contribution to `out_TF`, in place; see `kernels.reference.lora_expand`."""
+        is_half, is_out_half = _DTYPES.get(arena.dtype), _DTYPES.get(out_TF.dtype)
+        if is_half is None or is_out_half is None:
+            cpu.lora_expand(h_TR, arena, group, out_TF)
+            return
+        assert is_out_half <= is_half
+        assert h_TR.stride(1) == out_TF.stride(1) == arena.stride(0) == 1
+        self._c.lora_expand(
+            is_half,
+            is_out_half,
+            group.addresses.group,
+            h_TR.data_ptr(),
+            h_TR.stride(0),
+            arena.data_ptr(),
+            out_TF.data_ptr(),
+            out_TF.stride(0),
+            torch.get_num_threads(),
+        )
+
+    def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:
+        """Write this step's keys and values to their pages, in place; see `kernels.reference.store_kv`."""
+        size, strides = kv_pages.itemsize, kv_pages.stride()
+        k_TKH, v_TKH = _rows(k_TKH), _rows(v_TKH)
+        assert k_TKH.dtype == v_TKH.dtype == kv_pages.dtype
+        keys = kv_pages.data_ptr() + layer * strides[1] * size
+        self._c.store_kv(
+            strides[3] * size,
+            k_TKH.data_ptr(),
+            k_TKH.stride(0) * size,
+            v_TKH.data_ptr(),
+            v_TKH.stride(0) * size,
+            keys,
+            keys + strides[2] * size,
+            strides[0] * size,
+            kv_pages.shape[3],
+            slots_T.data_ptr(),
+            slots_T.shape[0],
+        )
+
+    def paged_attention(
+        self,
+        q_TNH: Tensor,
+        kv_pages: Tensor,
+        layer: int,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        block_tables_NB: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        max_query_tokens: int,
+        max_context_tokens: int,
+    ) -> Tensor:
+        """Causal attention over paged keys and values; see `kernels.reference.paged_attention`."""
+        is_half, num_heads, head_dim = _DTYPES.get(q_TNH.dtype), q_TNH.shape[1], q_TNH.shape[2]
+        if is_half is None or head_dim not in _HEAD_DIMS:
+            return cpu.paged_attention(
+                q_TNH,
+                kv_pages,
+                layer,
+                query_starts,
+                context_lens,
+                block_tables_NB,
+                scale=scale,
+                window=window,
+                max_query_tokens=max_query_tokens,
+                max_context_tokens=max_context_tokens,
+            )
+        q_TNH = _rows(q_TNH)
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
+        size, strides = kv_pages.itemsize, kv_pages.stride()
+        keys = kv_pages.data_ptr() + layer * strides[1] * size
+        page_tokens, num_kv_heads = kv_pages.shape[3:5]
+        numbers = (keys, keys + strides[2] * size, strides[0], page_tokens, strides[3], num_kv_heads, head_dim)
+        pages = array("q", numbers)
+        tables = [tensor.data_ptr() for tensor in (query_starts, context_lens, block_tables_NB)]
+        counts = [block_tables_NB.stride(0), len(context_lens), window or 0, num_heads, q_TNH.stride(0)]
+        sequences = array("q", [*tables, *counts])
+        self._c.paged_attention(
+            is_half,
+            sequences.buffer_info()[0],
+            pages.buffer_info()[0],
+            q_TNH.data_ptr(),
+            out_TNH.data_ptr(),
+            scale,
+            torch.get_num_threads(),
+        )
+        return out_TNH
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """RMSNorm of each row; see `kernels.reference.rms_norm`."""
+        is_half = _DTYPES.get(x_TD.dtype)
+        if is_half is None:
+            return pointwise.rms_norm(x_TD, weight_D, eps)
+        num_rows, size = x_TD.shape
+        assert x_TD.stride(1) == 1
+        out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+        self._c.rms_norm(
+            is_half, x_TD.data_ptr(), x_TD.stride(0), weight_D.data_ptr(), out_TD.data_ptr(), num_rows, size, eps
+        )
+        return out_TD
+
+    def rotate(self, x_TNH: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
+        """Turn each pair of each head by its angle, in place; see `kernels.reference.rotate`."""
+        is_half = _DTYPES.get(x_TNH.dtype)
+        if is_half is None:
+            pointwise.rotate(x_TNH, cos_TC, sin_TC)
+            return
+        num_tokens, num_heads, head_dim = x_TNH.shape
+        assert x_TNH.stride()[1:] == (head_dim, 1)
+        self._c.rotate(
+            is_half,
+            x_TNH.data_ptr(),
+            x_TNH.stride(0),
+            cos_TC.data_ptr(),
+            sin_TC.data_ptr(),
+            num_tokens,
+            num_heads,
+            head_dim // 2,
+        )
+
+    def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """The gated unit of each row; see `kernels.reference.silu_mul`."""
+        is_half, num_tokens, size = _DTYPES.get(gate_up_TF.dtype), gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+        if is_half is None:
+            return pointwise.silu_mul(gate_up_TF)
+        assert gate_up_TF.stride(1) == 1
+        out_TF = torch.empty(num_tokens, size, dtype=gate_up_TF.dtype)
+        self._c.silu_mul(is_half, gate_up_TF.data_ptr(), gate_up_TF.stride(0), out_TF.data_ptr(), num_tokens, size)
+        return out_TF
+
+
+def _rows(x_TNH: Tensor) -> Tensor:
+    """The same with each token's heads side by side, as slices of a projection have them; a copy if they are not."""
+    return x_TNH if x_TNH.stride()[1:] == (x_TNH.shape[2], 1) else x_TNH.contiguous()

@@ -1,0 +1,30 @@
+"""Operations on each row by itself, with torch, on any device; same names and meaning as in `kernels.reference`.
+
+Shape letters: T tokens, D hidden size, F gate and up features, N heads, H head dim, C = H / 2 frequencies.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm of each row; see `kernels.reference.rms_norm`."""
+    x = x_TD.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return weight_D * x.to(x_TD.dtype)
+
+
+def rotate(x_TNH: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
+    """Turn each pair of each head by its angle, in place; see `kernels.reference.rotate`."""
+    first_TNC, second_TNC = x_TNH.chunk(2, dim=-1)
+    cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
+    turned_TNC = first_TNC * cos_T1C - second_TNC * sin_T1C
+    second_TNC.mul_(cos_T1C).addcmul_(first_TNC, sin_T1C)
+    first_TNC.copy_(turned_TNC)
+
+
+def silu_mul(gate_up_TF: Tensor) -> Tensor:
+    """The gated unit of each row; see `kernels.reference.silu_mul`."""
+    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+    return silu(gate_TF) * up_TF
