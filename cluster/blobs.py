@@ -60,12 +60,13 @@ class BlobStore:
     def fetch_folder(self, key: str) -> Path:
         """Return a local folder with the blob's content, read-only by agreement; fetched once, then cached.
 
-        NotFoundError when the store has no such blob, StorageError when it is out of reach, the local disk is full, or
-        what arrived is not what the key promises.
+        What is cached is hashed again whenever it is asked for: a disk that was full or rots may cost a fetch, but must
+        not change weights. NotFoundError when the store has no such blob, StorageError when it is out of reach, the
+        local disk is full, or what arrived is not what the key promises.
         """
         _check_key(key)
         cached = self._cache_dir / key
-        if cached.is_dir():
+        if _is_whole(cached, key):
             return cached
         aside = self._cache_dir / f".{key}.{uuid.uuid4().hex}"
         try:
@@ -77,6 +78,7 @@ class BlobStore:
                 _publish(aside, cached)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(_damaged(aside), ignore_errors=True)
         return cached
 
     def exists(self, key: str) -> bool:
@@ -159,7 +161,23 @@ def _check_key(key: str) -> None:
         raise NotFoundError(f"{key[:80]!r} is not a blob key.")
 
 
+def _is_whole(cached: Path, key: str) -> bool:
+    try:
+        return content_hash(cached) == key
+    except StorageError:  # it is not there, or not readable
+        return False
+
+
+def _damaged(aside: Path) -> Path:
+    """Where a damaged folder goes that what was fetched to `aside` replaces."""
+    return aside.with_name(f"{aside.name}.damaged")
+
+
 def _publish(aside: Path, cached: Path) -> None:
+    """Put what was fetched in its place; what is there is damaged, or somebody else has fetched it meanwhile."""
+    if cached.is_dir() and not _is_whole(cached, cached.name):
+        with suppress(OSError):  # somebody else has put it aside
+            os.rename(cached, _damaged(aside))
     try:
         os.rename(aside, cached)
     except OSError:

@@ -8,7 +8,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 from pydantic.dataclasses import dataclass
@@ -33,8 +33,12 @@ def _absolute_path(path: Path, info: ValidationInfo) -> Path:
     return info.context["folder"] / path if info.context else path
 
 
+def _absolute_folder(folder: str, info: ValidationInfo) -> str:
+    return str(_absolute_path(Path(folder), info))
+
+
 def _absolute_blobs(url: str, info: ValidationInfo) -> str:
-    return str(_absolute_path(Path(url), info)) if "://" not in url else url
+    return _absolute_folder(url, info) if "://" not in url else url
 
 
 def _absolute_registry(url: str, info: ValidationInfo) -> str:
@@ -45,6 +49,7 @@ def _absolute_registry(url: str, info: ValidationInfo) -> str:
     return f"{_SQLITE}{_absolute_path(Path(url.removeprefix(_SQLITE)), info)}"
 
 
+Config = TypeVar("Config")
 Name = Annotated[str, AfterValidator(_valid_name)]
 FilePath = Annotated[Path, AfterValidator(_absolute_path)]
 Count = Annotated[int, Field(gt=0)]
@@ -53,7 +58,11 @@ Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-_frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+
+@dataclass_transform(frozen_default=True)
+def _frozen(cls: type[Config]) -> type[Config]:
+    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return cast("type[Config]", dataclass(cls, frozen=True, config=strict))
 
 
 @_frozen
@@ -87,7 +96,10 @@ class ServingConfig:
 
     `max_overtakes` is K of the bound on waiting in `serving.waiting`. `prefix_cache` says between whom KV of common
     prefixes is shared: all, requests of one tenant, or none. `first_token_deadline_s` is for requests that bring none.
-    There, and in `max_queue_per_tenant`, 0 means no limit.
+    There, and in `max_queue_per_tenant`, 0 means no limit. `packed_bytes` bounds the fleet's folder of packed adapters;
+    with 0 none are kept there. `compiled_kernels` has the C++ kernels for CPUs compiled on first use, where there is a
+    compiler and AVX-512. `swap_bytes` of host memory are for the KV of preempted requests; what finds no room there is
+    computed anew.
     """
 
     host: str = "127.0.0.1"
@@ -107,7 +119,10 @@ class ServingConfig:
     adapter_load_timeout_s: Positive = 60.0
     max_rank: Count = 128
     host_cache_bytes: Count = GIB
+    packed_bytes: CountOrZero = 8 * GIB
+    swap_bytes: CountOrZero = 256 * MIB
     threads: Count = 1
+    compiled_kernels: bool = True
     min_replicas: Count = 1
     max_replicas: Count = 1
     target_ongoing_requests: Positive = 32.0
@@ -169,17 +184,28 @@ class TrainConfig:
 class TransplantConfig:
     """The functional transplant: how many training rows it is fitted on, and how.
 
-    `rank` is that of the new adapter, unless the old one has a higher; at most `serving.max_rank`. `ridge` is the
-    penalty as a share of the inputs' mean square; it pulls to the old adapter, or to nothing.
+    As many as come to `tokens_per_width` tokens for each unit of the model's width, at most `rows`. Each module gets
+    the smallest rank that holds `energy` of its map, from the old adapter's up to `rank`. One that misses the gate by
+    far is made again on twice the tokens, with ranks up to `wide_rank`, where this is higher; at most
+    `serving.max_rank`. `ridge` is the penalty as a share of the inputs' mean square; it pulls to the old adapter, or to
+    nothing.
     `match_stream` and `map_head` let it mend the residual stream, and allow for the new head; there to be measured.
     """
 
-    rows: Count = 128
-    rank: Count = 32
+    rows: Count = 1024
+    tokens_per_width: Positive = 12.0
+    rank: Count = 64
+    wide_rank: Count = 128
+    energy: Annotated[float, Field(gt=0, le=1)] = 0.99
     ridge: Annotated[float, Field(ge=1e-5)] = 3e-2
     centre: Literal["old", "zero"] = "old"
     match_stream: bool = True
     map_head: bool = True
+
+    def widened(self) -> "TransplantConfig":
+        """As it is made again after a miss by far."""
+        wider = {"rank": self.wide_rank, "tokens_per_width": 2 * self.tokens_per_width}
+        return TransplantConfig(**{**vars(self), **wider})
 
 
 @_frozen
@@ -188,7 +214,7 @@ class LadderConfig:
 
     "copy", "transplant" and "fused" are starts; "train", after them, goes on from the best; "scratch" begins anew.
     Bases whose weights have a cosine below `min_cosine` are taken for unrelated: then only "scratch" is tried, if
-    allowed.
+    allowed. Below `copy_cosine` (0.999 is a relative change of 4.5 %) the transplant is tried before the copy.
     """
 
     rungs: tuple[Literal["copy", "transplant", "fused", "train", "scratch"], ...] = (
@@ -199,6 +225,7 @@ class LadderConfig:
     )
     stop: Literal["ready", "budget"] = "ready"
     min_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.1
+    copy_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.999
 
 
 @_frozen
@@ -256,12 +283,16 @@ class RolloutConfig:
 
 @_frozen
 class Fleet:
-    """The whole fleet file. `folder` is where it lies; all paths and local URLs in it are absolute once loaded."""
+    """The whole fleet file. `folder` is where it lies; all paths and local URLs in it are absolute once loaded.
+
+    In `packed`, on each machine, engines keep adapters as they map them into memory.
+    """
 
     name: Name
     folder: Path
     registry: Annotated[str, AfterValidator(_absolute_registry), Field(validate_default=True)] = "sqlite:///registry.db"
     blobs: Annotated[str, AfterValidator(_absolute_blobs), Field(validate_default=True)] = "blobs"
+    packed: Annotated[str, AfterValidator(_absolute_folder), Field(validate_default=True)] = ".cache/packed"
     bases: tuple[BaseSpec, ...] = ()
     adapters: tuple[AdapterSpec, ...] = ()
     serving: ServingConfig = ServingConfig()
@@ -317,8 +348,9 @@ def _contradictions(fleet: Fleet) -> Iterator[str]:
     if fleet.serving.max_replicas < fleet.serving.min_replicas:
         yield "serving.max_replicas: Input should be at least serving.min_replicas"
     yield from _impossible_rungs(fleet.readapt.ladder.rungs)
-    if "transplant" in fleet.readapt.ladder.rungs and fleet.readapt.transplant.rank > fleet.serving.max_rank:
-        yield "readapt.transplant.rank: Input should be at most serving.max_rank, or the result cannot be served"
+    for key in ("rank", "wide_rank") if "transplant" in fleet.readapt.ladder.rungs else ():
+        if getattr(fleet.readapt.transplant, key) > fleet.serving.max_rank:
+            yield f"readapt.transplant.{key}: Input should be at most serving.max_rank, or the result cannot be served"
     if fleet.readapt.search.beta_max <= fleet.readapt.search.beta_min:
         yield "readapt.search.beta_max: Input should be greater than readapt.search.beta_min"
 

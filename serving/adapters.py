@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
+from serving.arrival import Arrival, PageCopier
 from serving.eviction import EvictionQueue
 from serving.packing import PackedAdapter
 from serving.pages import PageArena
@@ -27,7 +28,7 @@ class ResidentAdapter:
     """An adapter in the arena: what a batch needs to know of it. Offsets are in elements of the whole arena.
 
     ranks_M: int32; scalings_M: float32; table_starts_M, a_rows_N, b_rows_N: int64; is_dora_M: bool; all on the arena's
-    device.
+    device. `arrival` is None where the rows themselves were there from the beginning.
     """
 
     key: str
@@ -40,6 +41,7 @@ class ResidentAdapter:
     is_dora_M: Tensor
     a_rows_N: Tensor
     b_rows_N: Tensor
+    arrival: Arrival | None = None
 
 
 @dataclass(eq=False)
@@ -68,6 +70,7 @@ class AdapterCache:
         self._arena = arena
         self._evictions = evictions
         self._memory_PE = memory_PE
+        self._copier = PageCopier(memory_PE)
         self._host_cache_bytes = host_cache_bytes
         self._host_bytes = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
@@ -87,6 +90,13 @@ class AdapterCache:
         self._entries[key].is_removed = False
         self._entries.move_to_end(key)
 
+    def replace(self, key: str, packed: PackedAdapter) -> None:
+        """Keep another copy of an adapter instead of the one on the host, if it is still there."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._host_bytes += packed.num_bytes - entry.packed.num_bytes
+            entry.packed = packed
+
     def has(self, key: str) -> bool:
         """Whether new requests may name it."""
         entry = self._entries.get(key)
@@ -101,6 +111,11 @@ class AdapterCache:
     def is_resident(self, key: str) -> bool:
         """Whether it is on the device."""
         return self._entries[key].resident is not None
+
+    def mapped(self, key: str) -> PackedAdapter | None:
+        """The adapter if its next copy reads a mapped file, of which the system may have dropped memory; any thread."""
+        entry = self._entries.get(key)
+        return entry.packed if entry is not None and entry.resident is None and entry.packed.is_mapped else None
 
     def num_pages(self, key: str) -> int:
         """Pages that the adapter takes when resident."""
@@ -187,9 +202,13 @@ class AdapterCache:
             for key, entry in self._entries.items()
         ]
 
+    def residents(self) -> list[ResidentAdapter]:
+        """The adapters on the device."""
+        return [entry.resident for entry in self._entries.values() if entry.resident]
+
     def owned_pages(self) -> list[tuple[int, ...]]:
         """Pages of each resident adapter."""
-        return [entry.resident.pages for entry in self._entries.values() if entry.resident]
+        return [resident.pages for resident in self.residents()]
 
     def check_integrity(self) -> None:
         """Assert that pins, holds, the eviction queue and the byte count agree."""
@@ -202,18 +221,22 @@ class AdapterCache:
         assert (self.num_resident, self.num_pages_used) == (len(sizes), sum(sizes)), "counts of residents drifted"
         assert self._host_bytes == sum(entry.packed.num_bytes for entry in self._entries.values()), "host bytes drifted"
 
-    def _make_host_room(self, packed: PackedAdapter) -> None:
+    def check_size(self, packed: PackedAdapter) -> None:
+        """Raise InvalidAdapterError where an adapter can never fit; any thread may ask."""
         if packed.num_pages > self._arena.num_pages:
             raise InvalidAdapterError(
                 f"the adapter needs {packed.num_pages} pages of memory, the arena has {self._arena.num_pages}: "
                 "raise serving.memory_bytes"
             )
-        limit = self._host_cache_bytes - packed.num_bytes
-        if limit < 0:
+        if packed.num_bytes > self._host_cache_bytes:
             raise InvalidAdapterError(
                 f"the adapter takes {packed.num_bytes} bytes of host memory, more than serving.host_cache_bytes "
                 f"({self._host_cache_bytes})"
             )
+
+    def _make_host_room(self, packed: PackedAdapter) -> None:
+        self.check_size(packed)
+        limit = self._host_cache_bytes - packed.num_bytes
         in_use = sum(entry.packed.num_bytes for entry in self._entries.values() if entry.num_holds)
         if in_use > limit:
             raise OverloadedError(f"adapters in use fill serving.host_cache_bytes ({in_use} bytes)")
@@ -224,9 +247,9 @@ class AdapterCache:
 
     def _copy_in(self, key: str, packed: PackedAdapter) -> ResidentAdapter:
         device, page_elements = self._memory_PE.device, self._memory_PE.shape[1]
-        pages = self._arena.allocate(packed.num_pages)
+        pages = sorted(self._arena.allocate(packed.num_pages))  # those side by side are one copy
         pages_P = torch.tensor(pages, dtype=torch.int64)
-        self._memory_PE[pages_P.to(device)] = packed.blob_PE.to(device)
+        arrival = self._copier.copy(packed, pages)
         self.num_resident += 1
         self.num_pages_used += len(pages)
 
@@ -244,6 +267,7 @@ class AdapterCache:
             is_dora_M=torch.tensor(packed.is_dora, device=device),
             a_rows_N=moved(packed.a_rows_N),
             b_rows_N=moved(packed.b_rows_N),
+            arrival=arrival,
         )
 
     def _evict(self, key: str) -> None:
@@ -254,6 +278,8 @@ class AdapterCache:
         entry = self._entries[key]
         assert entry.resident is not None, f"adapter {key} is evicted but not resident"
         assert entry.num_pins == 0, f"adapter {key} is evicted but pinned"
+        if entry.resident.arrival is not None:
+            entry.resident.arrival.wait()  # or it would overwrite what comes after it
         self._arena.free(entry.resident.pages)
         self.num_resident -= 1
         self.num_pages_used -= len(entry.resident.pages)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.segments import LoraGroup, LoraSegments
+from serving.arrival import Arrival
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class LoraLayout:
         return self.embedding + 1
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """All modules in the order in which a forward pass reads them."""
+        return (self.embedding, *range(self.embedding), self.head)
+
+    @property
     def num_pieces(self) -> int:
         """Pieces of a row of vocabulary size."""
         return -(-self.vocab_size // self.piece_width)
@@ -52,7 +58,8 @@ class LoraBatch:
 
     Column m of the [S, M] tables gives the segments of module m. The row table is the same for all modules, and so are
     the token ranges, but for the head, which sees only the rows whose logits are wanted. `serving.packing` says how an
-    adapter's entries lie in the table, and `kernels.segments.LoraSegments` what the rest means.
+    adapter's entries lie in the table, and `kernels.segments.LoraSegments` what the rest means. `arrivals` are of those
+    adapters whose rows are still coming: whoever reads a module's rows calls `wait_for` first.
     """
 
     layout: LoraLayout
@@ -68,6 +75,13 @@ class LoraBatch:
     has_dora: tuple[bool, ...]  # per module, on the host
     max_tokens: int
     max_samples: int
+    arrivals: tuple[Arrival, ...] = ()
+
+    def wait_for(self, module: int, num_modules: int = 1) -> None:
+        """Let the work that is queued from now on wait for some modules' rows."""
+        for arrival in self.arrivals:
+            for index in range(module, module + num_modules):
+                arrival.wait_for(index)
 
     @cached_property
     def groups(self) -> dict[int, LoraGroup]:

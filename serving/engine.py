@@ -22,20 +22,23 @@ from cluster.errors import (
     OverloadedError,
     ReloraError,
 )
-from serving.adapters import AdapterCache
+from serving.adapters import AdapterCache, ResidentAdapter
+from serving.batch import Batch
 from serving.batching import BatchBuilder
 from serving.eviction import EvictionQueue
 from serving.job import Job, make_job
 from serving.memory import new_memory
 from serving.model import CausalLM
+from serving.packed_files import packing_id
 from serving.packing import PackedAdapter, dora_factors, pack_adapter
 from serving.pages import PageArena
 from serving.prefixes import PrefixCache
 from serving.request import AdapterRef, FinishReason, Request, TokenEvent
 from serving.residency import Residency
-from serving.sampler import Sampled, sample
+from serving.sampler import Samples, sample
 from serving.scheduler import Scheduler
 from serving.sequence import Chunk
+from serving.swap import SwapSpace
 from serving.text import Vocabulary
 from serving.weights import load_model
 
@@ -45,7 +48,10 @@ _STEP_WEIGHT = 0.1  # of the last step in the moving average of their time
 
 
 class Engine:
-    """Not thread-safe, except for `pack` and `has_adapter`. `eos_ids` are the tokens that end a sequence."""
+    """Not thread-safe, except for what any thread may ask of adapters: each such method says so.
+
+    `eos_ids` are the tokens that end a sequence.
+    """
 
     def __init__(
         self,
@@ -68,8 +74,10 @@ class Engine:
         evictions = EvictionQueue(self._arena)
         self._adapters = AdapterCache(self._arena, evictions, self._memory_PE, config.host_cache_bytes)
         self._prefixes = PrefixCache(self._arena, evictions, config.page_tokens)
-        self._scheduler = Scheduler(config, self._arena, self._adapters, self._prefixes, evictions)
-        self._batches = BatchBuilder(config.page_tokens, device, model.lora_layout(page_elements))
+        self._swaps = SwapSpace(self._memory_PE, config.swap_bytes, config.page_tokens)
+        self._scheduler = Scheduler(config, self._arena, self._adapters, self._prefixes, evictions, self._swaps)
+        self._layout = model.lora_layout(page_elements)
+        self._batches = BatchBuilder(config.page_tokens, device, self._layout)
         self._jobs: dict[str, Job] = {}
         self._ended_early: list[TokenEvent] = []
         self._num_tokens = 0
@@ -82,7 +90,8 @@ class Engine:
     def open(cls, folder: Path, config: ServingConfig) -> "Engine":
         """An engine of a Hugging Face checkpoint folder. Raises InvalidCheckpointError and ConfigError."""
         torch.set_num_threads(config.threads)
-        model = load_model(folder, getattr(torch, config.dtype), config.device)
+        dtype = getattr(torch, config.dtype)
+        model = load_model(folder, dtype, config.device, is_compiled=config.compiled_kernels)
         return cls(model, AutoTokenizer.from_pretrained(folder), config, read_eos_ids(folder))
 
     # Requests.
@@ -120,12 +129,14 @@ class Engine:
         events, self._ended_early = self._ended_early, []
         events += self._refuse_overdue()
         chunks = self._scheduler.schedule()
+        batch = None
         if chunks:
             batch = self._batches.build(chunks)
             logits_OV = self._model.forward(batch, self._memory_PE.view(-1), self.config.page_tokens)
             jobs = [self._jobs[chunk.sequence.request.id] for chunk in chunks if chunk.does_sample]
-            events += self._commit(chunks, jobs, sample(logits_OV, [job.sample_row() for job in jobs]))
-        self._book_step(time.perf_counter() - started_at)
+            samples = sample(logits_OV, [None if job.is_plain else job.sample_row() for job in jobs])
+            events += self._commit(chunks, jobs, samples)
+        self._book_step(time.perf_counter() - started_at, batch)
         return events
 
     # Adapters.
@@ -138,7 +149,13 @@ class Engine:
         weights = self._model.target_weights()
         check_base_copies(adapter, weights)
         factors = dora_factors(adapter, weights)
-        return pack_adapter(adapter, tuple(weights), self._memory_PE.shape[1], self._dtype, factors)
+        page_elements = self._memory_PE.shape[1]
+        return pack_adapter(adapter, tuple(weights), page_elements, self._dtype, factors, self._layout.order)
+
+    def packing_id(self) -> str:
+        """A hash of all that decides what `pack` makes of an adapter; reads every weight."""
+        weights, page_elements = self._model.parameters(), self._memory_PE.shape[1]
+        return packing_id(weights, page_elements, self._dtype, self.config.max_rank)
 
     def add_packed(self, ref: AdapterRef, packed: PackedAdapter, load_s: float = 0.0) -> None:
         """Put a packed adapter on the host, where it came from in so many seconds; nothing happens if it is there.
@@ -147,6 +164,14 @@ class Engine:
         """
         self._adapters.add(ref.key, packed, load_s)
 
+    def check_packed(self, packed: PackedAdapter) -> None:
+        """See `AdapterCache.check_size`; any thread may ask."""
+        self._adapters.check_size(packed)
+
+    def replace_packed(self, key: str, packed: PackedAdapter) -> None:
+        """See `AdapterCache.replace`."""
+        self._adapters.replace(key, packed)
+
     def add_adapter(self, ref: AdapterRef, adapter: Adapter) -> None:
         """`pack` and `add_packed`."""
         self.add_packed(ref, self.pack(adapter))
@@ -154,6 +179,10 @@ class Engine:
     def has_adapter(self, key: str) -> bool:
         """Whether requests may name the adapter; any thread may ask."""
         return self._adapters.has(key)
+
+    def mapped_adapter(self, key: str) -> PackedAdapter | None:
+        """See `AdapterCache.mapped`; any thread may ask."""
+        return self._adapters.mapped(key)
 
     def remove_adapter(self, key: str) -> None:
         """Refuse new requests for an adapter; its memory comes back with the last one that was accepted before.
@@ -186,6 +215,9 @@ class Engine:
             "host_bytes": self._adapters.num_host_bytes,
             "tokens_generated": self._num_tokens,
             "preemptions": self._scheduler.num_preemptions,
+            "swap_pages_used": self._swaps.num_pages_used,
+            "swap_pages_out": self._swaps.num_pages_out,
+            "swap_pages_in": self._swaps.num_pages_in,
             "evictions": self._adapters.num_evictions,
             "overdue": self._num_overdue,
             "prefix_tokens": self._prefixes.num_asked_tokens,
@@ -193,6 +225,23 @@ class Engine:
             "steps": self._num_steps,
             "step_seconds": self._step_seconds,
         }
+
+    def memory_waste(self) -> tuple[int, float]:
+        """The pages in use, and how many pages' worth of them is empty: behind last tokens and around adapters' rows.
+
+        In use are the pages of running sequences (one that several share counts once) and of resident adapters. The
+        waste is the second number over the first.
+        """
+        page_elements, num_adapter_pages = self._memory_PE.shape[1], self._adapters.num_pages_used
+        num_pages = self._arena.num_pages - self._arena.num_free - self._prefixes.num_idle
+        rows = sum(map(self._num_row_elements, self._adapters.residents()))
+        slack = self._scheduler.num_slack_tokens * page_elements // self.config.page_tokens
+        return num_pages, num_adapter_pages + (slack - rows) / page_elements
+
+    def _num_row_elements(self, adapter: ResidentAdapter) -> int:
+        shapes = self._model.target_shapes.values()
+        triples = zip(shapes, adapter.ranks, adapter.is_dora, strict=True)
+        return sum(rank * (num_out + num_in) + is_dora * num_out for (num_out, num_in), rank, is_dora in triples)
 
     def check_integrity(self) -> None:
         """Assert that all books agree; for tests."""
@@ -224,31 +273,29 @@ class Engine:
             events.append(TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=error))
         return events
 
-    def _book_step(self, seconds: float) -> None:
+    def _book_step(self, seconds: float, batch: Batch | None) -> None:
+        if batch is not None and batch.max_query_tokens > 1:
+            self._swaps.book_prefill(len(batch.tokens_T), seconds)
         self._num_steps += 1
         self._step_seconds += seconds
         self._recent_step_s += _STEP_WEIGHT * (seconds - self._recent_step_s)
 
-    def _commit(self, chunks: Seq[Chunk], jobs: Seq[Job], picks: Seq[Sampled]) -> list[TokenEvent]:
-        """Book the chunks; `jobs` and `picks` are of those that sample, in order."""
-        remaining = zip(jobs, picks, strict=True)
-        events = []
-        for chunk in chunks:
-            if chunk.does_sample:
-                job, pick = next(remaining)
-                events.append(self._advance(job, chunk, pick) if pick.is_valid else self._fail(job))
-            else:
-                self._scheduler.commit(chunk, None)
+    def _commit(self, chunks: Seq[Chunk], jobs: Seq[Job], samples: Samples) -> list[TokenEvent]:
+        """Book the chunks; `jobs` and `samples` are of those that sample, in order."""
+        is_poisoned = {job.sequence for job, is_valid in zip(jobs, samples.is_valid, strict=True) if not is_valid}
+        events = [self._fail(self._jobs[sequence.request.id]) for sequence in is_poisoned]
+        sound = [chunk for chunk in chunks if chunk.sequence not in is_poisoned] if is_poisoned else chunks
+        tokens = [token for token, is_valid in zip(samples.tokens, samples.is_valid, strict=True) if is_valid]
+        self._scheduler.commit(sound, tokens)
+        self._num_tokens += len(tokens)
+        for row, (job, token, is_valid) in enumerate(zip(jobs, samples.tokens, samples.is_valid, strict=True)):
+            if is_valid:
+                text, reason = job.read(token, len(job.sequence.tokens))
+                logprobs = (samples.logprobs[row],) if row in samples.logprobs else ()
+                events.append(TokenEvent(job.request.id, (token,), text, logprobs, reason))
+                if reason is not None:
+                    self.abort(job.request.id)
         return events
-
-    def _advance(self, job: Job, chunk: Chunk, pick: Sampled) -> TokenEvent:
-        token, request_id = pick.token, job.request.id
-        self._scheduler.commit(chunk, token)
-        self._num_tokens += 1
-        text, reason = job.read(token, len(job.sequence.tokens))
-        if reason is not None:
-            self.abort(request_id)
-        return TokenEvent(request_id, (token,), text, () if pick.logprob is None else (pick.logprob,), reason)
 
     def _fail(self, job: Job) -> TokenEvent:
         """End a request whose logits are not finite. Its batch mates are not touched: no value crosses sequences."""

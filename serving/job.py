@@ -24,9 +24,14 @@ class Job:
     seed: int
     eos_ids: Set[int]
     request: Request = field(init=False)
+    is_plain: bool = field(init=False)  # whether the likeliest token is all that is asked for
+    limit_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.request = self.sequence.request
+        sampling = self.request.sampling
+        self.is_plain = sampling.temperature == 0 and sampling.num_logprobs is None
+        self.limit_tokens = self.sequence.limit_tokens
 
     def read(self, token: int, num_tokens: int) -> tuple[str, FinishReason | None]:
         """The text to show for a token that makes the sequence `num_tokens` long, and if it is the last, why."""
@@ -35,7 +40,7 @@ class Job:
         text = self.text.push(token)
         if self.text.is_stopped:
             return text, FinishReason.STOP
-        if num_tokens >= self.sequence.limit_tokens:
+        if num_tokens >= self.limit_tokens:
             return text + self.text.finish(), FinishReason.LENGTH
         return text, None
 

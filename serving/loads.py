@@ -68,6 +68,11 @@ class Loads:
                 self._start_next()
             return load.future
 
+    @property
+    def num_under_way(self) -> int:
+        """Loads that have not ended and that nobody has given up."""
+        return len(self._loads)
+
     def give_up(self, key: str, future: "Future[None]", waited_s: float) -> None:
         """End a load, if it has not ended, with a StorageError for everyone who waits for it."""
         error = StorageError(f"the adapter's files did not come in {waited_s:g} s")
@@ -78,9 +83,9 @@ class Loads:
             del self._loads[key]
             if load in self._running:
                 self._running.remove(load)
-            else:
+                self._book(key, error)
+            else:  # that it never had its turn says nothing about the adapter
                 self._queued.remove(load)
-            self._book(key, error)
             self._start_next()
         _settle(load.future, error)
 

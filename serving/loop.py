@@ -7,40 +7,52 @@ read on loader threads, so that a cold adapter delays nobody but those who asked
 import asyncio
 import logging
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from cluster.adapter_files import load_adapter
-from cluster.errors import ReloraError, StorageError
+from cluster.errors import OverloadedError, ReloraError, StorageError
 from serving.engine import Engine
 from serving.errors import BackendDiedError
+from serving.loading import AdapterLoader, Loaded
 from serving.loads import Loads
+from serving.packing import PackedAdapter
 from serving.request import AdapterRef, FinishReason, Request, TokenEvent, TokenLogprob
-from serving.residency import Residency
+from serving.residency import Residency, Tier
 
 log = logging.getLogger(__name__)
+
+_MAX_REFUSALS = 4096
 
 Result = TypeVar("Result")
 
 
 class EngineLoop:
-    """Runs an engine on a thread of its own. `start` and `stop` once each; the rest from any event loop."""
+    """Runs an engine on a thread of its own. `start` and `stop` once each; the rest from any event loop.
 
-    def __init__(self, engine: Engine, num_loaders: int = 4):
+    With a `packed_dir`, adapters are kept there as the engine maps them, up to `packed_bytes` of its configuration.
+    """
+
+    def __init__(self, engine: Engine, num_loaders: int = 4, packed_dir: Path | None = None):
         self._engine = engine
+        self._loader = AdapterLoader(engine, packed_dir)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._loads = Loads(num_loaders)
+        self._fetches = Loads(num_loaders)
+        self._reads = Loads(num_loaders)  # of this machine's disk: they do not wait for a store that is slow
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # only the engine thread takes any off
         self._changed = threading.Condition()
         self._is_open = False  # whether commands are taken; guarded by _changed
         self._streams: dict[str, _Stream] = {}  # by request id; the engine thread's own
-        self._stats = engine.stats()
+        self._num_loads = self._num_fetches = 0  # loads of adapters, and those that found no packed file
+        self._coming: set[str] = set()  # adapters that the engine thread has been told of
+        self._refusals: dict[str, OverloadedError] = {}  # why adapters that came are not here; the engine thread's own
+        self._stats = self._gauges()
 
     def start(self) -> None:
         """Start the thread."""
@@ -60,7 +72,7 @@ class EngineLoop:
         return self._is_open and self._thread.is_alive()
 
     def stats(self) -> dict[str, float]:
-        """The engine's figures as of its last step."""
+        """The engine's figures as of its last step, and how many adapters were loaded, and how many of them fetched."""
         return self._stats
 
     async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
@@ -86,23 +98,32 @@ class EngineLoop:
         return self._engine.has_adapter(key)
 
     async def ensure_adapter(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
-        """Load an adapter's files if the engine does not have it; `folder` may be a function that fetches them first.
+        """Load an adapter for requests from now on; `folder` has its files, or is a function that fetches them.
 
         Runs on a loader thread, once for all who ask at the same time. Raises what went wrong (InvalidAdapterError,
         StorageError, ...), and StorageError after `adapter_load_timeout_s`; the next call tries again, but
         for an adapter that keeps failing only after a pause (see `serving.loads`).
         """
-        if self.has_adapter(ref.key):
+        if ref.key in self._coming:
             return
+        work: Callable[[], None] = partial(self._load, ref, folder)
+        loads = self._reads if self._loader.is_packed(ref.key) else self._fetches
+        if self.has_adapter(ref.key):
+            mapped = self._engine.mapped_adapter(ref.key)
+            if mapped is None:
+                return
+            work, loads = mapped.touch, self._reads  # lest the engine's thread should wait for the disk
         if not self._is_open:
             raise BackendDiedError("The engine does not run.")
-        load = self._loads.ask(ref.key, lambda: self._load(ref, folder))
+        load = loads.ask(ref.key, work)
         timeout_s = self._engine.config.adapter_load_timeout_s
+        coming = asyncio.wrap_future(load)
+        coming.add_done_callback(_take_note)
         try:
             # Shielded: others may wait for the same load when this caller goes away.
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(load)), timeout_s)
+            await asyncio.wait_for(asyncio.shield(coming), timeout_s)
         except TimeoutError:
-            self._loads.give_up(ref.key, load, timeout_s)
+            loads.give_up(ref.key, load, timeout_s)
             raise StorageError(f"adapter {ref.label}: its files did not come in {timeout_s:g} s") from None
 
     async def remove_adapter(self, key: str) -> None:
@@ -110,8 +131,10 @@ class EngineLoop:
         await self._call(lambda: self._engine.remove_adapter(key))
 
     async def residencies(self) -> list[Residency]:
-        """See `Engine.residencies`."""
-        return await self._call(self._engine.residencies)
+        """Where each adapter is that the engine has, or its machine's disk as a packed file."""
+        here = await self._call(self._engine.residencies)
+        packed = await asyncio.to_thread(self._loader.packed_keys)
+        return here + [Residency(key, Tier.DISK) for key in packed - {residency.key for residency in here}]
 
     # Any thread.
 
@@ -132,13 +155,33 @@ class EngineLoop:
     # Loader threads.
 
     def _load(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
-        started_at = time.perf_counter()
-        path = folder if isinstance(folder, Path) else folder()
-        packed = self._engine.pack(load_adapter(path, self._engine.config.max_rank))
-        load_s = time.perf_counter() - started_at
-        self._post(lambda: self._engine.add_packed(ref, packed, load_s)).result()
+        loaded = self._loader.load(ref.key, folder)
+        self._coming.add(ref.key)
+        # Not waited for: the request that is posted next finds it, and has not lost the step in between.
+        self._post(lambda: self._add(ref, loaded))
+        if loaded.was_fetched:
+            self._loader.write(ref.key, loaded.packed, partial(self._replace, ref.key))
+
+    def _replace(self, key: str, packed: PackedAdapter) -> None:
+        self._post(lambda: self._engine.replace_packed(key, packed))
 
     # The engine thread.
+
+    def _add(self, ref: AdapterRef, loaded: Loaded) -> None:
+        self._num_loads += 1
+        self._num_fetches += loaded.was_fetched
+        self._refusals.pop(ref.key, None)
+        try:
+            self._engine.add_packed(ref, loaded.packed, loaded.load_s)
+        except OverloadedError as error:
+            if len(self._refusals) == _MAX_REFUSALS:
+                self._refusals.clear()
+            self._refusals[ref.key] = error
+        finally:
+            self._coming.discard(ref.key)
+
+    def _gauges(self) -> dict[str, float]:
+        return {**self._engine.stats(), "adapter_loads": self._num_loads, "adapter_fetches": self._num_fetches}
 
     def _run(self) -> None:
         torch.set_num_threads(self._engine.config.threads)
@@ -148,7 +191,7 @@ class EngineLoop:
                 self._run_commands()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-                self._stats = self._engine.stats()
+                self._stats = self._gauges()
         except Exception as cause:  # whatever it was, nobody may be left waiting for this thread
             log.exception("the engine failed")
             error = BackendDiedError(f"The engine failed: {type(cause).__name__}: {cause}")
@@ -174,6 +217,9 @@ class EngineLoop:
                 raise
 
     def _submit(self, request: Request, stream: "_Stream") -> None:
+        key = request.adapter.key if request.adapter is not None else ""
+        if key in self._refusals and not self.has_adapter(key):
+            raise copy(self._refusals[key])
         self._engine.submit(request)
         self._streams[request.id] = stream
 
@@ -248,6 +294,12 @@ class _Stream:
         self._has_news.clear()
         self._tokens, self._text, self._logprobs = [], [], []
         return event
+
+
+def _take_note(load: "asyncio.Future[None]") -> None:
+    """Of an error that nobody may be left to hear: asyncio would log it as one that was overlooked."""
+    if not load.cancelled():
+        load.exception()
 
 
 def _put_all(items: list[tuple[_Stream, TokenEvent]]) -> None:

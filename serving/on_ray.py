@@ -5,8 +5,11 @@ gateway finds it by name, so bases come and go while the gateway runs.
 """
 
 import asyncio
+import gc
+import platform
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -45,7 +48,10 @@ class EngineDeployment:
     """One replica of a base's engine, which runs in a thread of its own, so that health checks always answer."""
 
     def __init__(self, fleet: Fleet, base: str):
-        self._loop = EngineLoop(Engine.open(fleet.base(base).path, fleet.serving))
+        engine = Engine.open(fleet.base(base).path, fleet.serving)
+        # Each machine has a folder of its own: where they share the disk, one could delete what another has mapped.
+        self._loop = EngineLoop(engine, packed_dir=Path(fleet.packed) / platform.node())
+        gc.freeze()  # what is here stays: to look through it again in each full collection takes some 0.1 s
         self._loop.start()
         self._backend = LocalBackend(self._loop, open_blobs(fleet))
 

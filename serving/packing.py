@@ -4,8 +4,8 @@ Shape letters: M target modules of the whole model, N rows of an adapter over al
 page, R rank, D in, F out, 2 the two tables.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,10 +16,13 @@ from torch import Tensor
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
 
+_PAGE_BYTES = 4096  # of the operating system's memory; each one that is mapped takes an entry of 8 bytes
+_MAP_BYTES = 32 * 1024  # of private memory for one mapped file and the Python objects beside it, about
+
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter on the host, cut into pages in the model's dtype, so that making it resident is one copy.
+    """An adapter on the host, cut into pages in the model's dtype, so that making it resident is a few large copies.
 
     The table `a_rows_N` has the element offsets (int64) in the flat blob of the rows of `lora_a` (D elements), the
     table `b_rows_N` those of `lora_b` transposed (F elements); module m's entries begin at `table_starts[m]` in both.
@@ -28,6 +31,9 @@ class PackedAdapter:
 
     With `is_dora[m]`, the module's DoRA gains, one row of F elements (or its pieces), follow its rows of `lora_b`: what
     the factor (magnitude / norm) of each output has over 1. `lora_b` has been multiplied by that factor.
+
+    All rows of module m lie in the first `page_ends[m]` pages, so that it can be used before the others have come.
+    With `is_mapped` the tensors are a file's bytes in the page cache, which all engines of a machine share.
     """
 
     blob_PE: Tensor
@@ -35,8 +41,10 @@ class PackedAdapter:
     scalings: tuple[float, ...]
     is_dora: tuple[bool, ...]
     table_starts: tuple[int, ...]
+    page_ends: tuple[int, ...]
     a_rows_N: Tensor
     b_rows_N: Tensor
+    is_mapped: bool = False
 
     @property
     def num_pages(self) -> int:
@@ -45,8 +53,17 @@ class PackedAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that it takes."""
-        return self.blob_PE.nbytes + self.a_rows_N.nbytes + self.b_rows_N.nbytes
+        """Private host memory that it takes: if mapped, what the map costs."""
+        size = self.blob_PE.nbytes + self.a_rows_N.nbytes + self.b_rows_N.nbytes
+        return min(size, _MAP_BYTES + size // _PAGE_BYTES * 8) if self.is_mapped else size
+
+    def pinned(self) -> "PackedAdapter":
+        """A copy in memory that a GPU can read by itself."""
+        return replace(self, blob_PE=self.blob_PE.pin_memory(), is_mapped=False)
+
+    def touch(self) -> None:
+        """Read a little of each page of memory, so that whoever copies it soon need not wait for a disk."""
+        self.blob_PE.view(-1)[:: _PAGE_BYTES // self.blob_PE.itemsize].max()
 
 
 def pack_adapter(
@@ -55,11 +72,12 @@ def pack_adapter(
     page_elements: int,
     dtype: torch.dtype,
     dora_factors: Mapping[str, Tensor] = MappingProxyType({}),
+    order: Sequence[int] | None = None,
 ) -> PackedAdapter:
     """Lay an adapter's rows out in pages. `modules` are all target modules of the model, in the order of their index.
 
-    `dora_factors` has (magnitude / norm), one for each output, of the modules that are DoRA. Rows of one matrix stay
-    together as far as a page reaches, largest groups first, each into the first page with room.
+    `dora_factors` has (magnitude / norm), one for each output, of the modules that are DoRA. Rows go in the `order` in
+    which the modules are used (their index, if None), as many at a time as the first page with room takes.
     Raises InvalidAdapterError where a value overflows `dtype`.
     """
     factors = [adapter.factors.get(module) for module in modules]
@@ -67,16 +85,17 @@ def pack_adapter(
         ([], []) if f is None else _matrices(f, dora_factors.get(module), page_elements)
         for module, f in zip(modules, factors, strict=True)
     ]
-    blob_PE, offsets = _write([rows for a, b in sides for rows in (*a, *b)], page_elements, dtype)
-    tables = [_table([next(offsets) for _ in a], [next(offsets) for _ in b]) for a, b in sides]
+    places, num_pages = _lay_out(sides, range(len(modules)) if order is None else order, page_elements)
+    tables = [_table(*place) for place in places]
     return PackedAdapter(
-        blob_PE=blob_PE,
+        blob_PE=_write(sides, places, num_pages, page_elements, dtype),
         ranks=tuple(0 if f is None else f.rank for f in factors),
         scalings=tuple(0.0 if f is None else f.scaling for f in factors),
         is_dora=tuple(module in dora_factors for module in modules),
-        table_starts=tuple(accumulate((table_2N.shape[1] for table_2N in tables), initial=0))[:-1],
-        a_rows_N=torch.cat([table_2N[0] for table_2N in tables]),
-        b_rows_N=torch.cat([table_2N[1] for table_2N in tables]),
+        table_starts=tuple(accumulate((len(a) for a, _ in tables), initial=0))[:-1],
+        page_ends=tuple(max((*a, *b), default=-1) // page_elements + 1 for a, b in tables),
+        a_rows_N=torch.tensor([offset for a, _ in tables for offset in a], dtype=torch.int64),
+        b_rows_N=torch.tensor([offset for _, b in tables for offset in b], dtype=torch.int64),
     )
 
 
@@ -91,18 +110,20 @@ def piece_width(width: int, page_elements: int) -> int:
     return -(-width // -(-width // page_elements))
 
 
-class _Group(NamedTuple):
-    """Rows [first, last) of one matrix, side by side in one page from element `offset` of the blob on."""
+class _Run(NamedTuple):
+    """Rows [first, last) of a matrix of so many columns, side by side in one page from element `offset` on."""
 
-    matrix: int
     first: int
     last: int
+    width: int
     offset: int
 
 
-def _matrices(
-    factors: LoraFactors, dora_factor_F: Tensor | None, page_elements: int
-) -> tuple[list[Tensor], list[Tensor]]:
+_Sides = tuple[list[Tensor], list[Tensor]]  # of a module: the matrices of both tables
+_Places = tuple[list[list[_Run]], list[list[_Run]]]  # where the rows of each of them go
+
+
+def _matrices(factors: LoraFactors, dora_factor_F: Tensor | None, page_elements: int) -> _Sides:
     """The matrices of both tables in the order of their entries, none wider than a page."""
     a_RD, b_RF = factors.a_RD, factors.b_FR.T
     width_a, width_b = (piece_width(rows.shape[1], page_elements) for rows in (a_RD, b_RF))
@@ -112,55 +133,56 @@ def _matrices(
     return list(a_RD.split(width_a, 1)), [*(b_RF * dora_factor_F).split(width_b, 1), *gains_1F.split(width_b, 1)]
 
 
-def _write(matrices: Sequence[Tensor], page_elements: int, dtype: torch.dtype) -> tuple[Tensor, Iterator[Tensor]]:
-    """The blob, and the offsets of each matrix' rows in it."""
-    groups, num_pages = _lay_out(matrices, page_elements)
-    offsets = [torch.empty(rows.shape[0], dtype=torch.int64) for rows in matrices]
-    blob = torch.zeros(num_pages * page_elements, dtype=dtype)
-    for group in groups:
-        rows = matrices[group.matrix][group.first : group.last]
-        offsets[group.matrix][group.first : group.last] = group.offset + rows.shape[1] * torch.arange(rows.shape[0])
-        blob[group.offset : group.offset + rows.numel()] = rows.flatten()
-    if not blob.isfinite().all():
-        raise InvalidAdapterError(f"the adapter has values that {dtype} cannot hold")
-    return blob.view(num_pages, page_elements), iter(offsets)
-
-
-def _table(a_rows: Sequence[Tensor], b_rows: Sequence[Tensor]) -> Tensor:
-    """One module's entries of both tables, the shorter one padded with zeros that nobody reads."""
-    counts = [sum(len(rows) for rows in side) for side in (a_rows, b_rows)]
-    table_2N = torch.zeros(2, max(counts), dtype=torch.int64)
-    for side, (count, rows) in enumerate(zip(counts, (a_rows, b_rows), strict=True)):
-        if count:
-            table_2N[side, :count] = torch.cat(list(rows))
-    return table_2N
-
-
-def _lay_out(matrices: Sequence[Tensor], page_elements: int) -> tuple[list[_Group], int]:
-    """Where each run of rows goes, and how many pages that takes."""
+def _lay_out(sides: Sequence[_Sides], order: Sequence[int], page_elements: int) -> tuple[list[_Places], int]:
+    """Where the rows of each module go, and how many pages that takes."""
+    places: list[_Places] = [([], []) for _ in sides]
     used: list[int] = []  # elements taken of each page
-    groups = []
-    for num_elements, matrix, first, last in sorted(_runs(matrices, page_elements), reverse=True):
-        groups.append(_Group(matrix, first, last, _place(num_elements, page_elements, used)))
-    return groups, len(used)
+    least = min((rows.shape[1] for a, b in sides for rows in (*a, *b)), default=1)
+    first_open = 0  # the pages before are full: not even the narrowest row has room
+    for module in order:
+        for matrices, runs in zip(sides[module], places[module], strict=True):
+            for rows in matrices:
+                while first_open < len(used) and page_elements - used[first_open] < least:
+                    first_open += 1
+                runs.append(_place(rows.shape[0], rows.shape[1], page_elements, used, first_open))
+    return places, len(used)
 
 
-def _runs(matrices: Sequence[Tensor], page_elements: int) -> Iterator[tuple[int, int, int, int]]:
-    """Runs of rows no larger than a page, as (elements, matrix, first row, last row)."""
-    for matrix, rows in enumerate(matrices):
-        num_rows, width = rows.shape
-        rows_per_page = page_elements // width
-        assert rows_per_page > 0, f"a row of {width} elements does not fit a page of {page_elements}"
-        for first in range(0, num_rows, rows_per_page):
-            last = min(first + rows_per_page, num_rows)
-            yield (last - first) * width, matrix, first, last
+def _place(num_rows: int, width: int, page_elements: int, used: list[int], page: int) -> list[_Run]:
+    """Rows into what is left of the pages from `page` on, then into new ones."""
+    assert width <= page_elements, f"a row of {width} elements does not fit a page of {page_elements}"
+    runs: list[_Run] = []
+    first = 0
+    while first < num_rows:
+        if page == len(used):
+            used.append(0)
+        last = min(num_rows, first + (page_elements - used[page]) // width)
+        if last > first:
+            runs.append(_Run(first, last, width, page * page_elements + used[page]))
+            used[page] += (last - first) * width
+        first, page = last, page + 1
+    return runs
 
 
-def _place(num_elements: int, page_elements: int, used: list[int]) -> int:
-    """Offset in the blob of a run of that many elements: in the first page with room, or in a new one."""
-    page = next((p for p, taken in enumerate(used) if taken + num_elements <= page_elements), len(used))
-    if page == len(used):
-        used.append(0)
-    offset = page * page_elements + used[page]
-    used[page] += num_elements
-    return offset
+def _table(a: Sequence[Sequence[_Run]], b: Sequence[Sequence[_Run]]) -> tuple[list[int], list[int]]:
+    """One module's entries of both tables, the shorter one padded with zeros that nobody reads."""
+    a_rows, b_rows = (
+        [run.offset + i * run.width for runs in side for run in runs for i in range(run.last - run.first)]
+        for side in (a, b)
+    )
+    length = max(len(a_rows), len(b_rows))
+    return a_rows + [0] * (length - len(a_rows)), b_rows + [0] * (length - len(b_rows))
+
+
+def _write(
+    sides: Sequence[_Sides], places: Sequence[_Places], num_pages: int, page_elements: int, dtype: torch.dtype
+) -> Tensor:
+    """The blob; raises InvalidAdapterError where a value overflows."""
+    blob = torch.zeros(num_pages * page_elements, dtype=dtype)
+    for matrices, all_runs in zip(sides, places, strict=True):
+        for rows, runs in zip(matrices[0] + matrices[1], all_runs[0] + all_runs[1], strict=True):
+            for first, last, width, offset in runs:
+                blob[offset : offset + (last - first) * width].view(-1, width).copy_(rows[first:last])
+    if num_pages and not torch.stack(blob.aminmax()).isfinite().all():
+        raise InvalidAdapterError(f"the adapter has values that {dtype} cannot hold")
+    return blob.view(num_pages, page_elements)

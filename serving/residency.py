@@ -10,6 +10,7 @@ class Tier(StrEnum):
 
     DEVICE = "device"  # in an engine's pages
     HOST = "host"  # packed, in an engine's host memory
+    DISK = "disk"  # packed, in a file of a machine that has an engine; the next request maps it
     STORE = "store"  # in the blob store only; the next request fetches it
 
 
@@ -17,8 +18,8 @@ class Tier(StrEnum):
 class Residency:
     """One adapter on the engines that have it.
 
-    `num_bytes` is what it takes of host memory, all engines together. `num_hits` is how many requests found it there,
-    `num_running` how many run with it now. `load_s` is the slowest load: fetched, checked, packed.
+    `num_bytes` is what it takes of private host memory, all engines together. `num_hits` is how many requests found it
+    there, `num_running` how many run with it now. `load_s` is the slowest load: mapped, or fetched, checked and packed.
     """
 
     key: str

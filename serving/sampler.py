@@ -10,14 +10,18 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.request import TokenLogprob
 
+FloatArray = NDArray[np.float64]
+UintArray = NDArray[np.uint64]
+
 # Below this, dividing by the temperature overflows, and the distribution is one token anyway.
 _GREEDY_TEMPERATURE = 1e-5
-_MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 48  # few enough that uniform * total < total in float64
 
 
@@ -46,33 +50,38 @@ class SampleRow(NamedTuple):
         return self.top_k > 0 or self.top_p < 1.0
 
 
-class Sampled(NamedTuple):
-    """One row's token. Where `is_valid` is False its logits were NaN or infinite, and the token means nothing."""
+class Samples(NamedTuple):
+    """All rows' tokens. Where `is_valid` is False the logits were NaN or infinite, and the token means nothing.
 
-    token: int
-    is_valid: bool
-    logprob: TokenLogprob | None = None
+    `logprobs` has the valid rows that asked for any, by row.
+    """
+
+    tokens: list[int]
+    is_valid: list[bool]
+    logprobs: dict[int, TokenLogprob]
 
 
-def sample(logits_OV: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """Choose the next token of every row, in order.
+def sample(logits_OV: Tensor, rows: Sequence[SampleRow | None]) -> Samples:
+    """Choose the next token of every row, in order; None asks for the likeliest token and nothing else.
 
     logits_OV: float32. Log-probabilities are of the model's own distribution, before temperature and filters.
     """
     assert logits_OV.shape[0] == len(rows), f"{logits_OV.shape[0]} rows of logits, {len(rows)} of parameters"
     if not rows:
-        return []
+        return Samples([], [], {})
     largest_O, tokens_O = logits_OV.max(-1)
     is_valid_O = largest_O.isfinite()  # the maximum hands on NaN, and -inf where nothing may be chosen
     if not is_valid_O.all():  # a copy of all logits takes longer than all the rest
         logits_OV = logits_OV.masked_fill(~is_valid_O[:, None], 0.0)
+    demanding = [(i, row) for i, row in enumerate(rows) if row is not None]
     for is_filtered, draw in ((False, _draw), (True, _draw_filtered)):
-        chosen = [i for i, row in enumerate(rows) if not row.is_greedy and row.is_filtered == is_filtered]
+        chosen = [(i, row) for i, row in demanding if not row.is_greedy and row.is_filtered == is_filtered]
         if chosen:
-            tokens_O[chosen] = draw(logits_OV[chosen], [rows[i] for i in chosen])
-    tokens, is_valid = tokens_O.tolist(), is_valid_O.tolist()
-    logprobs = _logprobs(logits_OV, tokens_O, rows)
-    return [Sampled(tokens[i], is_valid[i], logprobs.get(i) if is_valid[i] else None) for i in range(len(rows))]
+            indices = [i for i, _ in chosen]
+            tokens_O[indices] = draw(logits_OV[indices], [row for _, row in chosen])
+    is_valid = is_valid_O.tolist()
+    asking = [(i, row.num_logprobs) for i, row in demanding if row.num_logprobs is not None and is_valid[i]]
+    return Samples(tokens_O.tolist(), is_valid, _logprobs(logits_OV, tokens_O, asking) if asking else {})
 
 
 def _draw(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -110,7 +119,7 @@ def _filtered(logits_SV: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Ten
 def _invert(probs_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """The first index at which the cumulative probability exceeds the row's random number (inverse CDF)."""
     cumulative_SV = probs_SV.double().cumsum(-1)
-    uniform_S1 = _column([_uniform(row.seed, row.position) for row in rows], cumulative_SV)
+    uniform_S1 = torch.from_numpy(_uniform(rows)).to(cumulative_SV.device)[:, None]
     return torch.searchsorted(cumulative_SV, uniform_S1 * cumulative_SV[:, -1:], right=True)[:, 0]
 
 
@@ -118,24 +127,23 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    return (_mix(_mix(seed) + position) >> (64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
+def _uniform(rows: Sequence[SampleRow]) -> FloatArray:
+    """Numbers in [0, 1) that depend on nothing but each row's seed and position."""
+    seeds_S = np.array([row.seed for row in rows], dtype=np.int64).view(np.uint64)
+    positions_S = np.array([row.position for row in rows], dtype=np.uint64)
+    return (_mix(_mix(seeds_S) + positions_S) >> np.uint64(64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
 
 
-def _mix(value: int) -> int:
+def _mix(value: UintArray) -> UintArray:
     """SplitMix64's step from a counter to a random number (Steele, Lea, Flood, OOPSLA 2014, figure 17)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
-def _logprobs(logits_OV: Tensor, tokens_O: Tensor, rows: Sequence[SampleRow]) -> dict[int, TokenLogprob]:
-    """Log-probabilities of the rows that ask for them, by row."""
-    wanted = [(i, row.num_logprobs) for i, row in enumerate(rows) if row.num_logprobs is not None]
-    if not wanted:
-        return {}
+def _logprobs(logits_OV: Tensor, tokens_O: Tensor, wanted: Sequence[tuple[int, int]]) -> dict[int, TokenLogprob]:
+    """Log-probabilities by row, of rows and how many alternatives each wants."""
     indices = [i for i, _ in wanted]
     logprobs_WV = logits_OV[indices].log_softmax(-1)
     tokens_W = tokens_O[indices]

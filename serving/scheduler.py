@@ -2,14 +2,14 @@
 
 A step's budget of tokens goes to decodes first, then to prefills under way, then to those that wait: first the ones
 that were preempted, then newcomers as `serving.waiting` chooses. Memory is never promised twice and never runs out:
-when a decode finds no page, the least urgent and youngest sequence gives its pages back and is computed anew later
-(recompute, as in vLLM, arXiv 2309.06180, section 4.5). The first of those that run can always go on, since all others
+when a decode finds no page, the least urgent and youngest sequence gives its pages back; later they are copied back
+from the host, or computed anew (`serving.swap`). The first of those that run can always go on, since all others
 can be made to give way and a request that could not run alone is refused at `submit`: no deadlock.
 """
 
 from array import array
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from cluster.config import ServingConfig
 from cluster.errors import InvalidRequestError
@@ -18,10 +18,12 @@ from serving.eviction import EvictionQueue
 from serving.pages import PageArena
 from serving.prefixes import PrefixCache
 from serving.sequence import Chunk, Sequence
+from serving.swap import SwapSpace
 from serving.waiting import WaitingQueue
 
 # How many of those who are next may have their adapters copied in ahead: one copy a step, none that undoes another.
 _PREFETCH_FLOWS = 4
+_LAST = chr(0x10FFFF)  # sorts after every content hash
 
 
 class Scheduler:
@@ -34,7 +36,9 @@ class Scheduler:
         adapters: AdapterCache,
         prefixes: PrefixCache,
         evictions: EvictionQueue,
+        swaps: SwapSpace,
     ):
+        self._swaps = swaps
         self._arena = arena
         self._adapters = adapters
         self._prefixes = prefixes
@@ -63,6 +67,11 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that wait for their first step, or for their next one after a preemption."""
         return len(self._waiting) + len(self._preempted)
+
+    @property
+    def num_slack_tokens(self) -> int:
+        """Tokens for which pages of running sequences have room beyond the tokens that these have so far."""
+        return sum(max(0, len(s.pages) * self._page_tokens - len(s.tokens)) for s in self._running)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -96,17 +105,19 @@ class Scheduler:
             budget -= num_tokens
         if len(self._running) == self._max_running:
             self._prefetch()
-        return sorted(chunks, key=_batch_order)
+        chunks.sort(key=_batch_order)
+        return chunks
 
-    def commit(self, chunk: Chunk, token: int | None) -> None:
-        """Book a chunk whose KV is stored, with the token that was sampled from it, if any."""
-        sequence = chunk.sequence
-        assert chunk.does_sample == (token is not None), "a chunk samples if and only if it is a sequence's last"
-        sequence.num_stored = chunk.end
-        if token is not None:
-            sequence.tokens.append(token)
-        if chunk.end // self._page_tokens > sequence.num_cached_pages and sequence.prefix_keys is not None:
-            self._cache_full_pages(sequence)
+    def commit(self, chunks: Iterable[Chunk], tokens: Iterable[int]) -> None:
+        """Book chunks whose KV is stored, with the tokens that were sampled, one for each of them that samples."""
+        sampled, page_tokens = iter(tokens), self._page_tokens
+        for sequence, _, end, does_sample in chunks:
+            sequence.num_stored = end
+            if does_sample:
+                sequence.tokens.append(next(sampled))
+            if end // page_tokens > sequence.num_cached_pages and sequence.prefix_keys is not None:
+                self._cache_full_pages(sequence)
+        assert next(sampled, None) is None, "more tokens than chunks that sample"
 
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, wherever it is: the one place where all that it holds is given back."""
@@ -117,6 +128,7 @@ class Scheduler:
             self._vacate(sequence)
         else:
             self._preempted.remove(sequence)
+            self._drop_swapped(sequence)
         if sequence.rank is not None:
             self._waiting.charge(sequence, len(sequence.tokens) - sequence.num_given)
         self._drop_adapter(sequence)
@@ -129,10 +141,12 @@ class Scheduler:
         self._prefixes.check_integrity()
         self._evictions.check_integrity()
         self._waiting.check_integrity()
+        self._swaps.check_integrity(s.swapped for s in self._preempted if s.swapped is not None)
         for sequence in (*self._waiting, *self._preempted):
             assert not sequence.pages, "a waiting sequence holds pages"
             assert sequence.resident is None, "a waiting sequence holds a pin"
         assert self._adapters.num_pins == sum(s.resident is not None for s in self._running), "pins drifted"
+        assert all(s.swapped is None for s in (*self._running, *self._waiting)), "a copy of KV is out of place"
         everyone = [*self._running, *self._preempted, *self._waiting]
         assert self._adapters.num_holds == sum(s.adapter_key is not None for s in everyone), "holds drifted"
 
@@ -181,6 +195,7 @@ class Scheduler:
         sequence.num_cached_pages = len(pages)
         sequence.num_stored = len(pages) * self._page_tokens
         sequence.pages = array("i", pages + self._arena.allocate(num_missing))
+        self._swap_in(sequence)
         self._move_to_running(sequence)
         return True
 
@@ -222,10 +237,26 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Send the last one back to those who are next."""
         assert self._running.pop() is sequence, "only the last is preempted"
+        # Others hold some of its first pages, and nobody but it and the prefix cache any of the rest.
+        num_shared = sum(self._arena.num_owners(page) > 2 for page in sequence.pages[: sequence.num_cached_pages])
+        sequence.swapped = self._swaps.save(sequence.pages, num_shared, sequence.num_stored)
         self._vacate(sequence)
         insort(self._preempted, sequence, key=_rank)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
+
+    def _swap_in(self, sequence: Sequence) -> None:
+        """Copy back what the prefix cache has not kept; all for nothing where pages are missing before it."""
+        swapped, num_known = sequence.swapped, sequence.num_cached_pages
+        if swapped is not None and swapped.first_page <= num_known and sequence.num_stored < swapped.num_stored:
+            self._swaps.load(swapped, num_known, sequence.pages[num_known:])
+            sequence.num_stored = swapped.num_stored
+        self._drop_swapped(sequence)
+
+    def _drop_swapped(self, sequence: Sequence) -> None:
+        if sequence.swapped is not None:
+            self._swaps.drop(sequence.swapped)
+            sequence.swapped = None
 
     def _vacate(self, sequence: Sequence) -> None:
         self._prefixes.release(sequence.pages)
@@ -265,6 +296,5 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
 
 
-def _batch_order(chunk: Chunk) -> tuple[bool, str]:
-    key = chunk.sequence.adapter_key
-    return key is None, key or ""
+def _batch_order(chunk: Chunk) -> str:
+    return chunk.sequence.adapter_key or _LAST

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from serving.adapters import ResidentAdapter
 from serving.prefixes import PrefixKeys
 from serving.request import Request
+from serving.swap import Swapped
 
 
 @dataclass(eq=False, slots=True)
@@ -17,7 +18,7 @@ class Sequence:
     them, in `pages`, the first `num_cached_pages` of which are known to the prefix cache. `limit_tokens` is where it
     ends at the latest, by `max_tokens` or by the context length. `rank` orders those that run: priority, then
     admission; the last gives way first. It had `num_given` tokens when it first ran. `prefix_keys` None means that it
-    neither uses cached KV nor leaves any.
+    neither uses cached KV nor leaves any. `swapped` is its KV on the host while it is preempted.
     """
 
     request: Request
@@ -33,6 +34,7 @@ class Sequence:
     rank: tuple[int, int] | None = None
     num_given: int = 0
     num_preemptions: int = 0
+    swapped: Swapped | None = None
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_tokens, *self.request.resumed_tokens]

@@ -8,11 +8,13 @@ because a token's work must not grow with the text.
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 MAX_WINDOW = 64
 _KEPT = 8  # tokens of context that are enough to decode what follows: a character has at most 4 bytes
+_NUM_PAIRS = 1 << 16  # some 10 MB
 _UNFINISHED = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -27,6 +29,7 @@ class Vocabulary:
         # The fast tokenizers' own decode is three times as fast as the method around it.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._num_characters: dict[int, int] = {}
+        self.following = lru_cache(_NUM_PAIRS)(self._following)
 
     def decode(self, tokens: list[int]) -> str:
         """The tokens' text without special tokens, nothing tidied up."""
@@ -41,6 +44,16 @@ class Vocabulary:
         if tokens[0] not in self._num_characters:
             self._num_characters[tokens[0]] = len(self.decode(tokens))
         return self._num_characters[tokens[0]]
+
+    def _following(self, previous: int, token: int) -> str | None:
+        """What a token adds to the text of a complete one before it; None where later tokens may still change that.
+
+        `following` remembers the commonest pairs, since decoding takes longer than all else that is done for a token.
+        """
+        if token in self.special or token in self.byte_tokens:
+            return None
+        text, num_decided = self.decode([previous, token]), self.num_characters([previous])
+        return text[num_decided:] if len(text) > num_decided and text[-1] != _UNFINISHED else None
 
 
 class Detokenizer:
@@ -62,16 +75,16 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Take one more token and return what may be shown now; nothing once a stop string is complete."""
+        if not self._stop:
+            return self._decoder.push(token)
         if self.is_stopped:
             return ""
-        decided, undecided = self._decoder.push(token)
-        if not self._stop:
-            return decided
-        text = self._held + decided
-        cut = self._find_stop(text + undecided)
+        text = self._held + self._decoder.push(token)
+        whole = text + self._decoder.undecided
+        cut = self._find_stop(whole)
         if cut is not None:
             self.is_stopped = True
-            return (text + undecided)[:cut]
+            return whole[:cut]
         num_shown = len(text) - self._num_held(text)
         self._held = text[num_shown:]
         return text[:num_shown]
@@ -96,10 +109,13 @@ class Detokenizer:
 class _Decoder:
     """Decodes a window of the last tokens again with each new one: a token's text depends on those before it.
 
-    The window begins with tokens whose text is known to be complete, so spaces come out as in the whole.
+    `undecided` is the text so far that later tokens may still change.
+
+    The window begins with tokens whose text is known to be complete, so spaces come out as in the whole. Nearly always
+    it is one complete token: then that is `_complete`, and the window is made of it only where it has to grow.
     """
 
-    __slots__ = ("_num_complete", "_num_decided", "_vocabulary", "_window", "undecided")
+    __slots__ = ("_complete", "_num_complete", "_num_decided", "_vocabulary", "_window", "undecided")
 
     def __init__(self, vocabulary: Vocabulary):
         self.undecided = ""
@@ -107,17 +123,23 @@ class _Decoder:
         self._window: list[int] = []
         self._num_complete = 0  # tokens of the window whose text is complete
         self._num_decided = 0  # characters of the window's text that have been handed out
+        self._complete: int | None = None
 
-    def push(self, token: int) -> tuple[str, str]:
-        """The text that is decided by this token, and the text so far that later tokens may still change."""
-        if token in self._vocabulary.special:
-            return "", self.undecided
+    def push(self, token: int) -> str:
+        """The text that is decided by this token."""
+        if self._complete is not None:
+            decided = self._vocabulary.following(self._complete, token)
+            if decided is not None:
+                self._complete = token
+                return decided
+        return "" if token in self._vocabulary.special else self._grow(token)
+
+    def _grow(self, token: int) -> str:
+        if self._complete is not None:
+            self._set_window([self._complete])
+            self._complete = None
         self._window.append(token)
         text = self._vocabulary.decode(self._window)
-        if token not in self._vocabulary.byte_tokens and len(text) > self._num_decided and text[-1] != _UNFINISHED:
-            decided, self.undecided = text[self._num_decided :], ""  # as nearly always: all of it is decided
-            self._slide()
-            return decided, ""
         end = max(self._num_decided, len(text) - self._num_undecided(token, text))
         decided, self.undecided = text[self._num_decided : end], text[end:]
         self._num_decided = end
@@ -125,7 +147,7 @@ class _Decoder:
             self._slide()
         elif len(self._window) > (MAX_WINDOW + 4 if token in self._vocabulary.byte_tokens else 2 * _KEPT):
             self._cut()
-        return decided, self.undecided
+        return decided
 
     def _num_undecided(self, token: int, text: str) -> int:
         is_unfinished = text.endswith(_UNFINISHED)
@@ -138,9 +160,15 @@ class _Decoder:
         return 1 if is_unfinished else 0
 
     def _slide(self) -> None:
-        self._window = self._window[self._num_complete :]
-        self._num_complete = len(self._window)
-        self._num_decided = self._vocabulary.num_characters(self._window)
+        """Go on from the tokens that were not complete before: now all of them are."""
+        self._set_window(self._window[self._num_complete :])
+        self._complete = self._window[0] if len(self._window) == 1 else None
+
+    def _set_window(self, window: list[int]) -> None:
+        """Keep some tokens, all of them complete."""
+        self._window = window
+        self._num_complete = len(window)
+        self._num_decided = self._vocabulary.num_characters(window)
 
     def _cut(self) -> None:
         """Drop the beginning of a window that does not come to an end by itself."""

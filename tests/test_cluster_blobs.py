@@ -96,6 +96,34 @@ def test_a_fetched_folder_outlives_the_store(url: str, folder: Path, tmp_path: P
         BlobStore(url, tmp_path / "other").fetch_folder(key)
 
 
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:1000]),
+    "flipped": flip_a_bit,
+    "missing": Path.unlink,
+    "grown": lambda file: (file.parent / "more").write_text("x"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_fetched_anew_or_told(folder: Path, tmp_path: Path, damage: str):
+    store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
+    key = store.put_folder(folder)
+    cached = store.fetch_folder(key)
+    DAMAGES[damage](cached / "weights.bin")
+    assert content_hash(store.fetch_folder(key)) == key
+    assert [one.name for one in (tmp_path / "cache").iterdir()] == [key]
+    DAMAGES[damage](cached / "weights.bin")
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(NotFoundError):
+        store.fetch_folder(key)
+
+
 def test_the_same_content_is_one_blob(url: str, folder: Path, tmp_path: Path):
     store = BlobStore(url, tmp_path / "cache")
     key = store.put_folder(folder)

@@ -39,6 +39,7 @@ def test_the_example_has_every_key_with_its_default():
     assert (fleet.serving, fleet.readapt, fleet.rollout) == (defaults.serving, defaults.readapt, defaults.rollout)
     assert fleet.registry == f"sqlite:///{EXAMPLE.parent}/registry.db"
     assert fleet.blobs == str(EXAMPLE.parent / "blobs")
+    assert fleet.packed == str(EXAMPLE.parent / ".cache" / "packed")
     assert [adapter.base for adapter in fleet.adapters] == ["v1"]
     keys = {line.split(" = ")[0] for line in EXAMPLE.read_text().splitlines() if " = " in line}
     for section in (ServingConfig, SearchConfig, TrainConfig, GateConfig, WorkersConfig, RolloutConfig):
@@ -93,6 +94,7 @@ def test_an_unknown_base_is_not_found_with_the_known_ones_listed(tmp_path: Path)
         ('[readapt.ladder]\nrungs = ["train", "scratch"]', "readapt.ladder.rungs: 'train' should come after a start"),
         ('[readapt.ladder]\nrungs = ["train", "copy"]', "readapt.ladder.rungs: 'train' should come after a start"),
         ("[serving]\nmax_rank = 16", "readapt.transplant.rank: Input should be at most serving.max_rank"),
+        ("[serving]\nmax_rank = 64", "readapt.transplant.wide_rank: Input should be at most serving.max_rank"),
         ("[readapt.train]\nlearning_rate = nan", "readapt.train.learning_rate: "),
         ("[rollout]\ncanary_share = 1.5", "rollout.canary_share: "),
         ("serving = 3", "serving: "),

@@ -84,7 +84,7 @@ def serve_bases(files: Path, folder: Path, config: ServingConfig, bases: tuple[s
     blobs = BlobStore(str(folder / "blobs"), folder / "cache")
     for name in bases:
         registry.add_base(name, str(files / name), open_checkpoint(files / name).fingerprint())
-    loops = {name: EngineLoop(Engine.open(files / name, config)) for name in bases}
+    loops = {name: EngineLoop(Engine.open(files / name, config), packed_dir=folder / "packed") for name in bases}
     for loop in loops.values():
         loop.start()
     backends = {name: LocalBackend(loop, blobs) for name, loop in loops.items()}
@@ -568,7 +568,7 @@ def test_metrics_count_by_base_route_and_status_but_not_by_adapter(server: Serve
 
 
 def test_an_adapter_too_large_for_the_engine_does_not_replace_a_live_one(files: Path, tmp_path: Path):
-    config = replace(CONFIG, host_cache_bytes=40_000)
+    config = replace(CONFIG, host_cache_bytes=40_000, packed_bytes=0)
     with serve_bases(files, tmp_path, config, ("v1",)) as server:
         small = make_adapter(tmp_path / "small", files / "v1", rank=2)
         large = make_adapter(tmp_path / "large", files / "v1", rank=16)

@@ -199,12 +199,14 @@ def test_chunked_prefill(world: World, max_batch_tokens: int) -> None:
     assert_parity(world, run(engine, ALL, submit_every=3), ALL)
 
 
-def test_after_preemption_and_eviction(world: World) -> None:
-    engine = world.engine(memory_kib=190, page_tokens=4)
+@pytest.mark.parametrize("swap_bytes", [0, 8 * KIB, 1024 * KIB])
+def test_after_preemption_and_eviction(world: World, swap_bytes: int) -> None:
+    engine = world.engine(memory_kib=190, page_tokens=4, swap_bytes=swap_bytes)
     assert_parity(world, run(engine, ALL), ALL)
     stats = engine.stats()
     assert stats["preemptions"] > 0
     assert stats["evictions"] > 0
+    assert (stats["swap_pages_in"] > 0, stats["swap_pages_used"]) == (swap_bytes > 0, 0)
 
 
 def test_after_eviction_and_reload(world: World) -> None:
@@ -510,6 +512,23 @@ def test_adapter_is_found_again_where_it_came_back(llama: World) -> None:
     only(engine, base)
     assert engine.stats()["evictions"] == 1
     assert only(engine, request_of("r8", 6)) == expected
+
+
+def test_waste_is_what_pages_in_use_do_not_hold(llama: World) -> None:
+    engine = llama.engine()
+    assert engine.memory_waste() == (0, 0.0)
+    engine.submit(request_of("base", 35))
+    engine.step()
+    assert engine.memory_waste() == (3, pytest.approx(12 / 16)), "36 tokens in 3 pages of 16"
+    for name in ("dora-everywhere", "r4"):
+        engine.submit(request_of(name, 6))
+    engine.step()
+    resident, page_elements = engine._adapters.residents(), engine._memory_PE.shape[1]
+    held = sum(int((engine._memory_PE[list(adapter.pages)] != 0).sum()) for adapter in resident)
+    num_tokens, token_elements = 37 + 7 + 7, page_elements // 16
+    in_use = sum(len(adapter.pages) for adapter in resident) + 3 + 1 + 1
+    empty = in_use - (held + num_tokens * token_elements) / page_elements
+    assert engine.memory_waste() == (in_use, pytest.approx(empty))
 
 
 def test_adding_twice_changes_nothing(llama: World) -> None:

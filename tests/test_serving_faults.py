@@ -149,7 +149,7 @@ def test_more_adapters_than_fit(base: Path, tmp_path: Path) -> None:
         assert len(set(expected.values())) == len(names)
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(world.text, names * 3)) == [expected[name] for name in names * 3]
-        assert {one["tier"] for one in world.where().values()} >= {"device", "store"}
+        assert {one["tier"] for one in world.where().values()} >= {"device", "disk"}
         stats = world.stats()
         assert stats["evictions"] > 0
         assert (stats["adapters_on_host"] < 10, stats["host_bytes"] <= small.host_cache_bytes) == (True, True)

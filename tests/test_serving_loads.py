@@ -1,12 +1,13 @@
 """Loads of adapters: what keeps failing is left alone for a while, and everything is forgotten once it comes."""
 
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 
-from cluster.errors import InvalidAdapterError, OverloadedError, ReloraError
+from cluster.errors import InvalidAdapterError, OverloadedError, ReloraError, StorageError
 from serving.loads import Loads
 
 
@@ -63,6 +64,23 @@ def test_a_host_without_room_is_not_held_against_the_adapter() -> None:
     for _ in range(5):
         assert isinstance(store.ask(), OverloadedError)
     assert store.num_tries == 5
+
+
+def test_a_load_that_never_had_its_turn_is_not_held_against_the_adapter() -> None:
+    store, is_open = Store(), threading.Event()
+    hanging = store.loads.ask("hanging", lambda: assert_set(is_open))
+    for _ in range(5):
+        queued = store.loads.ask("key", store._work)
+        store.loads.give_up("key", queued, 1.0)
+        assert isinstance(queued.exception(timeout=20), StorageError)
+    is_open.set()
+    assert hanging.exception(timeout=20) is None
+    assert store.ask() is None
+    assert store.num_tries == 1
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(20)
 
 
 def test_troubles_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

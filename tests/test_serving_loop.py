@@ -1,6 +1,7 @@
 """The engine's thread: streams, cancellation, adapter loads off the thread, and an end that leaves nobody waiting."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -204,9 +205,9 @@ async def test_full_queue_is_raised_and_the_others_are_served(loop: EngineLoop) 
 
 async def test_adapter_is_loaded_and_removed(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
     await loop.ensure_adapter(REF, folders[1])
-    assert loop.has_adapter(REF.key)
     wanted = request(adapter=REF)
     assert tokens_of(await drain(loop.generate(wanted))) == tokens_of(alone(folders, wanted))
+    assert loop.has_adapter(REF.key)
     await loop.remove_adapter(REF.key)
     assert not loop.has_adapter(REF.key)
 
@@ -232,7 +233,23 @@ async def test_failed_load_is_told_to_all_and_tried_again(loop: EngineLoop, fold
     source.is_open.set()
     assert [str(error) for error in await asyncio.gather(*loads, return_exceptions=True)] == ["the store is down"] * 2
     await loop.ensure_adapter(REF, source)
-    assert loop.has_adapter(REF.key)
+    assert [residency.key for residency in await loop.residencies()] == [REF.key]
+
+
+async def test_a_failed_load_that_nobody_waits_for_any_more_is_no_news(
+    loop: EngineLoop, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source(folders[1], errors=[StorageError("down")])
+    waiting = asyncio.create_task(loop.ensure_adapter(REF, source))
+    await until(lambda: bool(source.threads))
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    del waiting  # its traceback keeps the future alive, which complains as it goes
+    source.is_open.set()
+    await until(lambda: not source.errors)
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 async def test_hung_load_is_given_up_for_all_and_begun_anew(folders: tuple[Path, Path]) -> None:
@@ -246,7 +263,7 @@ async def test_hung_load_is_given_up_for_all_and_begun_anew(folders: tuple[Path,
     outcomes = await asyncio.gather(*loads, return_exceptions=True)
     assert all(isinstance(outcome, StorageError) for outcome in outcomes[:3])
     await loop.ensure_adapter(REF, fine)
-    assert loop.has_adapter(REF.key)
+    assert REF.key in [residency.key for residency in await loop.residencies()]
     hung.is_open.set()
     assert tokens_of(await drain(loop.generate(request(adapter=REF))))
     assert [(one.key, one.num_hits) for one in await loop.residencies() if one.key == REF.key] == [(REF.key, 1)]
@@ -260,6 +277,24 @@ async def test_unusable_files_are_refused(loop: EngineLoop, folders: tuple[Path,
     with pytest.raises(InvalidAdapterError, match="17"):
         await loop.ensure_adapter(REF, big)
     assert not loop.has_adapter(REF.key)
+
+
+async def test_no_room_on_the_host_is_told_to_the_request(folders: tuple[Path, Path]) -> None:
+    config = ServingConfig(memory_bytes=4 << 20, host_cache_bytes=100_000, max_rank=16)
+    loop = EngineLoop(Engine.open(folders[0], config))
+    loop.start()
+    first, second = (replace(REF, key=key) for key in ("first", "second"))
+    await loop.ensure_adapter(first, folders[1])
+    stream = loop.generate(request("a", LONG, first))
+    await anext(stream)
+    for id in "bc":
+        await loop.ensure_adapter(second, folders[1])
+        with pytest.raises(OverloadedError, match="host_cache_bytes"):
+            await drain(loop.generate(request(id, adapter=second)))
+    await stream.aclose()
+    await loop.ensure_adapter(second, folders[1])
+    assert len(tokens_of(await drain(loop.generate(request("d", adapter=second))))) == 20
+    loop.stop()
 
 
 # The end.

@@ -316,7 +316,7 @@ def test_with_chunked_prefill(world: World, expected: dict, max_batch_tokens: in
 
 
 def test_with_preemption_and_eviction(world: World, expected: dict) -> None:
-    engine = world.engine(memory_kib=150)
+    engine = world.engine(memory_kib=130)
     requests = [replace(ask(name, cache_salt=str(i)), id=f"{name}/{i}") for i in range(3) for name in ALL]
     for _ in range(3):
         assert answers(engine, *requests) == [expected[name] for _ in range(3) for name in ALL]

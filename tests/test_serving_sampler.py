@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from serving.sampler import SampleRow, sample
+from serving.sampler import SampleRow, Samples, sample
 
 VOCAB = 50
 GREEDY = SampleRow(temperature=0.0, top_p=1.0, top_k=0, seed=0, position=0)
@@ -18,7 +18,7 @@ def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
 
 
 def tokens_of(logits: Tensor, rows: list[SampleRow]) -> list[int]:
-    return [sampled.token for sampled in sample(logits, rows)]
+    return sample(logits, rows).tokens
 
 
 def reference_probs(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -127,16 +127,17 @@ def test_logprobs_are_of_the_models_own_distribution():
     counts = [None, 0, 3, VOCAB + 9, 1]
     rows = [SampleRow(0.3, 0.5, 4, i, i, count) for i, count in enumerate(counts)]
     expected = logits.log_softmax(-1)
-    for i, (sampled, count) in enumerate(zip(sample(logits, rows), counts, strict=True)):
+    samples = sample(logits, rows)
+    for i, (token, count) in enumerate(zip(samples.tokens, counts, strict=True)):
         if count is None:
-            assert sampled.logprob is None
+            assert i not in samples.logprobs
             continue
-        assert sampled.logprob is not None
-        assert sampled.logprob.token == sampled.token
-        assert sampled.logprob.logprob == pytest.approx(float(expected[i, sampled.token]))
+        logprob = samples.logprobs[i]
+        assert logprob.token == token
+        assert logprob.logprob == pytest.approx(float(expected[i, token]))
         values, ids = expected[i].topk(min(count, VOCAB))
-        assert [token for token, _ in sampled.logprob.top] == ids.tolist()
-        assert [value for _, value in sampled.logprob.top] == pytest.approx(values.tolist())
+        assert [token for token, _ in logprob.top] == ids.tolist()
+        assert [value for _, value in logprob.top] == pytest.approx(values.tolist())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -148,18 +149,18 @@ def test_a_row_that_is_not_finite_is_reported_and_leaves_the_others_alone(bad: f
     for i in range(5):
         poisoned[i, 7 + i] = bad
     result = sample(poisoned, rows)
-    assert [one.is_valid for one in result] == [False] * 5 + [True] * 5
-    assert [one.logprob for one in result[:5]] == [None] * 5
-    assert result[5:] == clean[5:]
-    assert all(one.is_valid for one in clean)
+    assert result.is_valid == [False] * 5 + [True] * 5
+    assert result.tokens[5:] == clean.tokens[5:]
+    assert result.logprobs == {i: clean.logprobs[i] for i in range(5, 10)}
+    assert all(clean.is_valid)
 
 
 def test_a_row_where_nothing_may_be_chosen_is_not_valid():
     logits = torch.full((2, VOCAB), -torch.inf)
     logits[1, 4] = 0.0
     result = sample(logits, [GREEDY, SampleRow(1.0, 0.9, 3, 0, 0)])
-    assert [one.is_valid for one in result] == [False, True]
-    assert result[1].token == 4
+    assert result.is_valid == [False, True]
+    assert result.tokens[1] == 4
 
 
 def test_extreme_but_legal_parameters():
@@ -169,4 +170,10 @@ def test_extreme_but_legal_parameters():
 
 
 def test_an_empty_batch_has_no_tokens():
-    assert sample(torch.empty(0, VOCAB), []) == []
+    assert sample(torch.empty(0, VOCAB), []) == Samples([], [], {})
+
+
+def test_a_row_of_none_is_greedy_among_others():
+    rows, logits = mixed_rows(10), random_logits(10)
+    expected = tokens_of(logits, rows)
+    assert tokens_of(logits, [None if row.is_greedy else row for row in rows]) == expected

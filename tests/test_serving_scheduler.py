@@ -16,6 +16,7 @@ from serving.prefixes import PrefixCache, PrefixKeys
 from serving.request import AdapterRef, Request, SamplingParams, Terms
 from serving.scheduler import Scheduler
 from serving.sequence import Chunk, Sequence
+from serving.swap import SwapSpace
 from serving.waiting import CLUSTERING_TOKENS
 
 PAGE_TOKENS, PAGE_ELEMENTS = 4, 64
@@ -28,15 +29,17 @@ def packed(num_pages: int) -> PackedAdapter:
 
 
 class World:
-    def __init__(self, num_pages: int = 100, is_cached: bool = False, **limits: int):
+    def __init__(self, num_pages: int = 100, is_cached: bool = False, swap_pages: int = 0, **limits: int):
         settings = {"max_batch_tokens": 64, "max_sequences": 16, "max_queue": 100, **limits}
         config = ServingConfig(page_tokens=PAGE_TOKENS, **settings)
         self.max_batch_tokens = config.max_batch_tokens
         self.arena = PageArena(num_pages)
         evictions = EvictionQueue(self.arena)
-        self.adapters = AdapterCache(self.arena, evictions, torch.zeros(num_pages, PAGE_ELEMENTS), 1 << 30)
+        self.memory_PE = memory_PE = torch.zeros(num_pages, PAGE_ELEMENTS)
+        self.adapters = AdapterCache(self.arena, evictions, memory_PE, 1 << 30)
         self.prefixes = PrefixCache(self.arena, evictions, PAGE_TOKENS)
-        self.scheduler = Scheduler(config, self.arena, self.adapters, self.prefixes, evictions)
+        self.swaps = SwapSpace(memory_PE, swap_pages * PAGE_ELEMENTS * 4, PAGE_TOKENS)
+        self.scheduler = Scheduler(config, self.arena, self.adapters, self.prefixes, evictions, self.swaps)
         self.is_cached = is_cached
         self.num_submitted = 0
 
@@ -71,8 +74,8 @@ class World:
         chunks = self.scheduler.schedule()
         self.scheduler.check_integrity()
         assert sum(chunk.end - chunk.start for chunk in chunks) <= self.max_batch_tokens
+        self.scheduler.commit(chunks, [len(chunk.sequence.tokens) for chunk in chunks if chunk.does_sample])
         for chunk in chunks:
-            self.scheduler.commit(chunk, len(chunk.sequence.tokens) if chunk.does_sample else None)
             if is_full(chunk.sequence):
                 self.scheduler.finish(chunk.sequence)
         self.scheduler.check_integrity()
