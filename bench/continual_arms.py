@@ -9,8 +9,9 @@ method             SD-LoRA as in the paper (arXiv 2501.13198), but for an encode
 method_linear      SD-LoRA with the paper's plain linear classifier
 released_code      its authors' code: other norms, the fresh direction not normalised, magnitudes restarted, SGD
 contrast           ours: the method, with new directions that look at what is new in the inputs (`moments`)
+recall             ours: the first stage makes the features, the others train the last layer on statistics (`recall`)
 rank_reduction     the method, with fewer ranks for later stages
-distillation       the method, with directions that start as the first one and are dropped if the older ones can do
+distillation       the method, with directions that start as the first one, of which is kept what the older ones lack
 oracle             one LoRA for each stage, and the stage is told
 joint              one LoRA on all stages at once
 """
@@ -22,9 +23,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.continual_subjects import Subject
-from cluster.adapter_files import Adapter
 from readapt.continual.directions import Decoupled, Decoupling, DirectionWeights, fold
-from readapt.continual.learn import Method, contrast, descend, distilling, learn_stage, released_code, shuffled
+from readapt.continual.learn import Method, Recall, contrast, descend, distilling, learn_stage, recalling, released_code
+from readapt.continual.recall import recall_stage
+from readapt.data import shuffled_batches
 from readapt.lora import blank
 
 PLAIN = Decoupling(is_fresh_unit=False)
@@ -63,12 +65,18 @@ class Course:
 
 @dataclass(frozen=True)
 class Settings:
-    """The method's settings for one subject, and those that its two cheaper variants add."""
+    """The method's settings for one subject, and those that its variants add.
+
+    `recall_learning_rate` is that of recall's first stage.
+    """
 
     method: Method
     ranks: tuple[tuple[int, int], ...]
     max_residual: float
+    rest_rank: int
     plain_learning_rate: float
+    recall: Recall = field(default_factory=Recall)
+    recall_learning_rate: float = 1e-3
 
     @property
     def rank(self) -> int:
@@ -85,7 +93,8 @@ def run_arm(name: str, subject: Subject, num_stages: int, settings: Settings, se
         "released_code": released_code(settings.method),
         "contrast": contrast(settings.method),
         "rank_reduction": replace(settings.method, ranks=settings.ranks),
-        "distillation": distilling(settings.method, settings.max_residual),
+        "recall": replace(recalling(settings.method, settings.recall), learning_rate=settings.recall_learning_rate),
+        "distillation": distilling(settings.method, settings.max_residual, settings.rest_rank),
     }
     if name in variants:
         return _decoupled(subject, stages, variants[name], seed)
@@ -113,9 +122,10 @@ def _decoupled(subject: Subject, stages: Sequence[int], method: Method, seed: in
     course, state = Course(), Decoupled()
     for stage in stages:
         with course.timed():
-            with _attached(subject, state):
+            with DirectionWeights(subject.model, state):
                 learner = subject.enter([stage], is_plain=False)
-            state = learn_stage(
+            learn = recall_stage if method.recall else learn_stage
+            state = learn(
                 subject.model,
                 state,
                 learner,
@@ -125,10 +135,10 @@ def _decoupled(subject: Subject, stages: Sequence[int], method: Method, seed: in
                 stage=stage,
                 seed=seed * 1000 + stage,
             )
-        with _attached(subject, _served(state)):
+        with DirectionWeights(subject.model, _served(state)):
             _examine(course, subject, stage)
     course.parameters, course.directions = state.num_parameters, len(state.directions)
-    course.moments = sum(sketch_KD.numel() for sketch_KD in state.inputs.values())
+    course.moments = sum(kept.numel() for kept in (*state.inputs.values(), *state.classes.values()))
     return course
 
 
@@ -177,7 +187,7 @@ def _oracle(subject: Subject, stages: Sequence[int], settings: Settings, seed: i
 def _fit(weights: DirectionWeights, learner: Any, rows: list[Any], settings: Settings, steps: int, seed: int) -> None:
     method = replace(settings.method, steps=steps)
     groups = [{"params": [*weights.factors(), *learner.parameters()], "lr": settings.plain_learning_rate}]
-    descend(groups, learner.loss, shuffled(rows, method.batch_rows, seed), method)
+    descend(groups, learner.loss, shuffled_batches(rows, method.batch_rows, seed), method)
 
 
 def _examine(course: Course, subject: Subject, stage: int) -> None:
@@ -188,21 +198,7 @@ def _size(weights: DirectionWeights) -> int:
     return sum(parameter.numel() for parameter in weights.factors())
 
 
-@contextmanager
-def _attached(subject: Subject, state: Decoupled) -> Iterator[None]:
-    weights = DirectionWeights(subject.model, state)
-    try:
-        yield
-    finally:
-        weights.detach()
-
-
-@contextmanager
-def _plain_lora(subject: Subject, settings: Settings, seed: int) -> Iterator[DirectionWeights]:
+def _plain_lora(subject: Subject, settings: Settings, seed: int) -> DirectionWeights:
     """An ordinary LoRA (alpha = 2 rank) is a fresh direction that is not normalised and keeps its magnitude."""
-    fresh: Adapter = blank(subject.shapes, settings.rank, alpha=settings.rank, seed=seed)
-    weights = DirectionWeights(subject.model, Decoupled(), fresh, 2.0, PLAIN)
-    try:
-        yield weights
-    finally:
-        weights.detach()
+    fresh = blank(subject.shapes, settings.rank, alpha=settings.rank, seed=seed)
+    return DirectionWeights(subject.model, Decoupled(), fresh, 2.0, PLAIN)

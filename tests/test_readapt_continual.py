@@ -25,7 +25,7 @@ from readapt.continual.directions import (
     gram,
     norm_of,
 )
-from readapt.continual.learn import RANK_REDUCTION, Method, contrast, learn_stage, released_code
+from readapt.continual.learn import RANK_REDUCTION, Method, Recall, contrast, learn_stage, recalling, released_code
 from readapt.continual.moments import contrasting, input_moments, with_moments
 from readapt.continual.stage import NextStage, add_stage
 from readapt.continual.writer import LabelWriter, Rivals, encode_labels, exact_points, labels_in
@@ -264,6 +264,18 @@ def test_the_next_stage_goes_on_from_the_directions_of_the_last(world: tuple[Fle
     assert load_adapter(blobs.fetch_folder(version.blob_key)).max_rank == version.details["rank"] == 6
     assert 0.0 <= version.details["lost_energy"] < 1.0
     assert version.parent_id == parent.id
+
+
+def test_a_stage_by_recall_keeps_statistics_of_the_parents_rows_and_its_own(world: tuple[Fleet, Registry, Path]):
+    fleet, registry, more = world
+    blobs, method = open_blobs(fleet), recalling(Method(), Recall(150, rank=4, learning_rate=1e-2))
+    version = add_stage(fleet, registry, blobs, NextStage("usual", "recalled", more, parent=1), method)
+    state = load_directions(blobs.fetch_folder(version.blob_key))
+    labels = {row.completion for row in load_rows(more / "train.jsonl")}
+    labels |= {row.completion for row in load_rows(Path(registry.adapter("usual").data) / "train.jsonl")}
+    assert int((state.classes["places"] == 0).sum()) == len(labels)
+    assert len(state.directions) == 2, "the old adapter and the readout"
+    assert version.details["accuracy_by_stage"]["recalled"] > 30, "the model's one layer is a poor feature"
 
 
 def test_what_cannot_be_a_stage_is_told(world: tuple[Fleet, Registry, Path], tmp_path: Path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cluster.adapter_files import Adapter
-from readapt.continual.decoupled import DecoupledJob, train_decoupled
-from readapt.continual.directions import decoupled_start, fold
+from readapt.continual.decoupled import DecoupledJob, decoupled_start, train_decoupled
+from readapt.continual.directions import fold
 from readapt.evaluate import Evaluator, Verdict, judge
 from readapt.lora import load_base
 from readapt.train import BrokenRunError, Plan

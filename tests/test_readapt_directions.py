@@ -8,13 +8,13 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
+from readapt.continual.decoupled import decoupled_start
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import (
     Decoupled,
     Decoupling,
     DirectionWeights,
     decouple,
-    decoupled_start,
     distil,
     fold,
     gram,
@@ -139,6 +139,18 @@ def test_distillation_drops_a_combination_and_keeps_what_is_new():
     new = Decoupled((*old.directions, *decouple(third).directions), (*old.magnitudes, 1.5))
     assert distil(new, max_residual=9e-4) is new
     assert len(distil(new, max_residual=1.0).directions) == 2
+
+
+def test_distillation_can_keep_what_the_older_directions_lack_at_a_lower_rank():
+    parts = [decouple(an_adapter(seed)) for seed in (1, 5)]
+    state = Decoupled(tuple(part.directions[0] for part in parts), (2.0, 3.0))
+    whole = distil(state, max_residual=0.1, rest_rank=6)
+    for name, delta in deltas(fold(whole)).items():
+        torch.testing.assert_close(delta, deltas(fold(state))[name], rtol=1e-4, atol=1e-5)
+    assert abs(float(gram(whole.directions)[0, 1])) < 1e-4, "nothing that the first could do is left in the second"
+    cut = distil(state, max_residual=0.1, rest_rank=1)
+    assert [direction.max_rank for direction in cut.directions] == [state.directions[0].max_rank, 1]
+    assert cut.num_parameters < state.num_parameters
 
 
 def test_the_gram_matrix_is_symmetric_with_squared_norms_on_its_diagonal():

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter
-from readapt.continual.directions import Decoupled, DirectionWeights, decoupled_start, fold
-from readapt.continual.learn import MAX_GRADIENT_NORM, shuffled
-from readapt.data import Encoded, collate
+from readapt.continual.directions import Decoupled, DirectionWeights, decouple, fold
+from readapt.continual.learn import MAX_GRADIENT_NORM
+from readapt.data import Encoded, collate, shuffled_batches
 from readapt.evaluate import Evaluation, Verdict, label_logits
-from readapt.lora import attach, blank
+from readapt.lora import attached, blank
 from readapt.schedule import learning_rate
 from readapt.train import BrokenRunError, CurvePoint, Plan, TrainResult, go_on
 
@@ -79,9 +79,9 @@ class _Run:
             {"params": [self._weights.magnitudes_N], "lr": job.magnitude_learning_rate},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=True)
-        batches = shuffled(job.rows, plan.batch_rows, plan.seed)
+        batches = shuffled_batches(job.rows, plan.batch_rows, plan.seed)
         for step in range(plan.steps + 1):
-            if step % plan.eval_every == 0 or step == plan.steps:
+            if plan.is_due(step):
                 verdict = self._judge(step)
                 if self._is_over(verdict) or step == plan.steps:
                     break
@@ -95,11 +95,8 @@ class _Run:
 
     def _judge(self, step: int) -> Verdict:
         self._last = adapter = fold(self._weights.export(), self._job.old.max_rank)
-        lora = attach(self._model, adapter)
-        try:
+        with attached(self._model, adapter):
             evaluation = self._job.evaluate()
-        finally:
-            lora.detach()
         if self._best is None or _merit(evaluation) > _merit(self._best[0]):
             self._best = (evaluation, adapter, step)
         seconds = time.perf_counter() - self._started
@@ -115,12 +112,10 @@ class _Run:
 
     def _descend(self, optimizer: torch.optim.Optimizer, rows: list[Encoded], step: int) -> None:
         self._weights.attach()
-        try:
+        with self._weights:
             optimizer.zero_grad()
             loss = self._loss(rows)
             loss.backward()
-        finally:
-            self._weights.detach()
         if not math.isfinite(loss.item()):
             raise BrokenRunError(f"the loss became {loss.item()} at step {step}", self._result(step, Verdict.GO_ON))
         nn.utils.clip_grad_norm_(self._weights.parameters(), MAX_GRADIENT_NORM)
@@ -133,7 +128,19 @@ class _Run:
     def _result(self, steps_done: int, verdict: Verdict) -> TrainResult:
         assert self._best is not None, "the start has been judged"
         evaluation, adapter, step = self._best
-        return TrainResult(self._curve, adapter, evaluation.quality, step, self._last, steps_done, verdict, self._ready)
+        return TrainResult(self._curve, adapter, evaluation, step, self._last, steps_done, verdict, self._ready)
+
+
+def decoupled_start(old: Adapter, evolution: Adapter, alpha: float = 1.0, beta: float = 0.0) -> Decoupled:
+    """The ladder's initialisation: the old adapter and the base's evolution as two frozen directions.
+
+    Adds alpha * T + beta * E at its start, exactly; their magnitudes are then learned beside a fresh direction (see
+    `train_decoupled`). The evolution of modules that the old adapter leaves alone is left out.
+    """
+    shared = {name: factors for name, factors in evolution.factors.items() if name in old.factors}
+    parts = [(decouple(old), alpha), (decouple(Adapter(shared)), beta)]
+    directions = tuple(direction for part, _ in parts for direction in part.directions)
+    return Decoupled(directions, tuple(m * weight for part, weight in parts for m in part.magnitudes))
 
 
 def _length(start: Decoupled) -> float:

@@ -13,7 +13,7 @@ from readapt.continual.directions import Decoupled
 
 _WEIGHTS = "directions.safetensors"
 _MAGNITUDES = "directions.json"
-_INPUTS = "inputs."
+_KEPT = ("inputs", "classes")
 
 
 def save_directions(state: Decoupled, folder: Path) -> None:
@@ -24,7 +24,8 @@ def save_directions(state: Decoupled, folder: Path) -> None:
         for module, factors in direction.factors.items()
         for side, tensor in (("A", factors.a_RD), ("B", factors.b_FR))
     }
-    tensors |= {f"{_INPUTS}{module}": sketch_KD.contiguous().clone() for module, sketch_KD in state.inputs.items()}
+    for kept in _KEPT:
+        tensors |= {f"{kept}.{name}": t.contiguous().clone() for name, t in getattr(state, kept).items()}
     save_file(tensors, folder / _WEIGHTS)
     (folder / _MAGNITUDES).write_text(json.dumps({"magnitudes": state.magnitudes}, indent=2) + "\n")
 
@@ -42,8 +43,11 @@ def load_directions(folder: Path) -> Decoupled:
         directions = tuple(Adapter(_factors_of(tensors, n)) for n in range(len(magnitudes)))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidAdapterError(f"{folder}: the saved directions cannot be read: {error!r}") from error
-    inputs = {name.removeprefix(_INPUTS): tensor for name, tensor in tensors.items() if name.startswith(_INPUTS)}
-    return Decoupled(directions, tuple(float(value) for value in magnitudes), inputs)
+    kept = {
+        kind: {name.removeprefix(f"{kind}."): t for name, t in tensors.items() if name.startswith(f"{kind}.")}
+        for kind in _KEPT
+    }
+    return Decoupled(directions, tuple(float(value) for value in magnitudes), **kept)
 
 
 def _factors_of(tensors: dict[str, Tensor], n: int) -> dict[str, LoraFactors]:

@@ -10,7 +10,7 @@ Shape letters: D in, F out, R rank of one direction, K stacked rank of the froze
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,14 @@ Normaliser = Literal["product", "factors"]
 class Decoupled:
     """An adapter taken apart: the sum of magnitude times direction. Directions have scaling 1 and may lack modules.
 
-    `inputs` are sketches of the modules' inputs in the stages so far (see `moments`), where a method asks for them.
+    `inputs` are sketches of the modules' inputs in the stages so far (see `moments`), `classes` statistics of their
+    classes (see `recall`), where a method asks for them.
     """
 
     directions: tuple[Adapter, ...] = ()
     magnitudes: tuple[float, ...] = ()
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    classes: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.directions) == len(self.magnitudes), "one magnitude for each direction"
@@ -129,21 +131,30 @@ def _stacked(directions: Sequence[Adapter], module: str) -> tuple[Tensor, Tensor
     return torch.cat([f.a_RD for _, f in parts]), torch.cat([f.b_FR for _, f in parts], dim=1), torch.tensor(index)
 
 
-def distil(state: Decoupled, max_residual: float) -> Decoupled:
+def distil(state: Decoupled, max_residual: float, rest_rank: int | None = None) -> Decoupled:
     """Drops the newest direction if the older ones can stand for it (the paper's knowledge distillation, section 3.4).
 
     Least squares for ||D_t - sum a_n D_n||_F^2 over all modules, by way of the Gram matrix of the directions; where the
-    share of the squared norm that is left over is at most `max_residual`, alpha_n grows by a_n alpha_t.
+    share of the squared norm that is left over is at most `max_residual`, alpha_n grows by a_n alpha_t. `rest_rank` is
+    ours: then what is left over is no reason to keep all of the direction, but becomes one itself, cut to that rank.
     """
     if len(state.directions) < 2:
         return state
     gram_NN = gram(state.directions)
     shares_N = torch.linalg.lstsq(gram_NN[:-1, :-1], gram_NN[:-1, -1:]).solution[:, 0]
-    if float(1.0 - shares_N @ gram_NN[:-1, -1] / gram_NN[-1, -1]) > max_residual:
+    is_dropped = float(1.0 - shares_N @ gram_NN[:-1, -1] / gram_NN[-1, -1]) <= max_residual
+    if not is_dropped and rest_rank is None:
         return state
     *old, newest = state.magnitudes
     merged = [alpha + share * newest for alpha, share in zip(old, shares_N.tolist(), strict=True)]
-    return replace(state, directions=state.directions[:-1], magnitudes=tuple(merged))
+    less = replace(state, directions=state.directions[:-1], magnitudes=tuple(merged))
+    if is_dropped:
+        return less
+    given = tuple(-share * newest for share in shares_N.tolist())
+    rest = decouple(fold(Decoupled(state.directions, (*given, newest)), rest_rank))
+    return replace(
+        less, directions=(*less.directions, *rest.directions), magnitudes=(*less.magnitudes, *rest.magnitudes)
+    )
 
 
 def restarted(state: Decoupled, magnitude: float, normaliser: Normaliser) -> Decoupled:
@@ -171,7 +182,7 @@ def _inner_of(left: Adapter, right: Adapter) -> float:
 
 
 class DirectionWeights:
-    """Owner of a decoupled adapter under training on one model, on which it is until `detach`.
+    """Owner of a decoupled adapter under training on one model, on which it is until `detach`, or for a with block.
 
     Trainable are the fresh direction's factors and all magnitudes, one for each direction whatever its modules; the
     model and the frozen directions are not. InvalidAdapterError where a direction does not fit the model.
@@ -235,6 +246,12 @@ class DirectionWeights:
             handle.remove()
         self._handles = []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
     def _hook(self, module: str, device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         holding = any(module in direction.factors for direction in self._frozen.directions)
         stack = [t.to(device) for t in _stacked(self._frozen.directions, module)] if holding else None
@@ -283,15 +300,3 @@ def _with_fresh(old: Decoupled, factors: dict[str, LoraFactors], magnitude: floa
     size = size if magnitude > 0 else -size
     kept = {name: _balanced(f, added[name] / (lengths[name] * size)) for name, f in factors.items() if lengths[name]}
     return replace(old, directions=(*old.directions, Adapter(kept)), magnitudes=(*old.magnitudes, size))
-
-
-def decoupled_start(old: Adapter, evolution: Adapter, alpha: float = 1.0, beta: float = 0.0) -> Decoupled:
-    """The ladder's initialisation: the old adapter and the base's evolution as two frozen directions.
-
-    Adds alpha * T + beta * E at its start, exactly; their magnitudes are then learned beside a fresh direction (see
-    `decoupled.train_decoupled`). The evolution of modules that the old adapter leaves alone is left out.
-    """
-    shared = {name: factors for name, factors in evolution.factors.items() if name in old.factors}
-    parts = [(decouple(old), alpha), (decouple(Adapter(shared)), beta)]
-    directions = tuple(direction for part, _ in parts for direction in part.directions)
-    return Decoupled(directions, tuple(m * weight for part, weight in parts for m in part.magnitudes))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cluster.errors import TrainingError
 from readapt.continual.directions import PAPER, Decoupled, Decoupling, DirectionWeights, distil, restarted
 from readapt.continual.moments import contrasting, input_moments, with_moments
+from readapt.data import shuffled_batches
 from readapt.lora import blank
 from readapt.schedule import learning_rate
 
@@ -26,14 +27,26 @@ AnyT = TypeVar("AnyT")
 
 
 @dataclass(frozen=True)
+class Recall:
+    """How the readout of `recall` is trained in each stage but the first: so many vectors are drawn for each step."""
+
+    steps: int = 200
+    draws: int = 512
+    rank: int = 32
+    learning_rate: float = 3e-3
+
+
+@dataclass(frozen=True)
 class Method:
     """How a stage is learned; the defaults are the paper's method, as far as it does not depend on the data.
 
     `ranks` are (first stage, rank) pairs in rising order, stages counted from 0: rank reduction. `max_residual` is the
-    share of a new direction's squared norm that the older ones may leave over for it to be dropped: distillation.
+    share of a new direction's squared norm that the older ones may leave over for it to be dropped: distillation; with
+    `rest_rank` (ours) of what is not dropped only that which is left over is kept, at that rank.
     `inherits` lets a new direction start as a copy of the first one, which gives up as much of its magnitude: random
     starts are orthogonal in practice, so that without it distillation never finds anything to drop.
     `contrasts` is ours, not the paper's: rows of A that answer the new inputs and not the old ones (see `moments`).
+    `recall` is ours too (see the module of that name), for a causal LM that writes labels.
     `restart` sets all magnitudes back at each stage's start. `magnitude_learning_rate` None is that of the factors.
     """
 
@@ -45,7 +58,9 @@ class Method:
     magnitude: float = 1.0
     restart: float | None = None
     inherits: bool = False
+    rest_rank: int | None = None
     contrasts: bool = False
+    recall: Recall | None = None
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 8e-3
     magnitude_learning_rate: float | None = None
@@ -80,9 +95,17 @@ def contrast(method: Method) -> Method:
     return replace(method, contrasts=True, decoupling=replace(method.decoupling, learns_old_magnitudes=False))
 
 
-def distilling(method: Method, max_residual: float = 0.5) -> Method:
+def recalling(method: Method, recall: Recall = Recall()) -> Method:
+    """Our other variant, for a causal LM: the first stage makes the features, the others only the readout.
+
+    The first stage's direction is an ordinary LoRA with alpha = 2 rank.
+    """
+    return replace(method, recall=recall, magnitude=2.0, decoupling=replace(method.decoupling, is_fresh_unit=False))
+
+
+def distilling(method: Method, max_residual: float = 0.5, rest_rank: int | None = None) -> Method:
     """The distillation variant, made to find something: see `Method.inherits`. The paper has 9e-4 for the residual."""
-    return replace(method, inherits=True, max_residual=max_residual)
+    return replace(method, inherits=True, max_residual=max_residual, rest_rank=rest_rank)
 
 
 class Learner(Protocol[RowT]):
@@ -119,17 +142,14 @@ def learn_stage(
     if method.contrasts and state.inputs:
         fresh = contrasting(fresh, _moments(model, state, learner, rows, list(shapes)), state.inputs)
         decoupling = replace(decoupling, learns_rows=False)
-    weights = DirectionWeights(model, state, fresh, method.magnitude, decoupling)
-    try:
+    with DirectionWeights(model, state, fresh, method.magnitude, decoupling) as weights:
         groups = [
             {"params": [*weights.factors(), *learner.parameters()], "lr": method.learning_rate},
             {"params": [weights.magnitudes_N], "lr": method.magnitude_learning_rate or method.learning_rate},
         ]
-        descend(groups, learner.loss, shuffled(rows, method.batch_rows, seed), method)
+        descend(groups, learner.loss, shuffled_batches(rows, method.batch_rows, seed), method)
         learned = weights.export()
-    finally:
-        weights.detach()
-    learned = learned if method.max_residual is None else distil(learned, method.max_residual)
+    learned = learned if method.max_residual is None else distil(learned, method.max_residual, method.rest_rank)
     return remember(model, learned, learner, rows, list(shapes)) if method.contrasts else learned
 
 
@@ -148,11 +168,8 @@ def remember(
 def _moments(
     model: nn.Module, state: Decoupled, learner: Learner[AnyT], rows: Sequence[AnyT], modules: Sequence[str]
 ) -> dict[str, Tensor]:
-    weights = DirectionWeights(model, state)
-    try:
+    with DirectionWeights(model, state):
         return input_moments(model, modules, learner.loss, rows)
-    finally:
-        weights.detach()
 
 
 def descend(
@@ -179,15 +196,3 @@ def descend(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         optimizer.step()
-
-
-def shuffled(rows: Sequence[AnyT], batch_rows: int, seed: int) -> Iterator[list[AnyT]]:
-    """Batches without end, epoch after epoch in ever new order."""
-    assert rows, "files without rows are refused when they are read"
-    generator = torch.Generator().manual_seed(seed)
-    queue: list[int] = []
-    while True:
-        while len(queue) < batch_rows:
-            queue += torch.randperm(len(rows), generator=generator).tolist()
-        yield [rows[index] for index in queue[:batch_rows]]
-        del queue[:batch_rows]

@@ -20,11 +20,12 @@ from cluster.registry import Registry, Status, Version
 from readapt.continual.direction_files import has_directions, load_directions, save_directions
 from readapt.continual.directions import Decoupled, decouple, fold
 from readapt.continual.learn import Method, learn_stage, remember
+from readapt.continual.recall import Top, recall, recall_stage
 from readapt.continual.writer import LabelWriter, encode_labels, exact_points
 from readapt.data import Encoded, Encoder, Row, encoder_for, load_rows
 from readapt.evaluate import golden
 from readapt.fuse import Fusion
-from readapt.lora import attach, load_base
+from readapt.lora import attached, load_base
 from readapt.points import Point
 
 _STAGES = "stages.json"
@@ -141,10 +142,18 @@ def _learn(
     state, rows = before.state, encoder.encode_all(train)
     if method.contrasts and not state.inputs:
         state = _look_back(model, encoder, before, list(shapes))
+    if method.recall and not state.classes:
+        state = recall(Top(model), state, _earlier_rows(encoder, before))
     new = encode_labels(encoder, sorted({row.completion for row in train}))
     learner = LabelWriter(model, encode_labels(encoder, before.labels), new)
     stage = len(before.stages)
-    return learn_stage(model, state, learner, rows, method, shapes=shapes, stage=stage, seed=seed)
+    learn = recall_stage if method.recall else learn_stage
+    return learn(model, state, learner, rows, method, shapes=shapes, stage=stage, seed=seed)
+
+
+def _earlier_rows(encoder: Encoder, before: _Learned) -> list[Encoded]:
+    folders = [Path(stage.data) for stage in before.stages]
+    return [row for folder in folders for row in encoder.encode_all(load_rows(folder / "train.jsonl"))]
 
 
 def _look_back(model: Any, encoder: Encoder, before: _Learned, modules: Sequence[str]) -> Decoupled:
@@ -173,15 +182,12 @@ def _describe(
     model: Any, encoder: Encoder, adapter: Adapter, after: _Learned, valid: Sequence[Row], fleet: Fleet
 ) -> dict[str, Any]:
     """The folded adapter's accuracy on each stage's validation rows that can still be read, and golden answers."""
-    lora = attach(model, adapter)
-    try:
+    with attached(model, adapter):
         accuracies = {
             stage.name: exact_points(model, rows) for stage in after.stages if (rows := _valid(encoder, stage))
         }
         prompts = [row.prompt for row in valid[: fleet.rollout.golden_prompts]]
         answers = golden(model, encoder, prompts, max_tokens=max(len(r.completion) for r in valid))
-    finally:
-        lora.detach()
     return {
         "accuracy_by_stage": accuracies,
         "magnitudes": list(after.state.magnitudes),

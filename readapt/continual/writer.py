@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from readapt.data import Encoded, Encoder, collate
+from readapt.data import Encoded, Encoder, by_length, collate
 from readapt.evaluate import label_logits
 
 Rivals = Literal["unlearned", "stage", "all"]
@@ -84,7 +84,7 @@ def exact_points(
     `among` restricts decoding to these labels, as a server with a list of choices would; None: the free vocabulary.
     """
     choices = None if among is None else next_tokens(among)
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    ordered = by_length(rows)
     chunks = [ordered[start : start + batch_rows] for start in range(0, len(ordered), batch_rows)]
     return 100.0 * sum(_num_exact(model, chunk, choices) for chunk in chunks) / len(rows)
 
