@@ -5,7 +5,8 @@
     paper      alpha * T + beta * E by Bayesian search, then fine-tuning with two-phase scheduled regularisation
     ours       the ladder as it comes
     scratch    a new adapter
-    data_free  ours, without any label: the old service's answers to the training prompts take their place
+    data_free  ours, without any label: the old service's answers to logged prompts take their place; no scratch rung,
+               which would double its budget
 
 The clock starts with the bases, the old adapter and the rows on disk: loading them, extracting E where an arm needs it,
 search, closed forms, training and all evaluations on the gate's rows count; the start of the process does not, nor does
@@ -37,6 +38,9 @@ from readapt.search import find
 from readapt.train import CurvePoint
 
 TOLERANCE_POINTS = 0.5
+# About the best for all arms: the time to readiness of a run of T steps that is evaluated every k steps, each at the
+# cost of c steps, is about T + 1.5 k + c T / k; in long runs k grows by itself (`readapt.train.Plan`).
+EVAL_EVERY = 10
 MAX_TOKENS = 256  # the rows fit it whole
 PERFECT = 100.0  # agreement of the old service with itself
 NEEDS_OLD_BASE = {"transplant"}
@@ -45,16 +49,10 @@ DEFAULT_RUNGS = LadderConfig().rungs
 
 @dataclass(frozen=True)
 class Plan:
-    """How an arm climbs: its rungs, the learning rates to try (the likely best first), how often it is evaluated.
-
-    The evaluation intervals are about the best for each: the time to readiness of a run of T steps that is evaluated
-    every k steps, each at the cost of c steps, is about T + 1.5 k + c T / k.
-    """
+    """How an arm climbs: its rungs and the learning rates to try (the likely best first)."""
 
     rungs: tuple[str, ...]
     learning_rates: tuple[float, ...] = ()
-    eval_every: int = 10
-    max_evaluations: int = 30
     has_pull: bool = True
     has_averaging: bool = False
 
@@ -64,8 +62,8 @@ PLANS: dict[Arm, Plan] = {
     "copy_ft": Plan(("copy", "train"), (1e-3, 5e-4, 2e-3), has_pull=False),
     "paper": Plan(("fused", "train"), (1e-3, 5e-4, 2e-3)),
     "ours": Plan(DEFAULT_RUNGS, (5e-4, 2.5e-4, 1e-3), has_averaging=True),
-    "scratch": Plan(("scratch",), (3e-3, 1.5e-3, 6e-3), eval_every=20, max_evaluations=15),
-    "data_free": Plan(DEFAULT_RUNGS, (5e-4, 2.5e-4, 1e-3), has_averaging=True),
+    "scratch": Plan(("scratch",), (3e-3, 1.5e-3, 6e-3)),
+    "data_free": Plan(("copy", "transplant", "train"), (5e-4, 2.5e-4, 1e-3), has_averaging=True),
 }
 
 
@@ -81,7 +79,7 @@ def ladder_config(spec: RunSpec) -> ReadaptConfig:
         "full_steps": task.steps,
         "scratch_steps": task.steps,
         "batch_rows": task.batch_rows,
-        "eval_every": max(plan.eval_every, task.steps // plan.max_evaluations),
+        "eval_every": EVAL_EVERY,
         "max_tokens": MAX_TOKENS,
         "seed": spec.seed,
     }

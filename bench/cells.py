@@ -42,7 +42,7 @@ TUNED: tuple[Arm, ...] = ("copy_ft", "paper", "ours", "data_free")
 
 FULL_BUDGET: tuple[Arm, ...] = ("ours", "scratch")  # on all seeds; the others on the first one alone
 
-STARTS = ("copy", "transplant", "fused")
+STARTS = ("copy", "transplant", "wide", "fused")
 
 RunArm = Callable[[RunSpec, Place, float], Climb]
 
@@ -147,18 +147,22 @@ class _Cell:
         reference = min(v1_gate, full.final.gate)
         ready = full.ready if reference == v1_gate else self._run("scratch", reference, rate, "timed").ready
         final = replace(full, purpose="final", reference=reference, ready=ready)
-        return self._keep(self._spec("scratch", reference, rate, "final"), final)
+        return self._kept(self._spec("scratch", reference, rate, "final"), lambda: final)
 
     def _tune(self, arm: Arm, reference: float, choose: Callable[[Sequence[Record]], Record]) -> Record:
         runs: list[Record] = []
-        for rate in PLANS[arm].learning_rates:
+
+        def run(rate: float) -> None:
             runs.append(self._run(arm, reference, rate, "tune", _limit_steps(arm, runs)))
+
+        for rate in PLANS[arm].learning_rates:
+            run(rate)
             if runs[0].ready is not None and runs[0].ready.rung in STARTS:
                 return runs[0]  # ready without training
         for _ in range(MAX_EXTRA_RATES):
             beyond = _beyond(_rate(choose(runs)), [_rate(run) for run in runs])
             if beyond is not None:
-                runs.append(self._run(arm, reference, beyond, "tune", _limit_steps(arm, runs)))
+                run(beyond)
         return choose(runs)
 
     def _spec(self, arm: Arm, reference: float, rate: float | None, purpose: Purpose) -> RunSpec:
@@ -180,8 +184,7 @@ class _Cell:
         limit_steps: float = math.inf,
     ) -> Record:
         spec = self._spec(arm, reference, rate, purpose)
-        known = self._bench.journal.find(spec)
-        return known or self._keep(spec, self._climb(spec, limit_steps))
+        return self._kept(spec, lambda: self._climb(spec, limit_steps))
 
     def _climb(self, spec: RunSpec, limit_steps: float) -> Record:
         started = time.perf_counter()
@@ -212,15 +215,14 @@ class _Cell:
 
     def _scored(self, arm: Arm) -> Record:
         """The old service, or the bare new base: nothing to be run."""
-        spec = replace(self._bare, arm=arm)
-        known = self._bench.journal.find(spec)
-        if known is not None:
-            return known
-        adapter = load_adapter(self._place.adapter) if arm == "v1" else None
-        return self._keep(spec, _blank_record(spec, self._bench.score(adapter, on_old=arm == "v1")))
+        spec, adapter = replace(self._bare, arm=arm), load_adapter(self._place.adapter) if arm == "v1" else None
+        return self._kept(spec, lambda: _blank_record(spec, self._bench.score(adapter, on_old=arm == "v1")))
 
-    def _keep(self, spec: RunSpec, record: Record) -> Record:
-        if self._bench.journal.find(spec) is None:
+    def _kept(self, spec: RunSpec, make: Callable[[], Record]) -> Record:
+        """The run's record, made where there is none yet."""
+        record = self._bench.journal.find(spec)
+        if record is None:
+            record = make()
             self._bench.journal.add(spec, record)
             self._bench.say(_line(record))
         return record

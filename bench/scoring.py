@@ -4,6 +4,7 @@ Shape letters as in `readapt.evaluate`.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import mean
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 
 from cluster.adapter_files import Adapter
 from readapt.data import Encoder, Row, collate
-from readapt.evaluate import Metric, label_logits
+from readapt.evaluate import SPARE_TOKENS, Metric, label_logits
 from readapt.greedy import greedy
-from readapt.lora import attach
+from readapt.lora import attached
 
 BATCH_ROWS = 64
-SPARE_TOKENS = 8  # an answer may be so much longer than the longest reference
 
 
 def score(
@@ -26,12 +26,8 @@ def score(
 
     Exact match: 0 or 100 a row, and their mean. chrF: sentence chrF a row, and corpus chrF for all.
     """
-    lora = None if adapter is None else attach(model, adapter)
-    try:
+    with nullcontext() if adapter is None else attached(model, adapter):
         return _exact_match(model, encoder, rows) if metric == "exact_match" else _chrf(model, encoder, rows)
-    finally:
-        if lora is not None:
-            lora.detach()
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from readapt.data import encoder_for
 from readapt.delta import base_evolution
 from readapt.evaluate import Evaluator, judge
 from readapt.fuse import Rank
-from readapt.lora import attach, load_base
+from readapt.lora import attached, load_base
 from readapt.objective import FusionObjective
 from readapt.points import COPY, CORNERS, UNDO, Point
 from readapt.search import find, split_valid
@@ -104,9 +104,8 @@ def scoring_seconds(case: _Case, config: SearchConfig) -> dict[str, float]:
     def alone() -> list[float]:
         losses = []
         for point in CANDIDATES:
-            lora = attach(case.model, objective.adapter(point, rank))
-            losses.append(evaluator.loss())
-            lora.detach()
+            with attached(case.model, objective.adapter(point, rank)):
+                losses.append(evaluator.loss())
         return losses
 
     objective.losses(CANDIDATES[:1])

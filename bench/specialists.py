@@ -40,7 +40,7 @@ class BenchTask:
     test_rows: int = 500
     max_tokens: int = 256
     moved_rows: int = 0
-    num_prompts: int = 2000
+    num_prompts: int = 1000
 
     @property
     def is_generation(self) -> bool:
@@ -53,7 +53,7 @@ TASKS = (
     BenchTask("snips"),
     BenchTask("trec"),
     BenchTask("subjectivity"),
-    BenchTask("e2e", "chrf", 160, 8, 400, 12, 32, 64, 200, max_tokens=112, num_prompts=400),
+    BenchTask("e2e", "chrf", 160, 8, 400, 12, 32, 200, 200, max_tokens=112, num_prompts=400),
     BenchTask("sql_geography", "chrf", 160, 8, 400, 12, 16, 64, 200, max_tokens=160, moved_rows=40, num_prompts=400),
 )
 

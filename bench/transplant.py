@@ -27,21 +27,24 @@ from cluster.adapter_files import Adapter, load_adapter
 from cluster.config import TransplantConfig
 from readapt.data import Encoder, Row, Task, collate, encoder_for
 from readapt.evaluate import judge
-from readapt.lora import attach, load_base
+from readapt.lora import attached, load_base
 from readapt.search import subset
-from readapt.transplant import Regression, by_length, transplant
+from readapt.transplant import Regression, calibration_rows, transplant
 
 OLD, NEW = "stories3m-v1", "stories3m-v2-strong"
 GATE_ROWS = 400
 PROMPT_ROWS = 100
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as it comes (rank 32, 128 rows)": {},
-    "rank 8": {"rank": 8},
-    "rank 16": {"rank": 16},
-    "rank 64": {"rank": 64},
-    "64 rows": {"rows": 64},
-    "256 rows": {"rows": 256},
-    "1024 rows": {"rows": 1024},
+    "as it comes (rank up to 64, 12 tokens a unit of width)": {},
+    "rank up to 8": {"rank": 8},
+    "rank up to 16": {"rank": 16},
+    "rank up to 32": {"rank": 32},
+    "rank up to 128": {"rank": 128},
+    "rank 64 everywhere": {"energy": 1.0},
+    "energy 0.95": {"energy": 0.95},
+    "6 tokens a unit": {"tokens_per_width": 6.0},
+    "24 tokens a unit": {"tokens_per_width": 24.0},
+    "48 tokens a unit": {"tokens_per_width": 48.0},
     "old head": {"map_head": False},
     "modules only, not the stream": {"match_stream": False, "map_head": False},
     "centred on zero": {"centre": "zero"},
@@ -76,21 +79,20 @@ class _Place:
 
     def transplanted(self, config: TransplantConfig) -> tuple[Adapter, float]:
         """The adapter, and the CPU seconds that it took."""
-        rows = by_length(self.encoder.encode_all(subset(self.rows.train, config.rows, seed=0)))
+        rows = self.encoder.encode_all(subset(self.rows.train, config.rows, seed=0))
+        num_tokens = round(config.tokens_per_width * self.new_model.config.hidden_size)
+        rows = calibration_rows(rows, self.old_model.config.vocab_size, num_tokens)
         started = time.process_time()
         found = transplant(self.old_model, self.old, self.new_model, rows, config)
         return found.adapter, time.process_time() - started
 
     def kl(self, adapter: Adapter, rows: Sequence[Row]) -> float:
         """Of the new base with this adapter from the old service, a token."""
-        services = attach(self.old_model, self.old), attach(self.new_model, adapter)
         batch = collate(self.encoder.encode_all(rows))
         is_token_BT = batch.attention_mask_BT.bool()
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
-        with torch.no_grad():
+        with torch.no_grad(), attached(self.old_model, self.old), attached(self.new_model, adapter):
             logits = [model(**inputs, use_cache=False).logits for model in (self.old_model, self.new_model)]
-        for service in services:
-            service.detach()
         old_NV, new_NV = (log_softmax(logits_BTV[is_token_BT], dim=-1) for logits_BTV in logits)
         return float(kl_div(new_NV, old_NV, log_target=True, reduction="batchmean"))
 

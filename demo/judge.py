@@ -15,7 +15,7 @@ from demo.verify import terms, wrong_answers
 from demo.world import NEW, OLD
 from readapt.data import encoder_for, load_task
 from readapt.evaluate import golden, judge
-from readapt.lora import attach, load_base
+from readapt.lora import attached, load_base
 
 TEST_ROWS = 1000  # of each task at most
 MAX_LISTED = 20
@@ -60,9 +60,9 @@ class Judge:
         return outcomes
 
     def _expected(self, version: Version, prompts: Sequence[str]) -> list[str]:
-        lora = attach(self._models[version.base], self._files(version))
-        pairs = golden(self._models[version.base], self._encoders[version.base], prompts, self._answer_tokens)
-        lora.detach()
+        model = self._models[version.base]
+        with attached(model, self._files(version)):
+            pairs = golden(model, self._encoders[version.base], prompts, self._answer_tokens)
         return [pair["completion"] for pair in pairs]
 
     def _files(self, version: Version) -> Adapter:

@@ -121,7 +121,10 @@ class WorldInfo:
         tables = [_table("[[bases]]", {"name": name, "path": base}) for name, base in self.bases.items()]
         tables += [_table("[[adapters]]", self._adapter(index, spec)) for index, spec in enumerate(self.specs)]
         tables += [_table("[serving]", serving), _table("[readapt.train]", self.train)]
-        tables += [_table("[readapt.ladder]", {"rungs": RUNGS}), _table("[readapt.gate]", self.gate)]
+        tables += [
+            _table("[readapt.ladder]", {"rungs": RUNGS, "copy_cosine": -1.0}),
+            _table("[readapt.gate]", self.gate),
+        ]
         tables += [_table("[readapt.workers]", {"num_workers": max(1, (os.cpu_count() or 1) // 2)})]
         path.write_text("\n".join([_MARK, 'name = "demo"\n', *tables]), encoding="utf-8")
         return path

@@ -33,6 +33,7 @@ from readapt.evaluate import Evaluation, judge
 from readapt.fuse import Fusion
 from readapt.lora import load_base
 from readapt.planning import ASSESSED
+from readapt.plans import scratch_plan, warm_plan
 from readapt.points import BARE, COPY, UNDO
 from readapt.relabel import PROMPTS, answered, is_data_free, load_prompts
 from readapt.search import split_valid
@@ -46,6 +47,7 @@ READY_EXCESS = 0.05  # nats a token above today's loss at which no training is n
 WORTH_SHARE = 0.25
 NUM_ANSWERED = 64  # prompts that the old service answers for an assessment where there are no rows
 BACKWARD_COST = 3.0  # a training step in forwards of the same rows
+TRANSPLANT_COST = 5.0  # likewise: two forwards, and the products and solves of the regressions
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,14 @@ class Assessor:
             corners=corners,
             rung=rung,
             reason=reason,
-            expected_s=expected_seconds(rung, row_s, len(gate_rows), config),
+            expected_s=expected_seconds(rung, row_s, len(gate_rows), self._num_calibration_rows(after, rows), config),
         )
+
+    def _num_calibration_rows(self, base: Path, rows: Sequence[Row]) -> int:
+        """How many rows a transplant is fitted on, if these tell how long rows are."""
+        config = self._fleet.readapt.transplant
+        tokens = sum(len(row.input_ids) for row in self._encoder(base).encode_all(rows)) / len(rows)
+        return min(config.rows, math.ceil(config.tokens_per_width * self._base(base).config.hidden_size / tokens))
 
     def _valid(self, base: str, task: Adapter, data: Path) -> list[Row]:
         """Validation rows; where there are only prompts, some of them as the old service answers them."""
@@ -244,13 +252,16 @@ def _squared_singular_values(factors: Any) -> list[float]:
     return [float(value) for value in factors.a_RD.double().square().sum(1).square()]
 
 
-def expected_seconds(rung: Rung, row_s: float, num_gate_rows: int, config: ReadaptConfig) -> float:
+def expected_seconds(
+    rung: Rung, row_s: float, num_gate_rows: int, num_calibration_rows: int, config: ReadaptConfig
+) -> float:
     """How long a worker climbs to a rung, in forwards of one row at `row_s` each: an estimate to order a fleet by."""
     train, search = config.train, config.search
-    looks = {"train": train.full_steps // train.eval_every, "scratch": train.scratch_steps // train.eval_every}
+    plans = {"train": warm_plan(train, None), "scratch": scratch_plan(train)}
+    looks = {name: sum(map(plan.is_due, range(1, plan.steps + 1))) for name, plan in plans.items()}
     rows: dict[Rung, float] = {
         "copy": num_gate_rows,
-        "transplant": 2 * config.transplant.rows + num_gate_rows,
+        "transplant": TRANSPLANT_COST * num_calibration_rows + num_gate_rows,
         "fused": search.trials * search.subset_rows + num_gate_rows,
         "train": BACKWARD_COST * train.full_steps * train.batch_rows + looks["train"] * num_gate_rows,
         "scratch": BACKWARD_COST * train.scratch_steps * train.batch_rows + looks["scratch"] * num_gate_rows,

@@ -5,10 +5,10 @@ specialist meets in service exactly the tokens it was trained on. Shape letters:
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from cluster.errors import InvalidCheckpointError, InvalidDataError
 
+AnyT = TypeVar("AnyT")
 IGNORED = -100  # torch's cross_entropy skips this label
 
 
@@ -171,6 +172,23 @@ def collate(rows: Sequence[Encoded]) -> BatchTensors:
         attention_mask_BT[index, : len(tokens)] = 1
         labels_BT[index, row.num_prompt_tokens : len(tokens)] = tokens[row.num_prompt_tokens :]
     return BatchTensors(input_ids_BT, attention_mask_BT, labels_BT)
+
+
+def by_length(rows: Sequence[Encoded]) -> list[Encoded]:
+    """The same rows by rising length, which is how they cost least padding."""
+    return sorted(rows, key=lambda row: len(row.input_ids))
+
+
+def shuffled_batches(rows: Sequence[AnyT], batch_rows: int, seed: int) -> Iterator[list[AnyT]]:
+    """Batches without end, epoch after epoch in ever new order; a batch may reach from one epoch into the next."""
+    assert rows, "files without rows are refused when they are read"
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    while True:
+        while len(queue) < batch_rows:
+            queue += torch.randperm(len(rows), generator=generator).tolist()
+        yield [rows[index] for index in queue[:batch_rows]]
+        del queue[:batch_rows]
 
 
 def encoder_for(base_folder: Path, max_tokens: int) -> Encoder:

@@ -17,12 +17,13 @@ from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter
 from cluster.config import GateConfig
-from readapt.data import IGNORED, BatchTensors, Encoded, Encoder, Row, collate
+from readapt.data import IGNORED, BatchTensors, Encoded, Encoder, Row, by_length, collate
 from readapt.greedy import greedy
-from readapt.lora import attach
-from readapt.sequential import failing_hits, fewest_hits, looks
+from readapt.lora import attached
+from readapt.sequential import failing_hits, fewest_hits, likely_rise, looks
 
 Metric = Literal["exact_match", "chrf"]
+SPARE_TOKENS = 8  # an answer may be so much longer than the longest reference
 ANSWER_ROWS = 64  # written side by side: the fastest of 16, 64 and 200 for a model of 3 M parameters on one core
 
 
@@ -30,10 +31,11 @@ ANSWER_ROWS = 64  # written side by side: the fastest of 16, 64 and 200 for a mo
 class Evaluation:
     """`loss` is nats per completion token (eos included); `quality` is in points, 0 to 100, more is better.
 
-    Both are over the `num_rows` rows that were looked at. Where these are not all (`is_complete` false), the gate that
-    was asked is certain or nearly certain not to be passed, and `quality` is an estimate on which nothing is shipped.
-    `first_loss` is that of the rows up to the first look, always the same ones, by which evaluations are compared
-    whatever rows they saw; None for `loss` itself.
+    `quality` is over the `num_rows` rows that were looked at. Where these are not all (`is_complete` false), the gate
+    that was asked is certain or nearly certain not to be passed, and it is an estimate on which nothing is shipped.
+    `loss` is over the same rows or, where quality is not read off the same forward, the first of them. `first_loss` is
+    that of the rows up to the first look, always the same ones, by which evaluations are compared whatever rows they
+    saw; None for `loss` itself.
     """
 
     loss: float
@@ -56,9 +58,14 @@ class Gate:
         """The gate of a successor to an adapter of that quality."""
         return cls(old_quality, config.tolerance_points, old_quality - config.max_drop_points)
 
+    @property
+    def least(self) -> float:
+        """The quality that is asked for."""
+        return self.reference - self.tolerance_points
+
     def passes(self, quality: float) -> bool:
         """Whether a quality, measured on all rows, is good enough to ship."""
-        return quality >= self.reference - self.tolerance_points
+        return quality >= self.least
 
     def lowered(self, scratch_quality: float) -> "Gate":
         """The gate where scratch training reaches only that much: the task has become harder on the new base.
@@ -124,13 +131,13 @@ class Evaluator:
     """Judges whatever adapter is on `model` at the time of the call, always on the same rows in the same order.
 
     `metric` "exact_match" is teacher-forced: greedy decoding writes the target exactly if and only if the target token
-    is the argmax at each of its positions, so one forward replaces the generation. "chrf" generates greedily.
+    is the argmax at each of its positions, so one forward replaces the generation. "chrf" generates greedily, and
+    answers equal prompts once; its loss is of the rows up to the first look.
 
-    With a `gate`, an evaluation by exact match ends early where the gate will not be passed: as soon as that is
-    certain, or so probable that of the adapters that do pass at most 1 - `confidence` are given up (see `sequential`).
-    chrF, which is of the whole text, has no such rule and takes all rows, but answers equal prompts once. An adapter
-    passes on all rows only. `complete` looks at all rows in any case: ask it before a quality is shipped or compared,
-    or a gate is lowered to it. `seed` decides the order of the rows.
+    With a `gate`, an evaluation ends early where the gate will not be passed: as soon as that is so probable that of
+    the adapters that do pass at most 1 - `confidence` are given up (see `sequential`: exact for exact match, near
+    enough for chrF). An adapter passes on all rows only. `complete` looks at all rows in any case: ask it before a
+    quality is shipped or compared, or a gate is lowered to it. `seed` decides the order of the rows.
     """
 
     def __init__(
@@ -145,14 +152,17 @@ class Evaluator:
         confidence: float = 0.999,
         seed: int = 0,
     ):
-        self._model, self._encoder, self._metric = model, encoder, metric
-        self._rows = list(rows) if gate is None else random.Random(seed).sample(list(rows), len(rows))
-        ends = looks(len(rows)) if gate is not None and metric == "exact_match" else [len(rows)]
-        encoded = encoder.encode_all(self._rows)
+        self._model, self._encoder = model, encoder
+        rows = list(rows) if gate is None else random.Random(seed).sample(list(rows), len(rows))
+        ends = [len(rows)] if gate is None else looks(len(rows))
+        encoded = encoder.encode_all(rows)
+        self._num_rows = len(rows)
         self._chunks = [_length_sorted_batches(encoded[start:end], batch_rows) for start, end in pairwise([0, *ends])]
-        self._max_answer_tokens = max(len(row.input_ids) - row.num_prompt_tokens for row in encoded) + 8
         self._given_up: dict[int, int] = {}  # by look
-        if gate is not None and len(ends) > 1:
+        self._texts: _Texts | None = None
+        if metric == "chrf":
+            self._texts = _Texts(encoder, rows, encoded, ends, gate, confidence)
+        elif gate is not None:
             self._given_up = failing_hits(len(rows), fewest_hits(len(rows), gate.passes), confidence)
 
     def __call__(self) -> Evaluation:
@@ -168,24 +178,21 @@ class Evaluator:
         return sum((self._teacher_forced(chunk) for chunk in self._chunks), _Counts()).loss
 
     def _evaluate(self, *, may_stop: bool) -> Evaluation:
+        if self._texts is None:
+            return self._exact_match(may_stop=may_stop)
+        loss = self._teacher_forced(self._chunks[0]).loss
+        quality, num_rows = self._texts.chrf(self._model, may_stop=may_stop)
+        return Evaluation(loss, quality, num_rows, num_rows == self._num_rows)
+
+    def _exact_match(self, *, may_stop: bool) -> Evaluation:
         seen, first_loss = _Counts(), None
         for chunk in self._chunks:
             seen += self._teacher_forced(chunk)
             first_loss = seen.loss if first_loss is None else first_loss
             if may_stop and seen.num_exact <= self._given_up.get(seen.num_rows, -1):
                 break
-        quality = 100.0 * seen.num_exact / seen.num_rows if self._metric == "exact_match" else self._chrf()
-        return Evaluation(seen.loss, quality, seen.num_rows, seen.num_rows == len(self._rows), first_loss)
-
-    def _chrf(self) -> float:
-        from sacrebleu.metrics.chrf import CHRF  # imported here: only tasks of free text need it
-
-        prompts = [_prompt_tokens(self._encoder, row) for row in self._rows]
-        distinct = list(dict.fromkeys(prompts))  # many a task has several references for one prompt
-        answers = greedy(self._model, self._encoder, distinct, self._max_answer_tokens, ANSWER_ROWS)
-        texts = dict(zip(distinct, answers, strict=True))
-        references = [row.completion.strip() for row in self._rows]
-        return float(CHRF().corpus_score([texts[prompt].strip() for prompt in prompts], [references]).score)
+        quality = 100.0 * seen.num_exact / seen.num_rows
+        return Evaluation(seen.loss, quality, seen.num_rows, seen.num_rows == self._num_rows, first_loss)
 
     @torch.no_grad()
     def _teacher_forced(self, batches: Sequence[BatchTensors]) -> "_Counts":
@@ -196,6 +203,52 @@ class Evaluator:
             num_rows, missed_rows = len(batch.input_ids_BT), rows_L[logits_LV.argmax(-1) != labels_L].unique()
             seen += _Counts(loss_sum, len(labels_L), num_rows, num_rows - len(missed_rows))
         return seen
+
+
+class _Texts:
+    """Rows that are answered in free text and judged by chrF, look by look."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rows: Sequence[Row],
+        encoded: Sequence[Encoded],
+        ends: Sequence[int],
+        gate: Gate | None,
+        confidence: float,
+    ):
+        self._encoder, self._ends = encoder, ends
+        self._prompts = [row.input_ids[: row.num_prompt_tokens] for row in encoded]
+        self._references = [row.completion.strip() for row in rows]
+        self._max_answer_tokens = max(len(row.input_ids) - row.num_prompt_tokens for row in encoded) + SPARE_TOKENS
+        self._asked = -math.inf if gate is None else gate.least
+        self._confidence = confidence
+
+    def chrf(self, model: Any, *, may_stop: bool) -> tuple[float, int]:
+        """Of the whole corpus, or of the rows up to the look at which it was given up; and the number of rows."""
+        from sacrebleu.metrics.chrf import CHRF  # imported here: only tasks of free text need it
+
+        chrf, found, num_rows, quality = CHRF(), dict[tuple[int, ...], str](), 0, 0.0
+        texts: list[str] = []
+        for num_rows in self._ends:
+            self._answer(model, self._prompts[:num_rows], found)
+            texts = [found[prompt].strip() for prompt in self._prompts[:num_rows]]
+            wanted = self._references[:num_rows]
+            quality = float(chrf.corpus_score(texts, [wanted]).score)
+            if may_stop and num_rows < len(self._prompts):
+                by_row = [chrf.sentence_score(t, [w]).score for t, w in zip(texts, wanted, strict=True)]
+                if quality + self._margin(by_row) < self._asked:
+                    break
+        return quality, num_rows
+
+    def _margin(self, by_row: Sequence[float]) -> float:
+        return likely_rise(by_row, len(self._prompts), self._confidence, num_looks=len(self._ends) - 1)
+
+    def _answer(self, model: Any, prompts: Sequence[tuple[int, ...]], found: dict[tuple[int, ...], str]) -> None:
+        """Adds what is missing: many a task has several references for one prompt."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        texts = greedy(model, self._encoder, new, self._max_answer_tokens, ANSWER_ROWS)
+        found.update(zip(new, texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -215,22 +268,14 @@ class _Counts:
 
 
 def _length_sorted_batches(rows: Sequence[Encoded], batch_rows: int) -> list[BatchTensors]:
-    in_order = sorted(rows, key=lambda row: len(row.input_ids))
+    in_order = by_length(rows)
     return [collate(in_order[start : start + batch_rows]) for start in range(0, len(in_order), batch_rows)]
-
-
-def _prompt_tokens(encoder: Encoder, row: Row) -> tuple[int, ...]:
-    encoded = encoder.encode(row)
-    return encoded.input_ids[: encoded.num_prompt_tokens]
 
 
 def judge(model: Any, adapter: Adapter, encoder: Encoder, rows: Sequence[Row], metric: Metric) -> Evaluation:
     """Evaluates one adapter on a bare model, which is bare again afterwards."""
-    lora = attach(model, adapter)
-    try:
+    with attached(model, adapter):
         return Evaluator(model, encoder, rows, metric)()
-    finally:
-        lora.detach()  # whatever happened: workers keep the model for the next adapter
 
 
 def golden(model: Any, encoder: Encoder, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:

@@ -1,7 +1,8 @@
 """One adapter's way to the new base: the ladder of rungs, cheapest first, up to the first that passes the gate.
 
     copy        the old adapter as it is
-    transplant  the closed-form adapter that does on the task's rows what the old service did (`transplant`)
+    transplant  the closed-form adapter that does on the task's rows what the old service did (`transplant`); one that
+                misses the gate by far is made again on more rows with higher ranks: rung "wide"
     fused       alpha * T + beta * E, found by search
     train       from the best of these starts: fine-tuning with scheduled regularisation; what it reaches within its
                 first `short_steps` counts as rung "short", the rest as "full"
@@ -17,22 +18,24 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cluster.adapter_files import Adapter
-from cluster.config import ReadaptConfig
+from cluster.config import ReadaptConfig, TransplantConfig
 from cluster.errors import InvalidDataError, ReloraError, TrainingError
-from readapt.data import Encoded, EncodedRows, Encoder, Task
+from readapt.data import EncodedRows, Encoder, Task
 from readapt.delta import cosine
 from readapt.evaluate import Evaluation, Evaluator, Gate, Metric, Watcher, golden
-from readapt.lora import attach, blank_like, row_norms
+from readapt.lora import attached, blank_like, row_norms
 from readapt.objective import FusionObjective, SearchResult
 from readapt.plans import anchor_adapter, scratch_plan, warm_plan
 from readapt.search import split_valid, subset
 from readapt.train import BrokenRunError, CurvePoint, End, Plan, TrainJob, TrainResult, fine_tune
-from readapt.transplant import by_length, transplant
+from readapt.transplant import calibration_rows, transplant
 
-RUNGS = ("copy", "transplant", "fused", "short", "full", "scratch")
+RUNGS = ("copy", "transplant", "wide", "fused", "short", "full", "scratch")
+FAR_POINTS = 3.0  # less than this a short training makes up for; measured: 8 points took it 440 steps
 REUSING = frozenset({"copy", "transplant", "fused", "train"})
 
 Search = Callable[[FusionObjective], SearchResult | None]  # None: not found yet, ask again
@@ -100,10 +103,13 @@ class _Start:
 class _Candidate:
     rung: str
     adapter: Adapter
-    quality: float
+    evaluation: Evaluation
     alpha: float
     beta: float
-    evaluation: Evaluation | None = None
+
+    @property
+    def quality(self) -> float:
+        return self.evaluation.quality
 
 
 class Ladder:
@@ -163,21 +169,25 @@ class Ladder:
         return self._outcome()
 
     def _rungs(self) -> Iterator[str]:
-        """Those of the config; of bases that have nothing to do with each other, those that reuse nothing."""
-        rungs = self._config.ladder.rungs
-        if not REUSING.isdisjoint(rungs) and "scratch" in rungs and self._are_unrelated():
-            return iter(("scratch",))
-        return iter(rungs)
+        """Those of the config, but for what the bases have in common.
 
-    def _are_unrelated(self) -> bool:
-        return cosine(self._old_model, self._model, self._old.factors) < self._config.ladder.min_cosine
+        Where that is nothing, those that reuse nothing; where it is not nearly all, the transplant before the copy,
+        which would seldom pass then, or barely.
+        """
+        config = self._config.ladder
+        if REUSING.isdisjoint(config.rungs):
+            return iter(config.rungs)
+        similarity = cosine(self._old_model, self._model, self._old.factors)
+        if "scratch" in config.rungs and similarity < config.min_cosine:
+            return iter(("scratch",))
+        return iter(config.rungs if similarity >= config.copy_cosine else _transplant_first(config.rungs))
 
     def _try(self, rung: str) -> Generator[TrainJob | None, End | None, None]:
         match rung:
             case "copy":
                 self._try_start("copy", lambda: _Start(self._old, 1.0, 0.0))
             case "transplant":
-                self._try_start("transplant", self._transplanted)
+                self._try_transplants(self._config.transplant)
             case "fused":
                 yield from self._try_fused()
             case "train":
@@ -196,6 +206,13 @@ class Ladder:
             self._failed(rung, error, time.perf_counter() - started)
             return
         self._add_start(rung, start, started)
+
+    def _try_transplants(self, config: TransplantConfig) -> None:
+        self._try_start("transplant", partial(self._transplanted, config))
+        found = next((start for start in self._starts if start.rung == "transplant"), None)
+        is_far = found is not None and found.quality < self._gate.least - FAR_POINTS
+        if is_far and config.wide_rank > config.rank:
+            self._try_start("wide", partial(self._transplanted, config.widened()))
 
     def _try_fused(self) -> Generator[None, End | None, None]:
         started = time.perf_counter()
@@ -216,7 +233,7 @@ class Ladder:
         point = CurvePoint(0, seconds, evaluation.loss, evaluation.quality)
         self._report(rung, point)
         self._attempts.append(Attempt(rung, evaluation.quality, seconds, (point,), start.energy))
-        candidate = _Candidate(rung, start.adapter, evaluation.quality, start.alpha, start.beta, evaluation)
+        candidate = _Candidate(rung, start.adapter, evaluation, start.alpha, start.beta)
         self._starts.append(candidate)
         self._candidates.append(candidate)
         if self._gate.passes(evaluation.quality):
@@ -226,21 +243,19 @@ class Ladder:
         self._fault = error
         self._attempts.append(Attempt(rung, 0.0, seconds, error=f"{type(error).__name__}: {error}"))
 
-    def _transplanted(self) -> _Start:
-        config = self._config.transplant
+    def _transplanted(self, config: TransplantConfig) -> _Start:
+        vocabulary = self._old_model.config.vocab_size
         rows = subset(self._task.train, config.rows, self._config.train.seed)
-        encoded = readable(self._encoder.encode_all(rows), self._old_model.config.vocab_size)
-        if not encoded:
+        num_tokens = round(config.tokens_per_width * self._model.config.hidden_size)
+        chosen = calibration_rows((self._encoder.encode(row) for row in rows), vocabulary, num_tokens)
+        if not chosen:
             raise InvalidDataError("every row has tokens that the old base does not know: nothing to transplant")
-        found = transplant(self._old_model, self._old, self._model, by_length(encoded), config)
+        found = transplant(self._old_model, self._old, self._model, chosen, config)
         return _Start(found.adapter, 1.0, 0.0, min(found.energy.values(), default=None))
 
     def _judge(self, adapter: Adapter) -> Evaluation:
-        lora = attach(self._model, adapter)
-        try:
+        with attached(self._model, adapter):
             return self._evaluate()
-        finally:
-            lora.detach()
 
     def _best_start(self) -> _Candidate:
         """That of the lowest loss on the search rows: the gate's rows are not there to choose by."""
@@ -249,12 +264,9 @@ class Ladder:
         evaluator = Evaluator(self._model, self._encoder, self._search_rows, "exact_match")
 
         def loss(start: _Candidate) -> float:
-            lora = attach(self._model, start.adapter)
-            try:
+            with attached(self._model, start.adapter):
                 found = evaluator.loss()
-                return found if math.isfinite(found) else math.inf
-            finally:
-                lora.detach()
+            return found if math.isfinite(found) else math.inf
 
         return min(self._starts, key=loss)
 
@@ -271,7 +283,7 @@ class Ladder:
         result = end.kept if isinstance(end, BrokenRunError) else end
         self._attempts += self._milestones(result)
         rung = self._warm_rung(result.best_step)
-        self._candidates.append(_Candidate(rung, result.best, result.best_quality, start.alpha, start.beta))
+        self._candidates.append(_Candidate(rung, result.best, result.best_evaluation, start.alpha, start.beta))
         self._note_ready(result, self._warm_rung)
 
     def _train_scratch(self) -> Generator[TrainJob | None, End | None, None]:
@@ -284,7 +296,7 @@ class Ladder:
             self._fault = end
             return
         self._attempts.append(Attempt("scratch", end.best_quality, end.curve[-1].seconds, tuple(end.curve)))
-        self._candidates.append(_Candidate("scratch", end.best, end.best_quality, 0.0, 0.0))
+        self._candidates.append(_Candidate("scratch", end.best, end.best_evaluation, 0.0, 0.0))
         self._note_ready(end, lambda step: "scratch")
 
     def _job(self, start: Adapter, plan: Plan, rung: Callable[[int], str], known: Evaluation | None = None) -> TrainJob:
@@ -335,13 +347,10 @@ class Ladder:
 
     def _complete(self, candidate: _Candidate) -> _Candidate:
         """The candidate with its quality on all of the gate's rows, for those that were given up early."""
-        if candidate.evaluation is not None and candidate.evaluation.is_complete:
+        if candidate.evaluation.is_complete:
             return candidate
-        lora = attach(self._model, candidate.adapter)
-        try:
-            return replace(candidate, quality=self._evaluate.complete().quality)
-        finally:
-            lora.detach()
+        with attached(self._model, candidate.adapter):
+            return replace(candidate, evaluation=self._evaluate.complete())
 
     def _outcome(self) -> Outcome:
         if not self._candidates:
@@ -364,11 +373,8 @@ class Ladder:
         )
 
     def _golden(self, adapter: Adapter) -> tuple[dict[str, str], ...]:
-        lora = attach(self._model, adapter)
-        try:
+        with attached(self._model, adapter):
             return tuple(golden(self._model, self._encoder, self._golden_prompts(), max_tokens=16))
-        finally:
-            lora.detach()
 
     def _golden_prompts(self) -> list[str]:
         prompts = list(dict.fromkeys(row.prompt for row in self._task.valid))
@@ -376,13 +382,13 @@ class Ladder:
         return [p for p, _ in zip(fitting, range(self._num_golden), strict=False)]
 
 
-def readable(rows: Sequence[Encoded], vocabulary: int) -> list[Encoded]:
-    """The rows that a base of so many tokens can read, without the end-of-sequence where it is that which it lacks."""
-    ended = [
-        replace(row, input_ids=row.input_ids[:-1]) if row.input_ids[-1] >= vocabulary else row  # eos is the last token
-        for row in rows
-    ]
-    return [row for row in ended if max(row.input_ids) < vocabulary]
+def _transplant_first(rungs: Sequence[str]) -> list[str]:
+    """The same rungs, with a copy that comes before the transplant put behind it."""
+    if "transplant" not in rungs or "copy" not in rungs[: rungs.index("transplant")]:
+        return list(rungs)
+    others = [rung for rung in rungs if rung != "copy"]
+    place = others.index("transplant") + 1
+    return [*others[:place], "copy", *others[place:]]
 
 
 def _trained(job: TrainJob) -> Generator[TrainJob, End | None, End]:

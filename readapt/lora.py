@@ -4,7 +4,8 @@ Shape letters: D in, F out, R rank.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ class LoraWeights:
 def attach(model: Any, adapter: Adapter) -> LoraWeights:
     """Puts an adapter on a model. InvalidAdapterError where it does not fit."""
     return LoraWeights(model, adapter)
+
+
+@contextmanager
+def attached(model: Any, adapter: Adapter) -> Iterator[LoraWeights]:
+    """An adapter on a bare model for as long as the block lasts; the model is bare again afterwards, come what may."""
+    lora = attach(model, adapter)
+    try:
+        yield lora
+    finally:
+        lora.detach()
 
 
 def blank(

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from cluster.adapter_files import Adapter, check_fits
 from cluster.config import SearchConfig
 from readapt.coefficients import Deltas, deltas, installed
-from readapt.data import BatchTensors, Encoded, Encoder, Row, collate
+from readapt.data import BatchTensors, Encoded, Encoder, Row, by_length, collate
 from readapt.evaluate import label_logits
 from readapt.fuse import Fusion, Rank
 from readapt.lora import linear_shapes
@@ -67,7 +67,7 @@ class FusionObjective:
     ):
         check_fits(task, linear_shapes(model))
         self.model, self.config = model, config
-        self.rows = sorted(encoder.encode_all(rows), key=lambda row: len(row.input_ids))
+        self.rows = by_length(encoder.encode_all(rows))
         self._fusion = Fusion(_on(model.device, task), _on(model.device, evolution))
         self.stacks = self._fusion.stacks
         self.groups = groups(task.factors, config.groups)

@@ -13,7 +13,7 @@ from cluster.adapter_files import Adapter
 from cluster.errors import InvalidDataError
 from readapt.data import Encoder, Row, Task, read_lines, text_field
 from readapt.greedy import greedy_answers
-from readapt.lora import attach
+from readapt.lora import attached
 
 PROMPTS = "prompts.jsonl"
 VALID_SHARE, MAX_VALID_ROWS = 0.2, 400
@@ -62,11 +62,8 @@ def answered(model: Any, old: Adapter, encoder: Encoder, prompts: Sequence[str])
     Left out are prompts that leave no room for an answer, and those whose answer is empty or does not come to an end.
     """
     fitting = _fitting(encoder, prompts)
-    lora = attach(model, old)
-    try:
+    with attached(model, old):
         answers = greedy_answers(model, encoder, list(fitting.values()), _longest_answer(encoder), BATCH_ROWS)
-    finally:
-        lora.detach()
     pairs = zip(fitting, answers, strict=True)
     return [Row(prompt, answer.text) for prompt, answer in pairs if answer.text and answer.is_finished]
 

@@ -10,6 +10,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
 import hyperopt
@@ -111,8 +112,8 @@ def subset(rows: Sequence[Row], num_rows: int, seed: int) -> list[Row]:
     by_completion: dict[str, list[Row]] = defaultdict(list)
     for row in shuffled:
         by_completion[row.completion].append(row)
-    turns = [(turn, row) for group in by_completion.values() for turn, row in enumerate(group)]
-    return [row for _, row in sorted(turns, key=lambda pair: pair[0])][:num_rows]
+    turns = zip_longest(*(group[:num_rows] for group in by_completion.values()))
+    return list(islice((row for turn in turns for row in turn if row is not None), num_rows))
 
 
 def split_valid(rows: Sequence[Row], config: SearchConfig) -> tuple[list[Row], list[Row]]:

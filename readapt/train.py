@@ -5,7 +5,7 @@ Shape letters as in `stack`: K adapters, N values of one, L label positions.
 
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from cluster.adapter_files import Adapter, check_fits
 from cluster.errors import ReloraError, TrainingError
 from readapt.adamw import adamw_, clip_
-from readapt.data import Encoded
+from readapt.data import Encoded, shuffled_batches
 from readapt.evaluate import Evaluation, Verdict
 from readapt.lora import linear_shapes
 from readapt.packing import PackedBatch, pack
@@ -26,6 +26,8 @@ from readapt.schedule import learning_rate, pull
 from readapt.stack import ALL_ROWS, LoraHooks, LoraStack, Segment, flatten, layout_of
 
 MAX_GRADIENT_NORM = 1.0
+GROWTH_AFTER = 16
+READY_GROWTH = 4  # in evaluation intervals, of a run that is ready but uses up its steps
 GROUPING_ROWS = 64  # that tell how long a job's rows are
 
 
@@ -44,6 +46,8 @@ class BrokenRunError(TrainingError):
 class Plan:
     """What a run does. `anchor` is the adapter that the pull goes to: None for the run's own start.
 
+    It is evaluated before the first step, after the last, and in between every `eval_every` steps; half as often from
+    `GROWTH_AFTER` such intervals on, and so again whenever it has gone on twice as long: there is less to be missed.
     `runs_on`: when it is ready to ship, it goes on to the end of its steps. `averaging` is the decay a step of the
     moving average of the weights, which is what is evaluated and kept; 0 for the weights themselves.
     """
@@ -60,6 +64,11 @@ class Plan:
     seed: int = 0
     runs_on: bool = False
     averaging: float = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is evaluated after so many steps."""
+        doublings = (step // (self.eval_every * GROWTH_AFTER)).bit_length()
+        return step % (self.eval_every << doublings) == 0 or step == self.steps
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,17 @@ class TrainResult:
 
     curve: list[CurvePoint]
     best: Adapter
-    best_quality: float
+    best_evaluation: Evaluation
     best_step: int
     last: Adapter
     steps_done: int
     verdict: Verdict
     ready: tuple[CurvePoint, Adapter] | None
+
+    @property
+    def best_quality(self) -> float:
+        """That of the best checkpoint, an estimate where its evaluation was given up."""
+        return self.best_evaluation.quality
 
     @property
     def is_ready(self) -> bool:
@@ -103,9 +117,9 @@ def go_on(evaluation: Evaluation) -> Verdict:
 class TrainJob:
     """One adapter's run: from `start`, on `rows`, as `plan` says.
 
-    `evaluate` is called before the first step, every `plan.eval_every` steps and after the last, each time with this
-    adapter alone on the model; `watch` says after each evaluation whether the run goes on, `report` hears of it first.
-    `known` is the start's evaluation where it has been made already.
+    `evaluate` is called when `plan` has it due, each time with this adapter alone on the model; `watch` says after each
+    evaluation whether the run goes on, `report` hears of it first. `known` is the start's evaluation where it has been
+    made already.
     """
 
     start: Adapter
@@ -140,11 +154,6 @@ class TrainingPack:
         assert all(key != run.key for group in self._groups.values() for run in group.runs), f"two jobs named {key!r}"
         self._groups.setdefault(_group_key(job), _Group(self.model.device)).add(_Run(key, job))
         self._cover()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing left to train."""
-        return not self._groups
 
     def step(self) -> list[tuple[Hashable, End | Failure]]:
         """Evaluates those that are due, then trains each one step further. Returns those that ended, with their ends.
@@ -233,7 +242,7 @@ class _Run:
 
     def __init__(self, key: Hashable, job: TrainJob):
         self.key, self.job = key, job
-        self._batches = _batches(job.rows, job.plan.batch_rows, job.plan.seed)
+        self._batches = shuffled_batches(job.rows, job.plan.batch_rows, job.plan.seed)
         self.batch: list[Encoded] = []
         self.num_steps = 0
         self._started = time.perf_counter()
@@ -243,8 +252,10 @@ class _Run:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is to be evaluated before it goes on."""
-        return self.num_steps % self.job.plan.eval_every == 0 or self.num_steps == self.job.plan.steps
+        """Whether it is to be evaluated before it goes on: when the plan says so, more rarely once it is ready."""
+        plan = self.job.plan
+        is_late = self._ready is not None and self.num_steps < plan.steps
+        return plan.is_due(self.num_steps) and not (is_late and self.num_steps % (READY_GROWTH * plan.eval_every))
 
     def draw(self) -> None:
         """Turns to the rows of the next step. InvalidDataError where one cannot be encoded."""
@@ -274,7 +285,7 @@ class _Run:
     def _result(self, last: Adapter, verdict: Verdict) -> TrainResult:
         assert self._best is not None
         evaluation, best, best_step = self._best
-        return TrainResult(self._curve, best, evaluation.quality, best_step, last, self.num_steps, verdict, self._ready)
+        return TrainResult(self._curve, best, evaluation, best_step, last, self.num_steps, verdict, self._ready)
 
     def rates(self) -> tuple[float, float]:
         """The learning rate of the step that is due, and the share of the way to the anchor."""
@@ -361,15 +372,3 @@ class _Group:
 
 def _merit(evaluation: Evaluation) -> tuple[float, float]:
     return evaluation.quality, -evaluation.loss if math.isfinite(evaluation.loss) else -math.inf
-
-
-def _batches(rows: Sequence[Encoded], batch_rows: int, seed: int) -> Iterator[list[Encoded]]:
-    """Epoch after epoch in ever new order; a batch may reach from one epoch into the next."""
-    generator = torch.Generator().manual_seed(seed)
-    assert rows, "files without rows are refused when they are read"
-    queue: list[int] = []
-    while True:
-        while len(queue) < batch_rows:
-            queue += torch.randperm(len(rows), generator=generator).tolist()
-        yield [rows[index] for index in queue[:batch_rows]]
-        del queue[:batch_rows]

@@ -14,7 +14,8 @@ Both models go through the calibration rows layer by layer. At each site (q/k/v,
            one Cholesky solve of the Gram matrix G = X^T X + mu I for all modules of the site
            (of a DoRA, D0 is all that it makes of the old weight, less that weight)
     B, A   the best D of rank R in the metric of the outputs: with G = C C^T and U the left singular vectors of D C,
-           B = U_R, A = U_R^T D (reduced-rank regression: Izenman, J. Multivariate Analysis 1975)
+           B = U_R, A = U_R^T D (reduced-rank regression: Izenman, J. Multivariate Analysis 1975); R is the least that
+           holds a given share of the energy |D C|^2
 
 The adapter is installed before the student goes on: later modules see, and mend, what earlier cuts lost. The stream
 that leaves the last layer is read by the new head, not by the old one: what is asked of it there is the stream from
@@ -22,9 +23,9 @@ which the new head computes the logits that the old one computed from the teache
 Shape letters: N tokens of all rows without padding, B rows, T tokens of a row, D in, F out, R rank, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ from torch import Tensor, nn
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
-from readapt.data import IGNORED, BatchTensors, Encoded, collate
-from readapt.lora import attach
+from readapt.data import IGNORED, BatchTensors, Encoded, by_length, collate
+from readapt.lora import attached
+from readapt.spectra import EnergyShare
 from readapt.svd import decompose
 
 BATCH_ROWS = 32
@@ -66,10 +68,10 @@ def transplant(
 ) -> Transplant:
     """Adapts `student` to do what `teacher` with the adapter `old` does on `rows`; both models come and go bare.
 
-    The result adapts the modules of `old`, each at `config.rank` or at its old rank if that is higher. Memory: the
-    activations of one layer on all rows. Works on decoders of the Llama family (as `serving.model` does), whatever the
-    two models' vocabularies, as long as both read the rows' tokens; InvalidCheckpointError for others. TrainingError
-    where what they compute is not finite.
+    The result adapts the modules of `old`, each at the smallest rank that holds `config.energy` of its map, from its
+    old rank up to `config.rank` (at the old one if that is higher). Memory: the activations of one layer on all rows.
+    Works on decoders of the Llama family (as `serving.model` does), whatever the two models' vocabularies, as long as
+    both read the rows' tokens; InvalidCheckpointError for others. TrainingError where what they compute is not finite.
     """
     check_walk(teacher, rows[:WALK_ROWS])
     check_walk(student, rows[:WALK_ROWS])
@@ -77,8 +79,7 @@ def transplant(
         raise InvalidCheckpointError("a transplant needs two models of as many layers")
     batches = [collate(rows[start : start + BATCH_ROWS]) for start in _starts(rows)]
     fitter = _Fitter(teacher, old, config)
-    attached = attach(teacher, old)
-    try:
+    with attached(teacher, old):
         streams = _Stream(teacher, batches), _Stream(student, batches)
         for index, layers in enumerate(zip(teacher.base_model.layers, student.base_model.layers, strict=True)):
             record = _Record()
@@ -86,8 +87,6 @@ def transplant(
             if config.map_head and layers[0] is teacher.base_model.layers[-1]:
                 record.redirect(HeadMap(teacher, student, _answers(batches)))
             streams[1].advance(layers[1], fitter.visit(f"model.layers.{index}", record))
-    finally:
-        attached.detach()
     return Transplant(Adapter(fitter.factors, base_model=old.base_model), fitter.energy)
 
 
@@ -108,9 +107,21 @@ def check_walk(model: Any, rows: Sequence[Encoded]) -> None:
         raise InvalidCheckpointError("no decoder of the Llama family, which a transplant needs: its layers differ")
 
 
-def by_length(rows: Sequence[Encoded]) -> list[Encoded]:
-    """The same rows by rising length, which is how they cost least padding."""
-    return sorted(rows, key=lambda row: len(row.input_ids))
+def calibration_rows(rows: Iterable[Encoded], vocabulary: int, num_tokens: int) -> list[Encoded]:
+    """The first rows that come to so many tokens, by rising length, of those that a base of so many tokens can read.
+
+    A row whose end-of-sequence is all that the base lacks counts without it.
+    """
+    chosen: list[Encoded] = []
+    for row in rows:
+        if row.input_ids[-1] >= vocabulary:  # eos is the last token
+            row = replace(row, input_ids=row.input_ids[:-1])
+        if max(row.input_ids) < vocabulary:
+            chosen.append(row)
+            num_tokens -= len(row.input_ids)
+        if num_tokens <= 0:
+            break
+    return by_length(chosen)
 
 
 def _starts(rows: Sequence[Encoded]) -> range:
@@ -311,8 +322,9 @@ class _Fitter:
         """Keeps the module's factors and returns what they add."""
         like = self._old.factors[module]
         centre_FD = self._centre(module).to(y_NF.device) if self._config.centre == "old" else None
-        rank = min(max(self._config.rank, like.rank), *like.shape)
-        a_RD, b_FR, self.energy[module] = regression.solve(y_NF, rank, centre_FD)
+        most, least = (min(rank, *like.shape) for rank in (max(self._config.rank, like.rank), like.rank))
+        found = regression.solve(y_NF, most, centre_FD, min_rank=least, energy=self._config.energy)
+        a_RD, b_FR, self.energy[module] = found
         self.factors[module] = LoraFactors(a_RD.cpu(), b_FR.cpu(), 1.0)
         return (regression.x_ND @ a_RD.T) @ b_FR.T
 
@@ -338,10 +350,19 @@ class Regression:
         least = ridge * gram_DD.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         self._penalty, self._cholesky_DD = _factored(gram_DD, least)
 
-    def solve(self, y_NF: Tensor, rank: int, centre_FD: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-        """Factors (a_RD, b_FR) of the best map of at most `rank`, and the share of the full map's energy they hold.
+    def solve(
+        self,
+        y_NF: Tensor,
+        max_rank: int,
+        centre_FD: Tensor | None = None,
+        *,
+        min_rank: int = 1,
+        energy: float = 1.0,
+    ) -> tuple[Tensor, Tensor, float]:
+        """Factors (a_RD, b_FR) of the best map, and the share of the full map's energy that they hold.
 
-        The penalty pulls the full map to `centre_FD` (None: to zero). The factors are balanced, as training wants them.
+        The rank is the smallest that holds a share of `energy`, between the two. The penalty pulls the full map to
+        `centre_FD` (None: to zero). The factors are balanced, as training wants them.
         """
         moment_DF = (self.x_ND.T @ y_NF).double()
         if centre_FD is not None:
@@ -349,12 +370,12 @@ class Regression:
         full_FD = torch.cholesky_solve(moment_DF, self._cholesky_DD).T.float()
         if not full_FD.isfinite().all():
             raise TrainingError("the transplant meets values that are not finite")
-        found = decompose(full_FD @ self._cholesky_DD.float(), rank)
-        b_FR = found.u_FR
+        found = decompose(full_FD @ self._cholesky_DD.float(), max_rank)
+        rank = max(min_rank, EnergyShare(energy).rank(found.spectrum()))
+        b_FR = found.u_FR[:, :rank]
         a_RD = b_FR.T @ full_FD
         balance_R = torch.linalg.vector_norm(a_RD, dim=1).clamp_min(BALANCE_FLOOR).sqrt()
-        energy = float(found.s_R.double().square().sum()) / found.total if found.total else 1.0
-        return a_RD / balance_R[:, None], b_FR * balance_R, energy
+        return a_RD / balance_R[:, None], b_FR * balance_R, found.spectrum().energy(rank)
 
 
 def _factored(gram_DD: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:

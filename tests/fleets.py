@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -38,6 +39,12 @@ def make_fleet(folder: Path, names: tuple[str, ...] = ("calm", "busy", "usual"))
         lines += [f"[readapt.{section}]", *(f"{key} = {value}" for key, value in values.items())]
     (folder / "fleet.toml").write_text("\n".join(lines))
     return load_fleet(folder / "fleet.toml")
+
+
+def copy_of(world: Path, folder: Path) -> Fleet:
+    """A fleet of its own for a test, from the folder of one that `make_fleet` made."""
+    shutil.copytree(world, folder / "fleet")
+    return load_fleet(folder / "fleet" / "fleet.toml")
 
 
 def registered(fleet: Fleet) -> Registry:

@@ -2,8 +2,8 @@
 
 import errno
 import json
-import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from readapt.campaign import Campaign
 from readapt.data import encoder_for
 from readapt.points import COPY, CORNERS
 from readapt.workbench import AdapterJob, LocalExecutor, Report
-from tests.fleets import make_fleet, registered
+from tests.fleets import copy_of, make_fleet, registered
 from tests.readapt_worlds import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
 from tests.test_readapt_campaign import Scripted, climbed
 from tests.worlds import make_checkpoint
@@ -38,15 +38,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fleet(world: Path, tmp_path: Path) -> Fleet:
-    shutil.copytree(world, tmp_path / "fleet")
-    return load_fleet(tmp_path / "fleet" / "fleet.toml")
+    return copy_of(world, tmp_path)
 
 
 @pytest.fixture
 def registry(fleet: Fleet) -> Iterator[Registry]:
-    opened = registered(fleet)
-    yield opened
-    opened.close()
+    with closing(registered(fleet)) as opened:
+        yield opened
 
 
 def run(fleet: Fleet, registry: Registry, executor: Any = None, say: Any = None) -> list[Version]:
@@ -182,6 +180,7 @@ def test_adapters_are_carried_over_to_a_base_with_more_tokens(tmp_path: Path, is
         'name = "grown"\n[[bases]]\nname = "v1"\npath = "v1"\n[[bases]]\nname = "v2"\npath = "v2"\n'
         '[[adapters]]\nname = "a"\npath = "adapter"\nbase = "v1"\ndata = "task"\n'
         f"[readapt.train]\nmax_tokens = {MAX_TOKENS}\n[readapt.gate]\ntolerance_points = 5.0\n"
+        "[readapt.ladder]\ncopy_cosine = -1.0\n"
     )
     fleet = load_fleet(tmp_path / "fleet.toml")
     registry, lines = registered(fleet), []

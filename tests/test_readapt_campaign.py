@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 
 from cluster.adapter_files import load_adapter
 from cluster.blobs import BlobStore, content_hash
-from cluster.config import Fleet, load_fleet
+from cluster.config import Fleet
 from cluster.errors import ConflictError, NotFoundError, StorageError
 from cluster.fleet import open_blobs, register_base
 from cluster.records import jsonable
@@ -26,7 +26,7 @@ from readapt.campaign import Campaign
 from readapt.ladder import Outcome
 from readapt.points import CORNERS
 from readapt.workbench import AdapterJob, Climbed, JobFailed, LocalExecutor, Report
-from tests.fleets import make_fleet, registered
+from tests.fleets import copy_of, make_fleet, registered
 from tests.readapt_worlds import try_points
 from tests.worlds import make_adapter, make_checkpoint
 
@@ -44,15 +44,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fleet(world: Path, tmp_path: Path) -> Fleet:
-    shutil.copytree(world, tmp_path / "fleet")
-    return load_fleet(tmp_path / "fleet" / "fleet.toml")
+    return copy_of(world, tmp_path)
 
 
 @pytest.fixture
 def registry(fleet: Fleet) -> Iterator[Registry]:
-    opened = registered(fleet)
-    yield opened
-    opened.close()
+    with closing(registered(fleet)) as opened:
+        yield opened
 
 
 def corners(objective):

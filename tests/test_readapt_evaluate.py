@@ -9,8 +9,10 @@ from sacrebleu.metrics.chrf import CHRF
 from cluster.adapter_files import load_adapter
 from cluster.config import GateConfig
 from cluster.errors import InvalidDataError
+from readapt import evaluate as evaluate_module
 from readapt.data import Encoded, Encoder, Row, collate, encoder_for
 from readapt.evaluate import Evaluation, Evaluator, Gate, Verdict, Watcher, golden, judge, label_logits
+from readapt.greedy import greedy
 from readapt.lora import attach, load_base
 from tests.readapt_worlds import logits, make_rows
 from tests.worlds import EOS, make_adapter, make_checkpoint
@@ -246,13 +248,20 @@ def test_an_evaluation_stops_early_only_to_fail_and_passes_only_on_all_rows(
 def test_equal_prompts_are_answered_once(model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data-to-text tasks have several references for one prompt; greedy answers to it are equal."""
     asked: list[int] = []
-    generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda ids, **more: asked.append(len(ids)) or generate(ids, **more))
+
+    def count(model: Any, encoder: Encoder, prompts: list[list[int]], *sizes: int, **named: int) -> list[str]:
+        asked.append(len(prompts))
+        return greedy(model, encoder, prompts, *sizes, **named)
+
+    monkeypatch.setattr(evaluate_module, "greedy", count)
     distinct = [Row(prompt, f"answer {i}") for i, prompt in enumerate(prompts(10))]
     rows = [Row(row.prompt, f"{row.completion} {turn}") for turn in range(4) for row in distinct]
-    once = Evaluator(model, encoder, rows, "chrf", gate=Gate(101.0, 0.0))()
+    once = Evaluator(model, encoder, rows, "chrf", gate=Gate(0.0, 0.0))()
     assert sum(asked) == len({row.prompt for row in rows})
-    assert (once.num_rows, once.is_complete) == (40, True), "chrF is never given up early"
+    assert (once.num_rows, once.is_complete) == (40, True)
+    given_up = Evaluator(model, encoder, rows, "chrf", gate=Gate(101.0, 0.0))
+    assert (given_up().num_rows, given_up().is_complete) == (16, False), "a gate that nothing passes"
+    assert given_up.complete().quality == pytest.approx(once.quality)
     texts = {a["prompt"]: a["completion"].strip() for a in golden(model, encoder, prompts(10), 19)}
     score = CHRF().corpus_score([texts[row.prompt] for row in rows], [[row.completion for row in rows]]).score
     assert once.quality == pytest.approx(score)

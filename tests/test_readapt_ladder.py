@@ -9,10 +9,9 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig, TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
 from readapt import ladder as ladder_module
-from readapt.data import Encoded
 from readapt.delta import base_evolution
 from readapt.evaluate import Evaluator, Gate, judge
-from readapt.ladder import RUNGS, Ladder, Outcome, finish, readable
+from readapt.ladder import RUNGS, Ladder, Outcome, finish
 from readapt.lora import blank_like, load_base, row_norms
 from readapt.plans import anchor_adapter, train_scratch
 from readapt.points import COPY, CORNERS
@@ -98,7 +97,7 @@ def test_change_out_of_fusions_reach_takes_training(world: World, tmp_path: Path
     assert outcome.quality >= outcome.reference - 2.0
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
     rungs = [a.rung for a in outcome.attempts]
-    assert rungs == [rung for rung in RUNGS if rung != "transplant"][: len(rungs)]
+    assert rungs == [rung for rung in RUNGS if rung not in ("transplant", "wide")][: len(rungs)]
     assert rungs[-1] == outcome.rung
     assert [(a.rung, p) for a in outcome.attempts for p in a.curve] == seen
     assert all(a.quality == max(p.quality for p in a.curve) for a in outcome.attempts)
@@ -136,14 +135,25 @@ def test_a_gate_falls_no_further_than_its_floor(world: World, tmp_path: Path) ->
 
 def test_transplant_passes_without_a_step(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
-    config = replace(CONFIG, ladder=LadderConfig())
+    config = replace(CONFIG, ladder=LadderConfig(copy_cosine=0.9))
     outcome = climb(world, new, config, search=refuse_search)
     assert [a.rung for a in outcome.attempts] == ["copy", "transplant"]
     assert outcome.accepted
+    assert outcome.copy_quality is not None
     assert outcome.quality == gate_quality(world, new, outcome.adapter) > outcome.copy_quality
     assert outcome.ready is not None
     assert (outcome.ready.rung, outcome.ready.step) == ("transplant", 0)
     assert outcome.ready.seconds >= sum(a.seconds for a in outcome.attempts)
+
+
+def test_where_bases_have_moved_apart_the_transplant_comes_before_the_copy(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
+    outcome = climb(world, new, only("copy", "transplant"))
+    assert [a.rung for a in outcome.attempts] == ["transplant"]
+    outcome = climb(world, new, only("copy", "transplant"), reference=200.0)
+    assert [a.rung for a in outcome.attempts] == ["transplant", "wide", "copy"], (
+        "which misses by far, so a wide one too"
+    )
 
 
 def test_a_budget_is_used_up_and_readiness_noted_on_the_way(world: World, tmp_path: Path) -> None:
@@ -152,7 +162,7 @@ def test_a_budget_is_used_up_and_readiness_noted_on_the_way(world: World, tmp_pa
     outcome = climb(world, new, replace(CONFIG, ladder=ladder))
     assert outcome.ready is not None
     assert outcome.ready.rung == "fused"
-    assert [a.rung for a in outcome.attempts] == ["copy", "fused", "short", "full"], "ready, so no scratch"
+    assert [a.rung for a in outcome.attempts] == ["copy", "fused", "full"], "ready, so no scratch, and seldom evaluated"
     assert outcome.attempts[-1].curve[-1].step == TRAIN.full_steps
     assert outcome.quality >= outcome.ready.quality
     alone = climb(world, new, replace(CONFIG, ladder=replace(ladder, rungs=("scratch",))))
@@ -225,14 +235,8 @@ def test_models_that_the_transplant_does_not_know_are_trained_all_the_same(
     assert outcome.rung == "scratch"
 
 
-def test_rows_are_read_without_an_end_that_the_old_base_lacks() -> None:
-    rows = [Encoded((3, 4, 9), 1), Encoded((3, 9, 5), 1), Encoded((3, 4, 5), 1)]
-    assert readable(rows, 9) == [Encoded((3, 4), 1), Encoded((3, 4, 5), 1)]
-    assert readable(rows, 10) == rows
-
-
 def test_where_the_old_base_reads_no_row_there_is_no_transplant(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder_module, "readable", lambda rows, vocabulary: [])
+    monkeypatch.setattr(ladder_module, "calibration_rows", lambda rows, vocabulary, num_tokens: [])
     outcome = climb(world, world.base, only("transplant", "copy"))
     assert [(a.rung, a.quality > 0) for a in outcome.attempts] == [("transplant", False), ("copy", True)]
     assert "does not know" in str(outcome.attempts[0].error)
@@ -288,8 +292,8 @@ def test_the_least_energy_of_a_transplant_is_told(world: World, tmp_path: Path) 
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     energies = []
     for rank in (8, 32):
-        config = replace(only("copy", "transplant"), transplant=TransplantConfig(rank=rank))
-        copy, transplant = climb(world, new, config).attempts
+        config = replace(only("copy", "transplant"), transplant=TransplantConfig(rank=rank, wide_rank=rank))
+        transplant, copy = climb(world, new, config, reference=200.0).attempts
         assert copy.energy is None
         assert transplant.energy is not None
         energies.append(transplant.energy)

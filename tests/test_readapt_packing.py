@@ -113,7 +113,7 @@ def jobs_of_many_kinds(world: World, model: Any) -> list[TrainJob]:
 def run_all(training: TrainingPack, jobs: Sequence[TrainJob], join_at: Sequence[int]) -> dict[Any, Any]:
     ends: dict[Any, Any] = {}
     step = 0
-    while not training.is_empty or step <= max(join_at):
+    while len(ends) < len(jobs):
         for key, job in enumerate(jobs):
             if join_at[key] == step:
                 training.add(key, job)
@@ -160,7 +160,6 @@ def test_an_adapter_leaves_at_once_when_it_is_ready_or_dropped(world: World, mod
         "leaves": (Verdict.READY, 0),
         "dropped": (Verdict.DROP, 0),
     }
-    assert not training.is_empty
     [(_, end)] = [end for _ in range(20) for end in training.step()]
     assert isinstance(end, TrainResult)
     assert_same_run(end, fine_tune(model, stays))
@@ -195,7 +194,8 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_others_go_on(world: Wor
         training.add("misfit", replace(job, start=Adapter({name: random_factors(5, 7, 2, 1.0, seed=0)})))
     assert training.step() == []
     training.close()
-    assert training.is_empty
+    training.add("sound", job)  # its name is free again
+    training.close()
 
 
 def test_an_evaluation_that_raises_leaves_the_model_bare(world: World, model: Any) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
 from readapt.evaluate import Gate
-from readapt.sequential import FIRST_CHUNK_ROWS, failing_hits, fewest_hits, looks
+from readapt.sequential import FIRST_CHUNK_ROWS, failing_hits, fewest_hits, likely_rise, looks
 
 
 def chance_to_be_given_up(num_rows: int, num_right: int, given_up: dict[int, int]) -> float:
@@ -78,3 +78,15 @@ def test_many_random_orders_agree_with_the_stated_confidence(seed: int) -> None:
         rng.shuffle(rows)
         failures += any(sum(rows[:look]) <= limit for look, limit in given_up.items())
     assert 0 < failures / 2000 <= 0.2
+
+
+def test_the_mean_of_all_rows_seldom_lies_above_the_likely_rise() -> None:
+    rng = random.Random(0)
+    rows = [rng.uniform(0, 100) ** 1.5 / 10 for _ in range(200)]
+    all_rows, missed = sum(rows) / 200, 0
+    for _ in range(2000):
+        seen = rng.sample(rows, 64)
+        missed += sum(seen) / 64 + likely_rise(seen, 200, 0.9, num_looks=1) < all_rows
+    assert 100 < missed < 300, "near the stated tenth"
+    assert likely_rise(rows, 200, 0.999, num_looks=2) == 0.0, "nothing is left to rise"
+    assert likely_rise(seen, 200, 0.999, 2) > likely_rise(seen, 200, 0.999, 1) > likely_rise(seen, 200, 0.9, 1) > 0

@@ -199,3 +199,9 @@ def test_warmup_climbs_to_the_peak() -> None:
 def test_pull_is_strong_first_and_weak_later() -> None:
     strengths = [pull(step, 10, 0.5, 0.1, 0.3) for step in range(10)]
     assert strengths == [0.5] * 3 + [0.1] * 7
+
+
+def test_evaluations_become_rarer_in_long_runs() -> None:
+    due = [step for step in range(801) if Plan(steps=800, learning_rate=1.0, eval_every=10).is_due(step)]
+    assert due == [*range(0, 160, 10), *range(160, 320, 20), *range(320, 640, 40), 640, 720, 800]
+    assert Plan(steps=7, learning_rate=1.0, eval_every=10).is_due(7), "the last step always"

@@ -7,14 +7,14 @@ import torch
 from cluster.adapter_files import Adapter
 from cluster.config import TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
-from readapt.data import Encoded
+from readapt.data import Encoded, by_length
 from readapt.evaluate import judge
-from readapt.lora import attach, load_base, row_norms
-from readapt.transplant import HeadMap, Regression, by_length, check_walk, transplant
+from readapt.lora import attach, attached, load_base, row_norms
+from readapt.transplant import HeadMap, Regression, calibration_rows, check_walk, transplant
 from tests.readapt_worlds import World, evolve, logits, make_world
 from tests.worlds import make_checkpoint
 
-CONFIG = TransplantConfig(rows=200, rank=8)
+CONFIG = TransplantConfig(rank=8, energy=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def as_dora(world: World) -> Adapter:
 def test_all_that_a_dora_does_is_carried_over(world: World) -> None:
     """Its magnitudes too, which are of full rank: with ranks to spare the plain adapter does the same."""
     old = as_dora(world)
-    config = TransplantConfig(rank=256)
+    config = TransplantConfig(rank=256, energy=1.0)
     found = transplant(load_base(world.base), old, load_base(world.base), rows_of(world, 50), config)
     assert not found.adapter.is_dora
     weights = load_base(world.base)
@@ -125,6 +125,24 @@ def test_equal_inputs_are_factored_with_a_larger_penalty(monkeypatch: pytest.Mon
     x_ND, y_NF = random(1, 6, seed=0).expand(30, 6), random(30, 4, seed=1)
     a_RD, b_FR, _ = Regression(x_ND, 0.03).solve(y_NF, 4)
     torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_ND, y_NF, 0.3, torch.zeros(4, 6)))
+
+
+def test_the_rank_is_the_least_that_holds_the_energy_within_its_bounds() -> None:
+    x_ND = random(200, 6, seed=0)
+    map_FD = torch.diag(torch.tensor([8.0, 4.0, 1.0, 0.1, 0.0, 0.0]))
+    regression, y_NF = Regression(x_ND, 1e-5), x_ND @ map_FD.T
+    for share, min_rank, max_rank, rank in ((0.97, 1, 6, 2), (0.97, 1, 1, 1), (0.97, 4, 6, 4), (0.999, 1, 6, 3)):
+        a_RD, b_FR, energy = regression.solve(y_NF, max_rank, min_rank=min_rank, energy=share)
+        assert a_RD.shape[0] == b_FR.shape[1] == rank
+        assert (energy >= share) == (max_rank > 1)
+
+
+def test_rows_are_taken_up_to_a_number_of_tokens_and_without_an_end_that_the_old_base_lacks() -> None:
+    rows = [Encoded((3, 4, 5, 9), 1), Encoded((3, 9, 5), 1), Encoded((3, 4, 5), 1)]
+    assert calibration_rows(rows, 9, 100) == [Encoded((3, 4, 5), 1), Encoded((3, 4, 5), 1)]
+    assert calibration_rows(rows, 10, 5) == [Encoded((3, 9, 5), 1), Encoded((3, 4, 5, 9), 1)]
+    assert calibration_rows(rows, 10, 4) == rows[:1]
+    assert calibration_rows(rows, 3, 100) == []
 
 
 def test_where_nothing_is_to_be_added_the_factors_can_still_be_trained() -> None:
@@ -158,15 +176,13 @@ def test_with_ranks_to_spare_the_new_base_does_what_the_old_service_did(
     new_base = evolve(old_base, tmp_path / "new", rank=None, scale=0.3)
     teacher, student, rows = load_base(old_base), load_base(new_base), rows_of(world, 40)
     old = replace(world.specialist, base_model="")
-    config = TransplantConfig(rows=40, rank=256, ridge=1e-5)
+    config = TransplantConfig(rank=256, energy=1.0, ridge=1e-5)
     found = transplant(teacher, old, student, rows, config)
-    service, new = attach(teacher, old), attach(student, found.adapter)
     inputs = torch.tensor([rows[-1].input_ids])
     with torch.no_grad():
-        expected, got = teacher(input_ids=inputs).logits, student(input_ids=inputs).logits
-        service.detach()
-        new.detach()
         bare = student(input_ids=inputs).logits
+        with attached(teacher, old), attached(student, found.adapter):
+            expected, got = teacher(input_ids=inputs).logits, student(input_ids=inputs).logits
     assert (got - expected).norm() < 0.05 * (bare - expected).norm()
 
 
@@ -230,5 +246,5 @@ def test_ranks_are_those_asked_for_but_never_below_the_old_ones(world: World) ->
     bases = load_base(world.base), load_base(world.base)
     low = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=2))
     assert {f.rank for f in low.adapter.factors.values()} == {8}
-    high = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=20))
-    assert {f.rank for f in high.adapter.factors.values()} == {20}
+    high = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=20, energy=1.0))
+    assert max(f.rank for f in high.adapter.factors.values()) == 20

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluster.errors import InvalidDataError
-from readapt.data import Encoded, Row, collate, encoder_for
+from readapt.data import Encoded, Row, by_length, collate, encoder_for
 from readapt.extraction.anatomy import Kind, Place
 from readapt.extraction.files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
 from readapt.extraction.report import read_report, write_report
@@ -70,7 +70,7 @@ def verify_into_report(done: Extraction, base: Path, tuned: Path, data: Path) ->
 def compare(reference: Any, model: Any, rows: Sequence[Encoded]) -> Likeness:
     """Likeness of a model to a reference on encoded rows, in batches of like length."""
     kl, num_same, num_scored = 0.0, 0, 0
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    ordered = by_length(rows)
     for start in range(0, len(ordered), BATCH_ROWS):
         batch = collate(ordered[start : start + BATCH_ROWS])
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT, "use_cache": False}
