@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.serving_workloads import Answer, Ask
+from bench.serving_workloads import FIRST_TOKEN_ID, Answer, Ask
 from bench.serving_world import World
 from cluster.adapter_files import load_adapter
 from cluster.config import GIB, MIB, ServingConfig
@@ -118,11 +118,10 @@ def replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> list[Ans
     return asyncio.run(_replay_live(loop, world, asks))
 
 
-def visit_all(loop: EngineLoop, world: World, vocab_size: int) -> None:
-    """Ask for every adapter once, so that each is wherever the engine has room for it."""
-    prompt = tuple(range(3, min(8, vocab_size)))
-    asks = [Ask(0.0, number, prompt, 1) for number in range(len(world.adapters))]
-    replay_live(loop, world, asks)
+def visit_all(loop: EngineLoop, world: World) -> None:
+    """Ask for every adapter once, one after the other, so that each is wherever there is room for it."""
+    for number in range(len(world.adapters)):
+        replay_live(loop, world, [Ask(0.0, number, (FIRST_TOKEN_ID,), 1)])
 
 
 async def _replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> list[Answer]:

@@ -66,7 +66,7 @@ def test_ours_and_peft_give_the_same_answers(world: World):
 def test_live_clients_get_what_replayed_ones_get_and_packed_files_serve_a_tight_engine(world: World, tmp_path: Path):
     asks = zipf(6, 20, 400.0, LENGTHS, world.vocab_size)
     with running(world, SMALL, tmp_path) as loop:
-        visit_all(loop, world, world.vocab_size)
+        visit_all(loop, world)
         answers = replay_live(loop, world, asks)
     assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, SMALL).replay(asks)]
 
