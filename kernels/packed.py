@@ -12,15 +12,22 @@ from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 from torch.nn.functional import pad
 
+_OPERATIONS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
+
 
 def pack(weight_FD: Tensor) -> Tensor:
     """The weight in oneDNN's layout where its device and dtype have one, else as it is. `unpack` undoes it exactly."""
-    if weight_FD.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight_FD.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not _has_operations():
         return weight_FD
     is_known = weight_FD.dtype == torch.float32
     if weight_FD.dtype == torch.bfloat16:
         is_known = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._reorder_linear_weight(weight_FD) if is_known else weight_FD
+
+
+def _has_operations() -> bool:
+    """Whether this torch has what its compiler uses: the operations are no part of what it promises."""
+    return all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS)
 
 
 def unpack(weight_FD: Tensor) -> Tensor:

@@ -156,9 +156,11 @@ class EngineLoop:
 
     def _load(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
         loaded = self._loader.load(ref.key, folder)
-        self._coming.add(ref.key)
-        # Not waited for: the request that is posted next finds it, and has not lost the step in between.
-        self._post(lambda: self._add(ref, loaded))
+        # Not waited for: the request that is posted next finds it, and has not lost the step in between. As one, lest
+        # somebody should see that it is coming and post a request before it.
+        with self._changed:
+            self._coming.add(ref.key)
+            self._post(lambda: self._add(ref, loaded))
         if loaded.was_fetched:
             self._loader.write(ref.key, loaded.packed, partial(self._replace, ref.key))
 

@@ -16,9 +16,10 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,19 +62,26 @@ class PackedFiles:
 
     def has(self, key: str) -> bool:
         """Whether an adapter is here."""
-        return _KEY.fullmatch(key) is not None and self._path(key).exists()
+        # Not Path.exists, which raises where the folder may not be read: no folder is no obstacle to serving.
+        return _KEY.fullmatch(key) is not None and os.path.exists(self._path(key))
 
     def open(self, key: str) -> PackedAdapter | None:
-        """Map an adapter; None where it is not here, or was and is damaged, and now is not."""
+        """Map an adapter; None where it cannot be had from here. What is damaged is deleted.
+
+        What the process lacks (file descriptors, maps, permission) says nothing of the file, which others may be using.
+        """
         if not self.has(key):
             return None
         path = self._path(key)
         try:
             packed = _read(path)
-        except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:  # the last: torch cannot map
-            log.warning("packed adapter %s cannot be used and will be made anew: %s", path, error)
+        except (SafetensorError, ValueError, LookupError) as error:
+            log.warning("packed adapter %s is damaged and will be made anew: %s", path, error)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+            return None
+        except (OSError, RuntimeError) as error:  # the latter: torch cannot map
+            log.warning("packed adapter %s cannot be opened: %s", path, error)
             return None
         with suppress(OSError):
             os.utime(path)  # the least recently used go first
@@ -146,9 +154,17 @@ def _crc(crc: int, tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy(), crc)
 
 
+def _stats(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in root.glob("*/*"):
+        with suppress(FileNotFoundError):  # another process has renamed or deleted it meanwhile
+            stat = path.stat()
+            if S_ISREG(stat.st_mode):
+                yield path, stat
+
+
 def _delete_oldest(root: Path, max_bytes: int) -> None:
     """Delete the least recently used files below a folder until no more than so many bytes are left."""
-    stats = [(path, path.stat()) for path in root.glob("*/*") if path.is_file()]
+    stats = list(_stats(root))
     total = sum(stat.st_size for _, stat in stats)
     now = time.time()
     for path, stat in sorted(stats, key=lambda pair: pair[1].st_mtime):

@@ -22,6 +22,7 @@ UintArray = NDArray[np.uint64]
 
 # Below this, dividing by the temperature overflows, and the distribution is one token anyway.
 _GREEDY_TEMPERATURE = 1e-5
+_MASK_64 = (1 << 64) - 1
 _UNIFORM_BITS = 48  # few enough that uniform * total < total in float64
 
 
@@ -129,7 +130,8 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 def _uniform(rows: Sequence[SampleRow]) -> FloatArray:
     """Numbers in [0, 1) that depend on nothing but each row's seed and position."""
-    seeds_S = np.array([row.seed for row in rows], dtype=np.int64).view(np.uint64)
+    # Any integer is a seed: the second of several answers has the request's plus one, which may be past 64 bits.
+    seeds_S = np.array([row.seed & _MASK_64 for row in rows], dtype=np.uint64)
     positions_S = np.array([row.position for row in rows], dtype=np.uint64)
     return (_mix(_mix(seeds_S) + positions_S) >> np.uint64(64 - _UNIFORM_BITS)) / (1 << _UNIFORM_BITS)
 

@@ -62,7 +62,11 @@ class SwapSpace:
     def save(self, pages: Sequence[int], first_page: int, num_stored: int) -> Swapped | None:
         """Copy a sequence's pages from `first_page` on; None where there is no room, or computing anew costs less."""
         wanted = pages[first_page : -(-num_stored // self._page_tokens)]
-        if not wanted or len(wanted) > self._free.num_free or not self._is_cheaper():
+        if not wanted or len(wanted) > self._free.num_free:
+            return None
+        if not self._is_cheaper():
+            assert self._page_s is not None, "a cost that nobody measured"
+            self._page_s *= 1 - _WEIGHT  # forgets: what one slow copy has said is tried again some time
             return None
         slots = self._free.allocate(len(wanted))
         self._copy(self._slots_PE, slots, self._memory_PE, wanted)

@@ -1,12 +1,14 @@
 """The serving benchmark: its workloads, that all engines do the same work, its figures, and (with a kit) all of it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from bench import serving
 from bench.serving import TARGETS, headline, run
 from bench.serving_ours import Ours, config, replay_live, running, visit_all
 from bench.serving_parts import QUICK, compare, summary
@@ -16,6 +18,7 @@ from bench.serving_world import ATTENTION, World, make_world
 from cluster.config import MIB
 from tests.worlds import make_checkpoint
 
+PAIR = {"ours": {"tokens_per_s": 6.0}, "peft one adapter at a time": {"tokens_per_s": 2.0}}
 LENGTHS = Lengths((3, 9), (2, 7))
 SMALL = config(4 * MIB, 4 * MIB)
 
@@ -81,17 +84,15 @@ def test_summary_refuses_an_engine_that_did_less():
 
 def test_missing_rivals_leave_null():
     rate = {"tokens_per_s": 6.0}
-    pair = {"ours": rate, "peft one adapter at a time": {"tokens_per_s": 2.0}}
     report = {
         "adapters": {
             "1": {"ours": rate},
-            "2": {"ours": rate, "same requests": pair},
+            "2": {"ours": rate, "same requests": PAIR},
             "4": {"ours": {"tokens_per_s": 3.0}},
         },
         "mixed": dict.fromkeys(("ours", "peft mixed", "ours beside base only", "ours base only"), rate),
-        "decode": {"2": 5.0},
         "vllm": None,
-        "llamacpp": {"2": {"tokens_per_s": 4.0}},
+        "llamacpp": {"rows": {"2": {"ours": {"tokens_per_s": 5.0}, "llamacpp": {"tokens_per_s": 4.0}}}},
         "cold": {"ratio": 1.1},
         "trace": {"loads": {"0.5": {"slo_attainment": 1.0}}},
         "waste": {"memory_waste_fraction": 0.1},
@@ -103,6 +104,28 @@ def test_missing_rivals_leave_null():
     assert found["throughput_vs_peft_2"] == 3.0
     assert found["throughput_vs_vllm_mixed_32"] is None
     assert found["decode_vs_llamacpp_single"] == 1.25
+
+
+def test_a_rival_that_comes_later_gets_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rate, runs = {"tokens_per_s": 6.0}, iter([None, {"ours": {"tokens_per_s": 6.0}, "vllm": {"tokens_per_s": 2.0}}])
+    found = {
+        "adapters": {"1": {"ours": rate}, "2": {"ours": rate, "same requests": PAIR}, "4": {"ours": rate}},
+        "mixed": dict.fromkeys(("ours", "peft mixed", "ours beside base only", "ours base only"), rate),
+        "llamacpp": None,
+        "cold": {"ratio": 1.1},
+        "trace": {"loads": {"0.5": {"slo_attainment": 1.0}}},
+        "waste": {"memory_waste_fraction": 0.1},
+        "overhead": {"8": 0.3},
+        "chaos": {"max_wait_bound_violations": 0, "wrong_adapter_tokens": 0},
+    }
+    parts = {name: partial(found.get, name) for name in found} | {"vllm": lambda: next(runs)}
+    monkeypatch.setattr(serving, "_parts", lambda *_: parts)
+    monkeypatch.setattr(serving, "plot_all", lambda *_: None)
+    reports = [
+        run(tmp_path, tmp_path / "s.json", is_quick=True, vllm=None, llamacpp=None, console=Console(quiet=True))
+        for _ in range(2)
+    ]
+    assert [report["throughput_vs_vllm_mixed_32"] for report in reports] == [None, 3.0]
 
 
 @pytest.mark.timeout(300)

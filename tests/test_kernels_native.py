@@ -166,6 +166,28 @@ def test_without_a_compiler_torch_does_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert "no compiled CPU kernels" in caplog.text
 
 
+def test_without_a_home_torch_does_it(monkeypatch: pytest.MonkeyPatch, caplog):
+    """As in a container whose user is a bare number."""
+
+    def no_home(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(no_home))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert native.load_native() is None
+    assert "no compiled CPU kernels" in caplog.text
+
+
+def test_a_damaged_library_is_compiled_anew(ops, tmp_path: Path):
+    assert native.load_native(tmp_path / "whole") is not None
+    [library] = (tmp_path / "whole").iterdir()
+    damaged = tmp_path / "damaged" / library.name  # elsewhere: what a process has loaded it does not read again
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"")
+    assert native.load_native(damaged.parent) is not None
+    assert damaged.stat().st_size > 0
+
+
 def test_without_avx_512_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert native.load_native(tmp_path) is None

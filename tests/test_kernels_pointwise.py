@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels.packed
 from kernels import native, pointwise, reference
 from kernels.packed import linear, pack, padded_rows, unpack
 
@@ -84,6 +85,13 @@ def test_products_with_a_packed_weight(dtype, has_bias):
         assert actual.dtype == dtype
         tolerance = 10 * TOLERANCE[dtype]
         torch.testing.assert_close(actual.double(), exact_TF[:num_tokens], rtol=tolerance, atol=tolerance)
+
+
+def test_a_torch_without_the_operations_keeps_plain_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels.packed, "_OPERATIONS", ("_an_operation_of_the_past",))
+    weight_FD, x_TD = randn(0, 70, 50, dtype=torch.float32), randn(1, 9, 50, dtype=torch.float32)
+    assert pack(weight_FD) is weight_FD
+    assert torch.equal(linear(x_TD, pack(weight_FD)), x_TD @ weight_FD.T)
 
 
 def test_a_row_of_a_product_is_the_same_to_the_bit_in_any_company():

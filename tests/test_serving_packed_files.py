@@ -162,6 +162,31 @@ def test_a_full_disk_leaves_nothing_half_written(files: PackedFiles, tmp_path: P
     assert files.put(KEY, original).is_mapped
 
 
+def test_a_lack_of_descriptors_costs_no_file(files: PackedFiles, tmp_path: Path) -> None:
+    """Others of this machine may be using it."""
+    original = files.put(KEY, packed())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        opened = files.open(KEY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert opened is None
+    again = files.open(KEY)
+    assert again is not None
+    assert is_same(again, original)
+
+
+def test_a_folder_that_may_not_be_read_is_no_obstacle(files: PackedFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.put(KEY, packed())
+
+    def refuse(path: object, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)  # not by the mode of the folder: whoever runs tests may be root
+    assert (files.has(KEY), files.open(KEY)) == (False, None)
+
+
 def test_a_folder_that_cannot_be_made_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     files, original = PackedFiles(tmp_path / "file", "here", BIG), packed()

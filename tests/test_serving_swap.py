@@ -155,6 +155,15 @@ def test_what_costs_more_than_computing_anew_is_not_swapped() -> None:
     assert space.save([0, 1], 0, 8) is not None
 
 
+def test_one_slow_copy_does_not_end_swapping_for_good() -> None:
+    space = SwapSpace(torch.zeros(4, PAGE_ELEMENTS), 8 * PAGE_BYTES, PAGE_TOKENS)
+    space.book_prefill(1000, 1.0)
+    space._page_s = 60.0  # the machine stood still meanwhile
+    results = [space.save([0, 1], 0, 8) for _ in range(200)]
+    assert results[0] is None
+    assert results[-1] is not None or space._free.num_free < 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["save", "load", "drop"]), st.integers(0, 9)), max_size=60))
 def test_random_operations_keep_exact_copies(operations: list[tuple[str, int]]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -198,6 +199,25 @@ async def test_racing_loads_of_two_engines_are_all_right(files: Files, tmp_path:
         for loop in (first, second):
             assert {name: await tokens(loop, name) for name in files.adapters} == truth
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+async def test_who_sees_that_an_adapter_is_coming_finds_it(files: Files) -> None:
+    """However long the loader's thread takes from saying so to posting it."""
+
+    class Slow(set[str]):
+        def add(self, key: str) -> None:
+            super().add(key)
+            time.sleep(0.2)
+
+    async with running(files.base, None) as loop:
+        loop._coming = coming = Slow()
+        first = asyncio.create_task(tokens(loop, "plain", files.adapters["plain"]))
+        while not coming:
+            await asyncio.sleep(0.001)
+        request = Request("second", tuple(range(5, 12)), GREEDY, REFS["plain"])
+        await loop.ensure_adapter(REFS["plain"], gone)
+        second = list(chain.from_iterable([event.tokens async for event in loop.generate(request)]))
+        assert second == await first
 
 
 async def test_a_store_that_hangs_keeps_no_packed_adapter_waiting(files: Files, tmp_path: Path) -> None:
