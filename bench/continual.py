@@ -28,9 +28,9 @@ MAIN_ARMS = ("sequential", "method", "joint", "oracle")
 CHEAPER_ARMS = ("rank_reduction", "distillation")
 ARMS = {
     ("clinc150", "encoder"): ("means", *MAIN_ARMS, *CHEAPER_ARMS, *CONTROLS[:-1]),
-    ("clinc150", "writer"): ("recall", *MAIN_ARMS),
+    ("clinc150", "writer"): ("recall", *MAIN_ARMS, *CHEAPER_ARMS),
     ("mixed", "encoder"): ("means", *MAIN_ARMS, *CHEAPER_ARMS, "sequential_means"),
-    ("mixed", "writer"): ("recall", *MAIN_ARMS),
+    ("mixed", "writer"): ("recall", *MAIN_ARMS, *CHEAPER_ARMS),
 }
 SUBJECTS = ("encoder", "writer")
 STREAMS = ("clinc150", "mixed")
