@@ -180,15 +180,18 @@ class TrainConfig:
     seed: CountOrZero = 0
 
 
+TRANSPLANT_RANKS = ("rank", "wide_rank")
+
+
 @_frozen
 class TransplantConfig:
     """The functional transplant: how many training rows it is fitted on, and how.
 
     As many as come to `tokens_per_width` tokens for each unit of the model's width, at most `rows`. Each module gets
     the smallest rank that holds `energy` of its map, from the old adapter's up to `rank`. One that misses the gate by
-    far is made again on twice the tokens, with ranks up to `wide_rank`, where this is higher; at most
-    `serving.max_rank`. `ridge` is the penalty as a share of the inputs' mean square; it pulls to the old adapter, or to
-    nothing.
+    far is made again on twice the tokens, with ranks up to `wide_rank`, where this is higher. Neither may lie above
+    `serving.max_rank`; where they are not given, they are not. `ridge` is the penalty as a share of the inputs' mean
+    square; it pulls to the old adapter, or to nothing.
     `match_stream` and `map_head` let it mend the residual stream, and allow for the new head; there to be measured.
     """
 
@@ -235,7 +238,8 @@ class GateConfig:
     `tolerance_points` always; where training from scratch cannot reach that on the new base either, what scratch
     reaches is asked for instead, but no more than `max_drop_points` are given away so. `agreement_points` is the
     tolerance where there are no true answers and the old service's own are what counts. An evaluation that is going to
-    fail is given up early: wrongly with a chance of at most 1 - `confidence`. Passing needs all rows.
+    fail is given up early: wrongly with a chance of at most 1 - `confidence` (a few times that where chrF is
+    very uneven). Passing needs all rows.
     """
 
     tolerance_points: PositiveOrZero = 1.0
@@ -314,7 +318,7 @@ def load_fleet(path: Path) -> Fleet:
     faults = ["folder: Unexpected keyword argument"] if "folder" in raw else []
     try:
         # By way of JSON, whose strict mode takes arrays for tuples and strings for paths, but no "16" for a number.
-        text = json.dumps({**raw, "folder": str(folder)}, default=str)
+        text = json.dumps({**_with_ranks(raw), "folder": str(folder)}, default=str)
         fleet = TypeAdapter(Fleet).validate_json(text, strict=True, context={"folder": folder})
         faults += _contradictions(fleet)
     except ValidationError as error:
@@ -333,6 +337,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path.name}: not valid TOML: {error}") from error
 
 
+def _with_ranks(raw: dict[str, Any]) -> dict[str, Any]:
+    """The file's values with the transplant's ranks that it leaves open, where the engines take lower ones only."""
+    match {"readapt": {}} | raw:
+        case {"serving": {"max_rank": int(limit)}, "readapt": dict(readapt)} if limit > 0:
+            defaults = TransplantConfig()
+            ranks = {key: min(getattr(defaults, key), limit) for key in TRANSPLANT_RANKS}
+            given = readapt.get("transplant", {})
+            return {
+                **raw,
+                "readapt": {**readapt, "transplant": {**ranks, **given} if isinstance(given, dict) else given},
+            }
+    return raw  # the default limit, or a fault that is yet to be found
+
+
 def _described(fault: ErrorDetails) -> str:
     keys = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
     return f"{keys.removeprefix('.')}: {fault['msg'].removeprefix('Value error, ')}"
@@ -348,7 +366,7 @@ def _contradictions(fleet: Fleet) -> Iterator[str]:
     if fleet.serving.max_replicas < fleet.serving.min_replicas:
         yield "serving.max_replicas: Input should be at least serving.min_replicas"
     yield from _impossible_rungs(fleet.readapt.ladder.rungs)
-    for key in ("rank", "wide_rank") if "transplant" in fleet.readapt.ladder.rungs else ():
+    for key in TRANSPLANT_RANKS if "transplant" in fleet.readapt.ladder.rungs else ():
         if getattr(fleet.readapt.transplant, key) > fleet.serving.max_rank:
             yield f"readapt.transplant.{key}: Input should be at most serving.max_rank, or the result cannot be served"
     if fleet.readapt.search.beta_max <= fleet.readapt.search.beta_min:

@@ -172,7 +172,7 @@ class Campaign:
     def _handle(self, job: AdapterJob, report: Report) -> None:
         """Writes down what a worker reports, unless the version was taken from us because we seemed dead."""
         version = self._registry.version(job.version_id)
-        if version.details.get("campaign") != self.id:
+        if version.status is not Status.ADAPTING or version.details.get("campaign") != self.id:
             return
         match report:
             case RungReached():

@@ -9,15 +9,22 @@ The rows are looked at in a fixed random order, in chunks that quadruple what ha
                 Hoeffding and of Serfling, 1974). The union bound over the looks makes all of them together wrong with
                 probability at most alpha = 1 - confidence, for each evaluation of a fixed adapter.
 
-A quality that is no share of right rows (chrF) has the second rule only, by the normal approximation with the finite
-population's correction (Cochran, 2.5 to 2.8): `likely_rise`. All only ever say "fails": a pass always needs all rows.
+A quality that is no share of right rows (chrF) has the second rule only, by Student's t with the finite population's
+correction (Cochran, 2.5 to 2.8): `likely_rise`. Where a few rows have all the points, a sample that lacks them has a
+low mean and a small spread at once; so a row of full points that nobody has seen is counted to the spread. Without it
+such adapters, exactly at the gate, were given up 170 times as often as stated, with it at most 6 times (simulated).
+
+All rules only ever say "fails": a pass always needs all rows, and an error costs time but never quality.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist, stdev
+from statistics import stdev
+
+from scipy.stats import t as student
 
 FIRST_CHUNK_ROWS = 16
+FULL_POINTS = 100.0
 GROWTH = 4  # within a chunk rows are sorted by length: small chunks would cost more padding than early looks save
 
 
@@ -56,11 +63,11 @@ def failing_hits(num_rows: int, needed: int, confidence: float) -> dict[int, int
 def likely_rise(by_row: Sequence[float], num_rows: int, confidence: float, num_looks: int) -> float:
     """By how much the score of all `num_rows` rows may yet lie above that of the rows drawn, whose own are `by_row`.
 
-    Beyond it lies the score of at most `1 - confidence` of the adapters, over `num_looks` such looks together. Of a
-    score of the whole corpus, whose spread is taken for that of the mean over its rows.
+    Beyond it lies the score of about `1 - confidence` of the adapters, over `num_looks` such looks together.
+    Of a score of the whole corpus, whose spread is taken for that of the mean over its rows.
     """
-    error = stdev(by_row) * math.sqrt((1 - len(by_row) / num_rows) / len(by_row))
-    return NormalDist().inv_cdf(1 - (1 - confidence) / num_looks) * error
+    error = stdev([*by_row, FULL_POINTS]) * math.sqrt((1 - len(by_row) / num_rows) / len(by_row))
+    return float(student.ppf(1 - (1 - confidence) / num_looks, len(by_row) - 1)) * error
 
 
 def _most_hits_of_a_failure(num_rows: int, needed: int, drawn: int, alpha: float) -> int:

@@ -93,8 +93,15 @@ def test_an_unknown_base_is_not_found_with_the_known_ones_listed(tmp_path: Path)
         ('[readapt.ladder]\nrungs = ["copy", "copy"]', "readapt.ladder.rungs: Input should name no rung twice"),
         ('[readapt.ladder]\nrungs = ["train", "scratch"]', "readapt.ladder.rungs: 'train' should come after a start"),
         ('[readapt.ladder]\nrungs = ["train", "copy"]', "readapt.ladder.rungs: 'train' should come after a start"),
-        ("[serving]\nmax_rank = 16", "readapt.transplant.rank: Input should be at most serving.max_rank"),
-        ("[serving]\nmax_rank = 64", "readapt.transplant.wide_rank: Input should be at most serving.max_rank"),
+        (
+            "[serving]\nmax_rank = 16\n[readapt.transplant]\nrank = 17",
+            "readapt.transplant.rank: Input should be at most",
+        ),
+        (
+            "[readapt.transplant]\nwide_rank = 256",
+            "readapt.transplant.wide_rank: Input should be at most serving.max_rank",
+        ),
+        ("[serving]\nmax_rank = 16\n[readapt]\ntransplant = 3", "readapt.transplant: "),
         ("[readapt.train]\nlearning_rate = nan", "readapt.train.learning_rate: "),
         ("[rollout]\ncanary_share = 1.5", "rollout.canary_share: "),
         ("serving = 3", "serving: "),
@@ -116,6 +123,14 @@ def test_a_bad_value_is_named_by_its_key(tmp_path: Path, text: str, words: str):
 def test_a_ladder_without_a_transplant_does_not_ask_for_its_rank(tmp_path: Path):
     text = 'name = "f"\n[serving]\nmax_rank = 16\n[readapt.ladder]\nrungs = ["fused", "train"]\n'
     assert load_fleet(write(tmp_path, text)).readapt.ladder.rungs == ("fused", "train")
+
+
+@pytest.mark.parametrize(("limit", "ranks"), [(16, (16, 16)), (100, (64, 100)), (512, (64, 128))])
+def test_ranks_of_a_transplant_that_are_not_given_are_what_the_engines_take(
+    tmp_path: Path, limit: int, ranks: tuple[int, int]
+):
+    fleet = load_fleet(write(tmp_path, f'name = "f"\n[serving]\nmax_rank = {limit}\n'))
+    assert (fleet.readapt.transplant.rank, fleet.readapt.transplant.wide_rank) == ranks
 
 
 def test_all_faults_are_told_at_once_one_on_a_line(tmp_path: Path):

@@ -80,6 +80,26 @@ def test_many_random_orders_agree_with_the_stated_confidence(seed: int) -> None:
     assert 0 < failures / 2000 <= 0.2
 
 
+@pytest.mark.parametrize("draw", ["bell", "skewed", "few have all"])
+def test_texts_at_the_gate_are_given_up_rarely_at_the_looks_that_are_taken(draw: str) -> None:
+    """As stated for scores like a bell; a few times as often where few rows have the points."""
+    rng = np.random.default_rng(0)
+    populations = {
+        "bell": rng.normal(60, 15, 200),
+        "skewed": rng.exponential(20, 200),
+        "few have all": 100.0 * (np.arange(200) < 20),
+    }
+    rows, missed, trials = populations[draw], 0, 2000
+    early = looks(200)[:-1]
+    for _ in range(trials):
+        drawn = rng.permutation(rows)
+        missed += any(
+            drawn[:look].mean() + likely_rise(drawn[:look].tolist(), 200, 0.999, len(early)) < rows.mean()
+            for look in early
+        )
+    assert missed / trials <= {"bell": 0.001, "skewed": 0.002, "few have all": 0.006}[draw]
+
+
 def test_the_mean_of_all_rows_seldom_lies_above_the_likely_rise() -> None:
     rng = random.Random(0)
     rows = [rng.uniform(0, 100) ** 1.5 / 10 for _ in range(200)]
@@ -87,6 +107,6 @@ def test_the_mean_of_all_rows_seldom_lies_above_the_likely_rise() -> None:
     for _ in range(2000):
         seen = rng.sample(rows, 64)
         missed += sum(seen) / 64 + likely_rise(seen, 200, 0.9, num_looks=1) < all_rows
-    assert 100 < missed < 300, "near the stated tenth"
+    assert 50 < missed < 250, "near the stated tenth, on the safe side"
     assert likely_rise(rows, 200, 0.999, num_looks=2) == 0.0, "nothing is left to rise"
     assert likely_rise(seen, 200, 0.999, 2) > likely_rise(seen, 200, 0.999, 1) > likely_rise(seen, 200, 0.9, 1) > 0
