@@ -339,8 +339,14 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 def _replace_folder(aside: Path, folder: Path) -> None:
     """Put `aside` in the place of `folder`, which may hold an older adapter; both lie in the same parent."""
-    old = aside.with_suffix(".old")
-    if folder.exists():
+    old = aside.with_name(f"{aside.name}.old")
+    is_there = folder.exists()
+    if is_there:
         folder.rename(old)
-    aside.rename(folder)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if is_there:
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -4,6 +4,7 @@ A blob is one folder, stored as one tar file named by the hash of the folder's c
 at all on every kind of store, the same content is stored once, and whoever fetches it can check what arrived.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -174,12 +175,14 @@ def _damaged(aside: Path) -> Path:
 
 
 def _publish(aside: Path, cached: Path) -> None:
-    """Put what was fetched in its place; what is there is damaged, or somebody else has fetched it meanwhile."""
-    if cached.is_dir() and not _is_whole(cached, cached.name):
-        with suppress(OSError):  # somebody else has put it aside
+    """Put what was fetched in its place, unless somebody else has done so meanwhile; what is damaged there goes aside.
+
+    One at a time: else one might put aside what another has just put in its place.
+    """
+    with (cached.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_whole(cached, cached.name):
+            return
+        if cached.exists():
             os.rename(cached, _damaged(aside))
-    try:
         os.rename(aside, cached)
-    except OSError:
-        if not cached.is_dir():  # else somebody else fetched the same content first
-            raise

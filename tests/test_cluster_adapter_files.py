@@ -2,6 +2,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +240,34 @@ def test_the_usual_settings_are_written_as_the_usual_numbers(tmp_path: Path):
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 16)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
+
+
+def test_what_a_killed_save_left_behind_does_not_block_the_next(tmp_path: Path, checkpoint: Path):
+    adapter = random_adapter(checkpoint, is_rslora=False)
+    save_adapter(adapter, tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", tmp_path / ".adapter.old")
+    save_adapter(adapter, tmp_path / "adapter")
+    assert load_adapter(tmp_path / "adapter").factors.keys() == adapter.factors.keys()
+
+
+def test_a_save_that_fails_at_the_last_moment_puts_the_older_adapter_back(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "adapter"
+    save_adapter(random_adapter(checkpoint, is_rslora=False), folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    rename = Path.rename
+
+    def renamed(source: Path, target: Path) -> Path:
+        if target == folder and not source.name.endswith(".old"):
+            raise OSError(28, "No space left on device")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(StorageError, match="No space"):
+        save_adapter(random_adapter(checkpoint, is_rslora=True), folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
 
 
 def test_saving_replaces_an_older_adapter_whole_and_leaves_nothing_else(tmp_path: Path, checkpoint: Path):

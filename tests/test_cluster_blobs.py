@@ -1,8 +1,10 @@
 import errno
 import multiprocessing
+import os
 import resource
 import shutil
 import tarfile
+import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -15,6 +17,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
+from cluster import blobs
 from cluster.blobs import _BLOCK_BYTES, BlobStore, _open, content_hash
 from cluster.errors import NotFoundError, StorageError
 
@@ -81,7 +84,7 @@ def test_what_was_put_is_fetched(url: str, folder: Path, tmp_path: Path):
     assert files(fetched) == files(folder)
     assert store.fetch_folder(key) == fetched
     assert objects(url) == [f"{key}.tar"]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [key]
+    assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == [key]
 
 
 def test_a_fetched_folder_outlives_the_store(url: str, folder: Path, tmp_path: Path):
@@ -117,10 +120,52 @@ def test_a_damaged_cache_is_fetched_anew_or_told(folder: Path, tmp_path: Path, d
     cached = store.fetch_folder(key)
     DAMAGES[damage](cached / "weights.bin")
     assert content_hash(store.fetch_folder(key)) == key
-    assert [one.name for one in (tmp_path / "cache").iterdir()] == [key]
+    assert sorted(one.name for one in (tmp_path / "cache").iterdir()) == [".lock", key]
     DAMAGES[damage](cached / "weights.bin")
     shutil.rmtree(tmp_path / "store")
     with pytest.raises(NotFoundError):
+        store.fetch_folder(key)
+
+
+def test_two_fetchers_of_a_damaged_cache_never_put_a_good_folder_aside(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
+    key = store.put_folder(folder)
+    flip_a_bit(store.fetch_folder(key) / "weights.bin")
+    fetched_by_both, aside = threading.Barrier(2), []
+    publish, rename = blobs._publish, os.rename
+
+    def publish_at_once(*arguments: Path) -> None:
+        fetched_by_both.wait()
+        publish(*arguments)
+
+    def watched_rename(source: Path, target: Path) -> None:
+        if source == tmp_path / "cache" / key:
+            aside.append(content_hash(source))
+        rename(source, target)
+
+    monkeypatch.setattr(blobs, "_publish", publish_at_once)
+    monkeypatch.setattr(blobs.os, "rename", watched_rename)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(store.fetch_folder, [key, key]))
+    assert [content_hash(one) for one in found] == [key, key]
+    assert len(aside) == 1
+    assert key not in aside
+
+
+def test_a_damaged_folder_that_cannot_be_put_aside_is_not_handed_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
+    key = store.put_folder(folder)
+    flip_a_bit(store.fetch_folder(key) / "weights.bin")
+
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(source))
+
+    monkeypatch.setattr(blobs.os, "rename", refused)
+    with pytest.raises(StorageError, match="not permitted"):
         store.fetch_folder(key)
 
 
@@ -307,4 +352,4 @@ def test_many_may_put_and_fetch_the_same_at_once(folder: Path, tmp_path: Path, k
         assert all(task.result() == expected for task in tasks)
     key = content_hash(folder)
     assert objects(url) == [f"{key}.tar"]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [key]
+    assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == [key]
