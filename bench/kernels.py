@@ -1,4 +1,4 @@
-"""Times the kernels against their twins: `python -m bench.kernels [--device cuda] [--out kernels.json]`.
+"""Times the kernels against their twins: `relora bench kernels [--device cuda] [--out FILE.json]`.
 
 Every case is first compared with the twin and not timed if it differs. `base_us` is the dense product that the LoRA
 operations ride on (x @ W), for scale; where the operation is not LoRA, there is none. Times are medians. `--torch`
@@ -8,26 +8,24 @@ than they are, and each repetition uses other ones of it, so that caches flatter
 Shape letters: T tokens, D in, F out, K key/value heads, H head dim.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.facts import facts, write_report
 from kernels import reference
 from kernels.ops import Ops, ops_for
 from kernels.segments import LoraGroup, LoraSegments
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Dtype = Literal["float32", "float16", "bfloat16"]
 NUM_COPIES = 4  # distinct inputs that repetitions go through in turn
 
 
@@ -41,28 +39,17 @@ class Result:
     base_us: float | None
 
 
-def main() -> None:
+def run(device: str, dtype: Dtype, is_compiled: bool, repeats: int, out: Path | None, console: Console) -> None:
     """Run all cases, print the table, and write the JSON file where one is named."""
-    parser = argparse.ArgumentParser(description="Times the kernels against their twins.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--torch", action="store_true", help="not the compiled kernels of a CPU")
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    ops = ops_for(options.device, is_compiled=not options.torch)
-    results = run(ops, options.device, DTYPES[options.dtype], options.repeats)
-    _print(results, f"{options.device} {options.dtype}, {options.threads} threads, torch {torch.__version__}")
-    if options.out:
-        facts = {**vars(options), "out": str(options.out), "torch": torch.__version__, "machine": platform.processor()}
-        options.out.write_text(
-            json.dumps({"facts": facts, "results": [asdict(result) for result in results]}, indent=2)
-        )
+    results = measure(ops_for(device, is_compiled=is_compiled), device, getattr(torch, dtype), repeats)
+    title = f"{device} {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    console.print(_table(results, title))
+    if out is not None:
+        how = facts(("torch",), device) | {"dtype": dtype, "is_compiled": is_compiled, "repeats": repeats}
+        write_report(out, {"facts": how, "results": [asdict(result) for result in results]})
 
 
-def run(ops: Ops, device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
+def measure(ops: Ops, device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
     """All cases on one device."""
     torch.manual_seed(0)
     timer = _Timer(ops, device, dtype, repeats)
@@ -212,14 +199,10 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _print(results: list[Result], title: str) -> None:
+def _table(results: list[Result], title: str) -> Table:
     table = Table("case", "twin us", "ours us", "times faster", "base x@W us", title=title)
     for result in results:
         base = "" if result.base_us is None else f"{result.base_us:.0f}"
         ratio = f"{result.twin_us / result.ours_us:.1f}"
         table.add_row(result.name, f"{result.twin_us:.0f}", f"{result.ours_us:.0f}", ratio, base)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+    return table

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import bench.continual as continual
-from bench.continual_arms import Course, run_arm
-from bench.continual_settings import settings_for
-from bench.continual_subjects import TaskRows, WriterSubject, find_encoder, load_stream
+import bench.continual.run as continual
+from bench.continual.arms import Course, run_arm
+from bench.continual.settings import settings_for
+from bench.continual.subjects import TaskRows, WriterSubject, find_encoder, load_stream
 from cluster.errors import NotFoundError
 from readapt.data import Row
 from tests.worlds import make_checkpoint
@@ -71,7 +71,7 @@ def test_a_resumed_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch
     continual.run(Path("kit"), out, streams=["mixed"], subjects=["writer"], console=console)
     arms = continual.ARMS["mixed", "writer"]
     asked_for = [f"mixed/writer/{arm}/{seed}" for arm in arms for seed in range(1 if arm == "oracle" else 3)]
-    assert sorted(asked) == sorted(asked_for), "another size is another measurement; the oracle, a control, has one seed"
+    assert sorted(asked) == sorted(asked_for), "another size is measured anew; the oracle, a control, has one seed"
 
 
 def test_arms_are_compared_on_the_seeds_that_both_have():
@@ -81,7 +81,7 @@ def test_arms_are_compared_on_the_seeds_that_both_have():
 
 
 def test_a_missing_encoder_says_where_one_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bench.continual_subjects.ENCODER_PACKAGE", "no_such_package")
+    monkeypatch.setattr("bench.continual.subjects.ENCODER_PACKAGE", "no_such_package")
     with pytest.raises(NotFoundError, match="--encoder"):
         find_encoder(None)
 

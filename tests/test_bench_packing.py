@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.packing import packed_speedup
+from bench.readapt.packing import packed_speedup
 from tests.worlds import make_checkpoint
 
 

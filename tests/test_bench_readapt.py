@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import cells
-from bench.arms import PLANS, Climb, GivenUpError, Place, ReadyAdapter, climb
-from bench.cells import Unit, run_unit
-from bench.figures import Cell, all_figures, compare_shipped, details
-from bench.readapt import FULL, Settings, write_report
-from bench.records import Arm, Journal, Point, ReadyPoint, Record, RunSpec, Scored, forget
-from bench.scoring import score
+from bench.readapt import cells
+from bench.readapt.arms import PLANS, Climb, GivenUpError, Place, ReadyAdapter, climb
+from bench.readapt.cells import Unit, run_unit
+from bench.readapt.figures import Cell, all_figures, compare_shipped, details
+from bench.readapt.records import Arm, Journal, Point, ReadyPoint, Record, RunSpec, Scored, forget
+from bench.readapt.run import FULL, Settings, write_figures
+from bench.readapt.scoring import score
+from bench.readapt.updates import CORPORA, Update, UpdateRecipe, make_update
 from bench.specialists import BenchTask, load_bench_task, make_specialist, write_bench_task
-from bench.updates import CORPORA, Update, UpdateRecipe, make_update
 from cluster.adapter_files import load_adapter
 from readapt.data import encoder_for
 from readapt.evaluate import judge
@@ -262,7 +262,7 @@ def test_the_report_has_all_keys_and_plots(tmp_path: Path):
     )
     records = [replace(r, curve=[Point("train", 0, 0.5, 10.0), Point("train", 10, 2.0, 90.0)]) for r in records]
     settings = Settings(tmp_path, tmp_path / "out.json", tmp_path, FULL)
-    found = write_report(settings, records, {"updates": []}, 3.0, Console(quiet=True))
+    found = write_figures(settings, records, {"updates": []}, 3.0, Console(quiet=True))
     report = json.loads((tmp_path / "out.json").read_text())
     assert found.items() <= report.items()
     assert len(report["records"]) == len(records)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.serving_chaos import is_clean, run_chaos
-from bench.serving_chaos_clients import Clients
-from bench.serving_chaos_plan import WAVES, Ask, Wave, faults_of, plan
-from bench.serving_chaos_tally import Tally
-from bench.serving_chaos_watch import BoundWatch
-from bench.serving_chaos_world import Disk, World, make_world
+from bench.serving.chaos.clients import Clients
+from bench.serving.chaos.plan import WAVES, Ask, Wave, faults_of, plan
+from bench.serving.chaos.run import is_clean, run_chaos
+from bench.serving.chaos.tally import Tally
+from bench.serving.chaos.watch import BoundWatch
+from bench.serving.chaos.world import Disk, World, make_world
 from cluster.errors import InvalidAdapterError, NotFoundError, StorageError
 from serving.prefixes import PrefixKeys
 from serving.request import AdapterRef, Request, SamplingParams

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench.serving_llamacpp import gguf_name, neighbouring_pairs, reordered
-from bench.serving_parts import prompts
-from bench.serving_rivals import RivalError, run_llamacpp, run_vllm
-from bench.serving_workloads import Answer, Ask
-from bench.serving_world import World
+from bench.serving.llamacpp import gguf_name, neighbouring_pairs, reordered
+from bench.serving.parts import prompts
+from bench.serving.rivals import RivalError, run_llamacpp, run_vllm
+from bench.serving.workloads import Answer, Ask
+from bench.serving.world import World
 
 ASKS = [Ask(0.0, 1, (3, 4), 2), Ask(0.0, None, (5,), 1)]
-SIZES = {"vocab_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {"vocab_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "float32"}
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import BertConfig, BertModel
 
-from bench.continual import ARMS
-from bench.continual_arms import run_arm
-from bench.continual_settings import settings_for
-from bench.continual_subjects import EncoderSubject, TaskRows
+from bench.continual.arms import run_arm
+from bench.continual.run import ARMS
+from bench.continual.settings import settings_for
+from bench.continual.subjects import EncoderSubject, TaskRows
 from cluster.errors import InvalidCheckpointError
 from readapt.continual.directions import Decoupled, DirectionWeights
 from readapt.continual.encoder import GrowingClassifier, SentenceEncoder

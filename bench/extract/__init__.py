@@ -1,0 +1,1 @@
+"""Extraction measured: speed, loss, memory, and what it is worth when served."""

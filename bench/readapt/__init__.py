@@ -1,0 +1,1 @@
+"""The re-adaptation benchmark: how soon and how good adapters are on a new base."""

@@ -1,0 +1,222 @@
+"""The arms of the re-adaptation benchmark: each a configuration of one ladder, so that one code times them all.
+
+    copy       the old adapter as it is
+    copy_ft    fine-tuning from there, nothing pulling back
+    paper      alpha * T + beta * E by Bayesian search, then fine-tuning with two-phase scheduled regularisation
+    ours       the ladder as it comes
+    scratch    a new adapter
+    data_free  ours, without any label: the old service's answers to logged prompts take their place; no scratch rung,
+               which would double its budget
+
+The clock starts with the bases, the old adapter and the rows on disk: loading them, extracting E where an arm needs it,
+search, closed forms, training and all evaluations on the gate's rows count; the start of the process does not, nor does
+what the gate itself is made from (the old service's and scratch's quality), which is the same for all.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from bench.readapt.records import Arm, Point, RunSpec
+from bench.specialists import BenchTask
+from cluster.adapter_files import Adapter, load_adapter
+from cluster.checkpoints import open_checkpoint
+from cluster.config import LadderConfig, ReadaptConfig, SearchConfig
+from cluster.errors import TrainingError
+from readapt.data import encoder_for, load_task
+from readapt.delta import base_evolution
+from readapt.evaluate import Gate
+from readapt.ladder import Ladder, Ready, finish
+from readapt.lora import load_base
+from readapt.relabel import PROMPTS, load_prompts, relabelled
+from readapt.search import find
+from readapt.train import CurvePoint
+
+TOLERANCE_POINTS = 0.5
+# About the best for all arms: the time to readiness of a run of T steps that is evaluated every k steps, each at the
+# cost of c steps, is about T + 1.5 k + c T / k; in long runs k grows by itself (`readapt.train.Plan`).
+EVAL_EVERY = 10
+MAX_TOKENS = 256  # the rows fit it whole
+PERFECT = 100.0  # agreement of the old service with itself
+NEEDS_OLD_BASE = {"transplant"}
+DEFAULT_RUNGS = LadderConfig().rungs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an arm climbs: its rungs and the learning rates to try (the likely best first)."""
+
+    rungs: tuple[str, ...]
+    learning_rates: tuple[float, ...] = ()
+    has_pull: bool = True
+    has_averaging: bool = False
+
+
+PLANS: dict[Arm, Plan] = {
+    "copy": Plan(("copy",)),
+    "copy_ft": Plan(("copy", "train"), (1e-3, 5e-4, 2e-3), has_pull=False),
+    "paper": Plan(("fused", "train"), (1e-3, 5e-4, 2e-3)),
+    "ours": Plan(DEFAULT_RUNGS, (5e-4, 2.5e-4, 1e-3), has_averaging=True),
+    "scratch": Plan(("scratch",), (3e-3, 1.5e-3, 6e-3)),
+    "data_free": Plan(("copy", "transplant", "train"), (5e-4, 2.5e-4, 1e-3), has_averaging=True),
+}
+
+
+def search_config(task: BenchTask) -> SearchConfig:
+    """The search as it comes, on the task's number of rows; its seed also draws the split of the validation rows."""
+    return TypeAdapter(SearchConfig).validate_python({"subset_rows": task.search_rows})
+
+
+def ladder_config(spec: RunSpec) -> ReadaptConfig:
+    """How the ladder climbs in this run: all that an arm does not set is as it comes."""
+    plan, task = PLANS[spec.arm], spec.task
+    train: dict[str, float] = {
+        "full_steps": task.steps,
+        "scratch_steps": task.steps,
+        "batch_rows": task.batch_rows,
+        "eval_every": EVAL_EVERY,
+        "max_tokens": MAX_TOKENS,
+        "seed": spec.seed,
+    }
+    if spec.learning_rate is not None:
+        train["scratch_learning_rate" if spec.arm == "scratch" else "learning_rate"] = spec.learning_rate
+    if not plan.has_pull:
+        train |= {"pull_strong": 0.0, "pull_weak": 0.0}
+    if not plan.has_averaging:  # no part of the methods that these arms stand for
+        train["averaging"] = 0.0
+    settings = {
+        "search": search_config(task),
+        "train": train,
+        "ladder": {"rungs": plan.rungs, "stop": spec.stop},
+    }
+    return TypeAdapter(ReadaptConfig).validate_python(settings)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an arm finds on disk: two bases, the old adapter, the task's rows."""
+
+    old_base: Path
+    new_base: Path
+    adapter: Path
+    data: Path
+
+
+@dataclass(frozen=True)
+class ReadyAdapter:
+    """The adapter with which the gate was passed, `seconds` after the start of the clock."""
+
+    rung: str
+    step: int
+    seconds: float
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Climb:
+    """What came of one run: the adapter that was ready, if any, and the best one in the end."""
+
+    ready: ReadyAdapter | None
+    rung: str
+    final: Adapter
+    seconds: float
+    cpu_seconds: float
+    stages: dict[str, float]
+    curve: list[Point]
+    details: dict[str, str | float | bool] = field(default_factory=dict)
+
+
+class GivenUpError(TrainingError):
+    """The run took more steps than it was allowed to."""
+
+
+def climb(spec: RunSpec, place: Place, limit_steps: float) -> Climb:
+    """One run of one arm, timed.
+
+    GivenUpError at the first evaluation after `limit_steps` steps or more; another ReloraError where it breaks down.
+    """
+    clock = _Clock()
+    ladder, model, points = _ladder(spec, place, clock, limit_steps)
+    began_s = clock.seconds()
+    outcome = finish(model, ladder.climb())
+    return Climb(
+        None if outcome.ready is None else _timed(outcome.ready, points),
+        outcome.rung,
+        outcome.adapter,
+        clock.seconds(),
+        clock.cpu_seconds(),
+        clock.stages | {"climb": clock.seconds() - began_s},
+        points,
+        {"alpha": outcome.alpha, "beta": outcome.beta, "accepted": outcome.accepted},
+    )
+
+
+def _timed(ready: Ready, points: Sequence[Point]) -> ReadyAdapter:
+    """By the one clock of this module: when the evaluation was reported with which the gate was passed."""
+    seconds = next(point.seconds for point in points if (point.rung, point.step) == (ready.rung, ready.step))
+    return ReadyAdapter(ready.rung, ready.step, seconds, ready.adapter)
+
+
+class _Clock:
+    """Wall clock and CPU seconds since it was made, and the seconds of the stages that it was told of."""
+
+    def __init__(self) -> None:
+        self._started_s, self._cpu_started_s = time.perf_counter(), time.process_time()
+        self.stages: dict[str, float] = {}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started_s
+
+    def cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu_started_s
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began_s = self.seconds()
+        yield
+        self.stages[name] = self.seconds() - began_s
+
+
+def _ladder(spec: RunSpec, place: Place, clock: _Clock, limit_steps: float) -> tuple[Ladder, Any, list[Point]]:
+    """The arm's ladder, with what it needs loaded; the new base; the list that its evaluations will be put into."""
+    config, task = ladder_config(spec), spec.task
+    with clock.stage("load"):
+        new_model, encoder = load_base(place.new_base), encoder_for(place.new_base, config.train.max_tokens)
+        old = load_adapter(place.adapter)
+        old_model = load_base(place.old_base) if NEEDS_OLD_BASE & set(config.ladder.rungs) else new_model
+        rows = load_task(place.data)
+    if spec.arm == "data_free":
+        with clock.stage("relabel"):
+            rows = relabelled(old_model, old, encoder, load_prompts(place.data / "logged" / PROMPTS))
+    evolution = Adapter({})
+    if "fused" in config.ladder.rungs:
+        with clock.stage("evolution"):
+            evolution = _evolution(place, config)
+    points: list[Point] = []
+
+    def report(rung: str, point: CurvePoint) -> None:
+        points.append(Point(rung, point.step, clock.seconds(), point.quality))
+        if point.step >= limit_steps:
+            raise GivenUpError(f"given up after {point.step} steps")
+
+    bases, gate = (new_model, old_model), _gate(spec, config)
+    ladder = Ladder(*bases, encoder, rows, old, evolution, config, gate, task.metric, find, report=report, num_golden=0)
+    return ladder, new_model, points
+
+
+def _gate(spec: RunSpec, config: ReadaptConfig) -> Gate:
+    """Without labels it asks for agreement. It is not lowered: the reference is the lower of v1 and scratch already."""
+    if spec.arm == "data_free":
+        return Gate(PERFECT, config.gate.agreement_points, floor=PERFECT)
+    assert spec.reference is not None
+    return Gate(spec.reference, TOLERANCE_POINTS, floor=spec.reference)
+
+
+def _evolution(place: Place, config: ReadaptConfig) -> Adapter:
+    old, new = open_checkpoint(place.old_base), open_checkpoint(place.new_base)
+    return base_evolution(old, new, config.search.evolution_rank, config.search.evolution_energy)[0]

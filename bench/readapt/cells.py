@@ -1,0 +1,290 @@
+"""One update x task on one core: all seeds and arms, in the order in which each needs the other.
+
+    v1         the old specialist on the old base: one half of the gate
+    scratch    at the full budget, on the first seed at each learning rate: the other half of the gate
+    the rest   on the first seed at each learning rate up to readiness, and no further than the soonest so far went;
+               then at the best one: with the full budget on the first seed, later on up to readiness, but for ours
+
+The first run of a process is made twice and its first time is thrown away: it pays for imports and cold caches. The
+gate asks for the lower of v1's and fully trained scratch's quality, less the tolerance. Where scratch is the lower one,
+it is run a second time to be timed: the evaluations of its first run were made with v1's gate in mind.
+
+An arm's learning rate is chosen once, on the first seed and on the gate's rows: the one that is ready after the fewest
+steps or, where none is, that of the highest quality. Scratch's is chosen among those within `EQUAL_POINTS` of its best
+quality. While the best one lies at the edge of those tried, the next one beyond is tried, at most `MAX_EXTRA_RATES`
+times. An arm that is ready before any training has nothing to choose: it gets the first.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from bench.readapt.arms import PLANS, TOLERANCE_POINTS, Climb, Place, ReadyAdapter, search_config
+from bench.readapt.records import Arm, Journal, Point, Purpose, ReadyPoint, Record, RunSpec, Scored, Stop
+from bench.readapt.scoring import score
+from bench.readapt.updates import Update
+from bench.specialists import BenchTask, make_specialist, write_bench_task
+from cluster.adapter_files import Adapter, load_adapter
+from cluster.checkpoints import open_checkpoint
+from cluster.errors import ReloraError
+from readapt.data import encoder_for, load_task
+from readapt.lora import load_base
+from readapt.search import split_valid
+
+EQUAL_POINTS = 1.0
+MAX_EXTRA_RATES = 1
+TUNED: tuple[Arm, ...] = ("copy_ft", "paper", "ours", "data_free")
+
+FULL_BUDGET: tuple[Arm, ...] = ("ours", "scratch")  # on all seeds; the others on the first one alone
+
+STARTS = ("copy", "transplant", "wide", "fused")
+
+RunArm = Callable[[RunSpec, Place, float], Climb]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One update x task, for all seeds; the first seed chooses the learning rates."""
+
+    update: Update
+    task: BenchTask
+    seeds: tuple[int, ...]
+    kit: Path
+    work: Path
+
+    @property
+    def journal(self) -> Path:
+        """Where its records are kept."""
+        return self.work / "records" / f"{self.update.name}-{self.task.name}.jsonl"
+
+
+def run_unit(unit: Unit, run_arm: RunArm, say: Callable[[str], None] = print) -> list[Record]:
+    """Runs what of the unit has not been run before, and returns all its records."""
+    rates: dict[Arm, float] = {}
+    bench = _Bench(unit, run_arm, say)
+    for seed in unit.seeds:
+        _Cell(bench, seed, rates).run()
+    return bench.journal.records()
+
+
+class _Bench:
+    """What the cells of a unit share: models and rows for scoring (loaded when first needed), and the journal."""
+
+    def __init__(self, unit: Unit, run_arm: RunArm, say: Callable[[str], None]):
+        self.unit, self.run_arm, self.say = unit, run_arm, say
+        self.journal = Journal(unit.journal)
+        self.base = open_checkpoint(unit.update.new).fingerprint()[:16]
+        self._is_warm = False
+        self.data = write_bench_task(unit.task, unit.kit, unit.update.old, unit.work)
+
+    @cached_property
+    def _old_model(self) -> Any:
+        return load_base(self.unit.update.old)
+
+    @cached_property
+    def _new_model(self) -> Any:
+        return load_base(self.unit.update.new)
+
+    @cached_property
+    def _task(self) -> Any:
+        return load_task(self.data)
+
+    def climb(self, spec: RunSpec, place: Place, limit_steps: float) -> Climb:
+        """One timed run."""
+        if not self._is_warm:
+            short = replace(spec, arm="copy_ft", task=replace(spec.task, steps=1), learning_rate=1e-6, stop="budget")
+            self.run_arm(short, place, math.inf)
+            self._is_warm = True
+        return self.run_arm(spec, place, limit_steps)
+
+    def score(self, adapter: Adapter | None, *, on_old: bool = False, on_test: bool = True) -> Scored:
+        """An adapter's quality on gate and test rows; None: of the bare base."""
+        task = self.unit.task
+        model = self._old_model if on_old else self._new_model
+        encoder = encoder_for(self.unit.update.old if on_old else self.unit.update.new, task.max_tokens)
+        gate_rows = split_valid(self._task.valid, search_config(task))[1]
+        gate, _ = score(model, adapter, encoder, gate_rows, task.metric)
+        if not on_test:
+            return Scored(gate)
+        test, test_rows = score(model, adapter, encoder, self._task.test, task.metric)
+        return Scored(gate, test, test_rows)
+
+
+class _Cell:
+    """One seed's runs. `rates` are the learning rates chosen by the first cell, which fills them in."""
+
+    def __init__(self, bench: _Bench, seed: int, rates: dict[Arm, float]):
+        unit = bench.unit
+        self._bench, self._rates = bench, rates
+        adapter = make_specialist(unit.task, seed, unit.update.old, unit.kit, unit.work)
+        self._place = Place(unit.update.old, unit.update.new, adapter, bench.data)
+        self._bare = RunSpec(unit.update.name, bench.base, unit.task, seed, "v1")
+
+    def run(self) -> None:
+        """All arms."""
+        v1 = self._scored("v1")
+        self._scored("zero_shot")
+        scratch = self._scratch(v1.final.gate)
+        assert scratch.reference is not None
+        self._run("copy", scratch.reference)
+        for arm in TUNED:
+            if arm not in self._rates:
+                self._rates[arm] = _rate(self._tune(arm, scratch.reference, _soonest))
+            self._run(arm, scratch.reference, self._rates[arm])
+
+    def _scratch(self, v1_gate: float) -> Record:
+        """Scratch's reported run: what it reaches at the full budget, and when it passes the gate made from that."""
+        if "scratch" not in self._rates:
+            self._rates["scratch"] = _rate(self._tune("scratch", v1_gate, lambda runs: _scratch_choice(runs, v1_gate)))
+        rate = self._rates["scratch"]
+        tuned = self._bench.journal.find(self._spec("scratch", v1_gate, rate, "tune"))
+        full = tuned or self._run("scratch", v1_gate, rate, "gate")
+        reference = min(v1_gate, full.final.gate)
+        ready = full.ready if reference == v1_gate else self._run("scratch", reference, rate, "timed").ready
+        final = replace(full, purpose="final", reference=reference, ready=ready)
+        return self._kept(self._spec("scratch", reference, rate, "final"), lambda: final)
+
+    def _tune(self, arm: Arm, reference: float, choose: Callable[[Sequence[Record]], Record]) -> Record:
+        runs: list[Record] = []
+
+        def run(rate: float) -> None:
+            runs.append(self._run(arm, reference, rate, "tune", _limit_steps(arm, runs)))
+
+        for rate in PLANS[arm].learning_rates:
+            run(rate)
+            if runs[0].ready is not None and runs[0].ready.rung in STARTS:
+                return runs[0]  # ready without training
+        for _ in range(MAX_EXTRA_RATES):
+            beyond = _beyond(_rate(choose(runs)), [_rate(run) for run in runs])
+            if beyond is not None:
+                run(beyond)
+        return choose(runs)
+
+    def _spec(self, arm: Arm, reference: float, rate: float | None, purpose: Purpose) -> RunSpec:
+        is_full = arm == "scratch" if purpose == "tune" else purpose != "timed" and self._has_full_budget(arm)
+        stop: Stop = "budget" if is_full else "ready"
+        return replace(
+            self._bare, arm=arm, purpose=purpose, stop=stop, learning_rate=rate, reference=round(reference, 4)
+        )
+
+    def _has_full_budget(self, arm: Arm) -> bool:
+        return arm in FULL_BUDGET or self._bare.seed == self._bench.unit.seeds[0]
+
+    def _run(
+        self,
+        arm: Arm,
+        reference: float,
+        rate: float | None = None,
+        purpose: Purpose = "final",
+        limit_steps: float = math.inf,
+    ) -> Record:
+        spec = self._spec(arm, reference, rate, purpose)
+        return self._kept(spec, lambda: self._climb(spec, limit_steps))
+
+    def _climb(self, spec: RunSpec, limit_steps: float) -> Record:
+        started = time.perf_counter()
+        try:
+            climb = self._bench.climb(spec, self._place, limit_steps)
+        except ReloraError as error:
+            seconds = time.perf_counter() - started
+            bare = self._bench.score(None)
+            return replace(_blank_record(spec, bare), seconds=seconds, error=f"{type(error).__name__}: {error}")
+        on_test = spec.purpose != "tune" or spec.arm == "scratch"
+        final = self._bench.score(climb.final, on_test=on_test)
+        ready = climb.ready
+        return replace(
+            _blank_record(spec, final),
+            ready=None if ready is None else self._ready(ready, climb.final, final, on_test),
+            rung=climb.rung,
+            seconds=climb.seconds,
+            cpu_seconds=climb.cpu_seconds,
+            stages=climb.stages,
+            curve=climb.curve,
+            details=climb.details,
+        )
+
+    def _ready(self, ready: ReadyAdapter, final: Adapter, final_score: Scored, on_test: bool) -> ReadyPoint:
+        is_same = ready.adapter is final
+        ready_score = final_score if is_same else self._bench.score(ready.adapter, on_test=on_test)
+        return ReadyPoint(ready.rung, ready.step, ready.seconds, ready_score)
+
+    def _scored(self, arm: Arm) -> Record:
+        """The old service, or the bare new base: nothing to be run."""
+        spec, adapter = replace(self._bare, arm=arm), load_adapter(self._place.adapter) if arm == "v1" else None
+        return self._kept(spec, lambda: _blank_record(spec, self._bench.score(adapter, on_old=arm == "v1")))
+
+    def _kept(self, spec: RunSpec, make: Callable[[], Record]) -> Record:
+        """The run's record, made where there is none yet."""
+        record = self._bench.journal.find(spec)
+        if record is None:
+            record = make()
+            self._bench.journal.add(spec, record)
+            self._bench.say(_line(record))
+        return record
+
+
+def _blank_record(spec: RunSpec, final: Scored) -> Record:
+    return Record(
+        update=spec.update,
+        task=spec.task.name,
+        seed=spec.seed,
+        arm=spec.arm,
+        purpose=spec.purpose,
+        stop=spec.stop,
+        learning_rate=spec.learning_rate,
+        reference=spec.reference,
+        ready=None,
+        rung="",
+        final=final,
+        seconds=0.0,
+        cpu_seconds=0.0,
+    )
+
+
+def _rate(record: Record) -> float:
+    assert record.learning_rate is not None
+    return record.learning_rate
+
+
+def _limit_steps(arm: Arm, runs: Sequence[Record]) -> float:
+    """When a run that only chooses a learning rate can no longer be the soonest; scratch's are run to their ends."""
+    steps = [run.ready.step for run in runs if run.ready is not None and arm != "scratch"]
+    return min(steps, default=math.inf)
+
+
+def _soonest(runs: Sequence[Record]) -> Record:
+    return min(runs, key=lambda run: (run.ready is None, run.ready.step if run.ready else -run.final.gate))
+
+
+def _scratch_choice(runs: Sequence[Record], v1_gate: float) -> Record:
+    best = max(run.final.gate for run in runs)
+    asked = min(best, v1_gate) - TOLERANCE_POINTS
+    close = [run for run in runs if run.final.gate >= best - EQUAL_POINTS]
+    return min(close, key=lambda run: (_second_pass(run.curve, asked), -run.final.gate))
+
+
+def _second_pass(curve: Sequence[Point], asked: float) -> float:
+    """The step at which a curve is above `asked` for the second time in a row; inf for never."""
+    passes = (after.step for before, after in pairwise(curve) if min(before.quality, after.quality) >= asked)
+    return next(passes, float("inf"))
+
+
+def _beyond(best: float, tried: Sequence[float]) -> float | None:
+    """The next learning rate, by a factor of 2, where the best is the highest or the lowest of those tried."""
+    if best == max(tried):
+        return 2 * best
+    return best / 2 if best == min(tried) else None
+
+
+def _line(record: Record) -> str:
+    rate = f" lr {record.learning_rate:g}" if record.learning_rate else ""
+    state = f"ready {record.ready.seconds:.2f} s ({record.ready.rung} {record.ready.step})" if record.ready else "-"
+    where = f"{record.update} {record.task} {record.seed} {record.arm} [{record.purpose}]{rate}"
+    test = "" if record.final.test is None else f", test {record.final.test:.1f}"
+    ends = f"gate {record.final.gate:.1f}{test}, {record.seconds:.1f} s {record.error}"
+    return f"{where}: asked {record.reference}, {state}; {ends}"

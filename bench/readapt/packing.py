@@ -1,0 +1,95 @@
+"""Training many adapters in one pass against one after the other: seconds a step of every adapter.
+
+    relora bench packing --base DIR [--device cuda] [--adapters 8] [--batch-rows 4] [--out FILE.json]
+
+Both sides run the same code on the same rows; packed, one pass over the base serves all adapters.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from cluster.adapter_files import Adapter
+from readapt.data import Encoded
+from readapt.evaluate import Evaluation
+from readapt.lora import blank, linear_shapes, load_base
+from readapt.train import Plan, TrainingPack, TrainJob
+
+NUM_ROWS = 256
+COMPLETION_TOKENS = 4
+WARMUP_ROUNDS = 2
+
+
+def packed_speedup(
+    base_folder: Path,
+    num_adapters: int = 8,
+    batch_rows: int = 4,
+    *,
+    mean_tokens: int = 32,
+    rank: int = 8,
+    rounds: int = 10,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Times packed and one-by-one steps in turn, so that a busy machine slows both; medians over `rounds`.
+
+    Rows are random tokens, between half and one and a half times `mean_tokens` long. A round is one step of every
+    adapter. Keys: what was measured, `packed_s`, `one_by_one_s` (seconds a round) and `packed_training_speedup`.
+    """
+    model = load_base(base_folder, device)
+    rows = _random_rows(int(model.config.vocab_size), mean_tokens)
+    starts = [blank(linear_shapes(model), rank, 2.0 * rank, seed=seed) for seed in range(num_adapters)]
+    packed = _training(model, starts, rows, batch_rows)
+    alone = [_training(model, [start], rows, batch_rows) for start in starts]
+    packed_s, one_by_one_s = (median(seconds) for seconds in zip(*_rounds(packed, alone, rounds, device), strict=True))
+    return {
+        "base": base_folder.name,
+        "device": torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"cpu, {torch.get_num_threads()} threads",
+        "num_adapters": num_adapters,
+        "batch_rows": batch_rows,
+        "mean_tokens": mean_tokens,
+        "rank": rank,
+        "rounds": rounds,
+        "packed_s": packed_s,
+        "one_by_one_s": one_by_one_s,
+        "packed_training_speedup": one_by_one_s / packed_s,
+    }
+
+
+def _random_rows(vocab_size: int, mean_tokens: int) -> list[Encoded]:
+    rng = random.Random(0)
+    lengths = [rng.randint(mean_tokens // 2, mean_tokens * 3 // 2) for _ in range(NUM_ROWS)]
+    return [Encoded(tuple(rng.choices(range(3, vocab_size), k=n)), n - COMPLETION_TOKENS) for n in lengths]
+
+
+def _training(model: Any, starts: Sequence[Adapter], rows: Sequence[Encoded], batch_rows: int) -> TrainingPack:
+    """A pack that trains on without end and evaluates only before its first step."""
+    training = TrainingPack(model)
+    for index, start in enumerate(starts):
+        plan = Plan(steps=10**9, learning_rate=1e-3, batch_rows=batch_rows, eval_every=10**9, seed=index)
+        training.add(index, TrainJob(start, rows, plan, lambda: Evaluation(loss=1.0, quality=0.0)))
+    return training
+
+
+def _rounds(
+    packed: TrainingPack, alone: Sequence[TrainingPack], rounds: int, device: str
+) -> Iterator[tuple[float, float]]:
+    for index in range(WARMUP_ROUNDS + rounds):
+        seconds = _timed([packed], device), _timed(alone, device)
+        if index >= WARMUP_ROUNDS:
+            yield seconds
+
+
+def _timed(trainings: Sequence[TrainingPack], device: str) -> float:
+    started = time.perf_counter()
+    for training in trainings:
+        training.step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,188 @@
+"""`relora bench readapt`: how soon adapters are ready on a new base, and how good, by seven ways of getting there.
+
+Updates x tasks x seeds x arms on real rows (see `updates`, `specialists`, `arms`, `cells`), the figures of `figures`,
+and all records. All that is made (updates, specialists, records) is kept in a work folder: a second call goes on where
+the first one was stopped.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.facts import facts, write_report
+from bench.readapt import arms, cells, figures
+from bench.readapt.arms import PLANS, climb
+from bench.readapt.cells import TUNED, Unit, run_unit
+from bench.readapt.figures import all_figures, details
+from bench.readapt.packing import packed_speedup
+from bench.readapt.plots import plot_all
+from bench.readapt.records import Journal, Record, forget
+from bench.readapt.updates import RECIPES, Update, UpdateFacts, control, make_update, old_base, relative_change
+from bench.readapt.workers import free_cores, run_on
+from bench.specialists import TASKS, BenchTask, make_specialist, write_bench_task
+
+PACKAGES = ("torch", "transformers", "hyperopt", "sacrebleu", "numpy")
+SECONDS_PER_CHAR = 1.2e-4  # of training, all in, on one core of the reference machine
+READY_SHARE = 0.4  # of the budget, until a run is ready
+TABLE_ARMS = ("zero_shot", "copy", "copy_ft", "paper", "ours", "data_free", "scratch")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is run: names of updates (without the control), tasks, the control's tasks, and seeds."""
+
+    updates: tuple[str, ...] = tuple(recipe.name for recipe in RECIPES)
+    tasks: tuple[str, ...] = tuple(task.name for task in TASKS)
+    control_tasks: tuple[str, ...] = ("snips", "trec")
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+FULL = Scope()
+QUICK = Scope(("mild",), ("snips", "trec"), ("snips",), (0,))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things are, how many workers (None: one a core), and whose earlier records are not to be used."""
+
+    kit: Path
+    out: Path
+    work: Path
+    scope: Scope
+    jobs: int | None = None
+    redo: tuple[str, ...] = ()
+
+
+def run_bench(settings: Settings, console: Console) -> dict[str, Any]:
+    """Runs what is missing, writes the JSON file and the plots beside it, prints the table, returns the figures."""
+    started = time.perf_counter()
+    forget(settings.work / "records", settings.redo)
+    on = free_cores(settings.jobs)
+    console.print(f"on {len(on)} cores; updates and specialists first, where they are missing")
+    updates = _prepare(settings, on)
+    units = sorted(_units(settings), key=_cost, reverse=True)
+    console.print(f"{len(units)} update x task units of {len(settings.scope.seeds)} seeds; {_estimate(units, len(on))}")
+    [(_, packed)] = run_on(on[:1], [(_packed, (old_base(settings.kit),))])
+    found: dict[str, Any] = {}
+    for num_seeds in range(1, len(settings.scope.seeds) + 1):  # so that there is a whole report after each seed
+        some = [replace(unit, seeds=unit.seeds[:num_seeds]) for unit in units]
+        records = [record for _, made in run_on(on, [(_run, (unit,)) for unit in some]) for record in made]
+        how = {"updates": [asdict(u) for u in updates], "packing": packed, "how": _how(settings, on, started)}
+        found = write_figures(settings, records, how, packed["packed_training_speedup"], console)
+    return found
+
+
+def write_figures(
+    settings: Settings,
+    records: Sequence[Record],
+    how: dict[str, Any],
+    packed_training_speedup: float | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Writes the JSON file (the figures and `how` at the top, all records) and the plots; returns the figures."""
+    found = all_figures(records, packed_training_speedup)
+    report = found | details(records) | how | {"records": [asdict(record) for record in records]}
+    write_report(settings.out, report, indent=None)
+    _show(records, found, settings.out, console)
+    return found
+
+
+def _prepare(settings: Settings, on: Sequence[int]) -> list[UpdateFacts]:
+    """Makes the updates and specialists that are not there yet; says what the updates did."""
+    kit, work, scope = settings.kit, settings.work, settings.scope
+    recipes = [recipe for recipe in RECIPES if recipe.name in scope.updates]
+    updates = [(make_update, (recipe, kit, _folder(work, recipe.name))) for recipe in reversed(recipes)]
+    tasks = [(old_base(kit), name) for name in scope.tasks] + [(control(kit).old, n) for n in scope.control_tasks]
+    specialists = [
+        (make_specialist, (_task(name), seed, base, kit, work)) for seed in scope.seeds for base, name in tasks
+    ]
+    rows = [(write_bench_task, (_task(name), kit, base, work)) for base, name in tasks]
+    made = dict(run_on(on, [*updates, *specialists, *rows]))
+    independent = UpdateFacts("control", relative_change(control(kit).old, control(kit).new), {}, {}, 0, 0.0)
+    return [*(made[index][1] for index in range(len(updates))), *([independent] if scope.control_tasks else [])]
+
+
+def _units(settings: Settings) -> list[Unit]:
+    kit, work, scope = settings.kit, settings.work, settings.scope
+    updates = [Update(name, old_base(kit), _folder(work, name)) for name in scope.updates]
+    pairs = [(update, name) for update in updates for name in scope.tasks]
+    pairs += [(control(kit), name) for name in scope.control_tasks]
+    return [Unit(update, _task(name), scope.seeds, kit, work) for update, name in pairs]
+
+
+def _packed(base: Path) -> dict[str, Any]:
+    return packed_speedup(base, device=_device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _run(unit: Unit) -> list[Record]:
+    return run_unit(unit, climb, say=lambda line: print(line, flush=True))
+
+
+def _task(name: str) -> BenchTask:
+    return next(task for task in TASKS if task.name == name)
+
+
+def _folder(work: Path, update: str) -> Path:
+    return work / "updates" / update
+
+
+def _cost(unit: Unit) -> float:
+    """Characters that one arm trains on at its full budget: what the units' order goes by, longest first."""
+    rows = (unit.kit / "tasks" / unit.task.name / "valid.jsonl").read_text().splitlines()
+    return unit.task.steps * unit.task.batch_rows * sum(map(len, rows)) / len(rows)
+
+
+def _estimate(units: Sequence[Unit], num_workers: int) -> str:
+    """A rough forecast from the numbers of runs, for this project's reference machine (see docs/results.md)."""
+    seconds = sum(_cost(unit) * SECONDS_PER_CHAR * _budgets_left(unit) for unit in units)
+    return f"about {seconds / num_workers / 60:.0f} minutes if all goes evenly"
+
+
+def _budgets_left(unit: Unit) -> float:
+    """How many runs at the full budget are still to be made; a run up to readiness counts as `READY_SHARE` of one."""
+    num_rates, num_more = len(PLANS["scratch"].learning_rates), len(unit.seeds) - 1
+    scratch = num_rates + num_more + READY_SHARE * len(unit.seeds)
+    tuned = len(TUNED) * (1 + READY_SHARE * (num_rates + num_more)) + num_more
+    num_records = num_rates * (1 + len(TUNED)) + len(unit.seeds) * (5 + len(TUNED))  # about
+    return (scratch + tuned) * max(0.0, 1 - len(Journal(unit.journal)) / num_records)
+
+
+def _how(settings: Settings, on: Sequence[int], started: float) -> dict[str, Any]:
+    """With what, when and how all this was measured."""
+    return {
+        "facts": facts(PACKAGES, _device()),
+        "workers_one_thread_each": len(on),
+        "wall_clock_of_this_call_s": round(time.perf_counter() - started, 1),
+        "scope": asdict(settings.scope),
+        "tasks": [asdict(task) for task in TASKS if task.name in settings.scope.tasks],
+        "arms": {arm: asdict(plan) for arm, plan in PLANS.items()},
+        "definitions": {"time_to_readiness": arms.__doc__, "figures": figures.__doc__, "runs": cells.__doc__},
+    }
+
+
+def _show(records: Sequence[Record], found: dict[str, Any], out: Path, console: Console) -> None:
+    table = Table(*("update, task", *TABLE_ARMS), title="median seconds to readiness (ready/runs), test quality")
+    for name, summary in details(records)["by_update_and_task"].items():
+        table.add_row(name, *(_told(summary["arms"].get(arm)) for arm in TABLE_ARMS))
+    console.print(table)
+    for name, figure in found.items():
+        console.print(f"{name}: {figure if figure is None else round(figure, 3)}")
+    for path in (out, *plot_all(records, out.parent / f"{out.stem}_plots")):
+        console.print(f"wrote {path}")
+
+
+def _told(arm: dict[str, Any] | None) -> str:
+    if arm is None:
+        return ""
+    seconds, quality = arm["ttr_s_median_of_ready"], f"{arm['test_quality_at_the_end']:.1f}"
+    return quality if seconds is None else f"{seconds:.1f} s ({arm['ready']}/{arm['runs']}) {quality}"

@@ -1,0 +1,1 @@
+"""The serving benchmark: our engine beside PEFT, vLLM and llama.cpp."""

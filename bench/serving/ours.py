@@ -1,0 +1,157 @@
+"""Our engine as the serving benchmark runs it: in this process, with all adapters on the host unless said otherwise."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from bench.serving.workloads import FIRST_TOKEN_ID, Answer, Ask
+from bench.serving.world import World
+from cluster.adapter_files import load_adapter
+from cluster.config import GIB, MIB, ServingConfig
+from serving.engine import Engine
+from serving.loop import EngineLoop
+from serving.packing import PackedAdapter
+from serving.request import AdapterRef, Request, SamplingParams
+
+PAGE_TOKENS = 16
+
+
+def config(
+    world: World, memory_bytes: int = 512 * MIB, host_cache_bytes: int = 256 * GIB, max_batch_tokens: int = 512
+) -> ServingConfig:
+    """The benchmark's settings: batches of 32 as the rivals have them, room for all that wait, no cached prefixes.
+
+    Unless said otherwise the host has room for whatever is put there.
+    """
+    return ServingConfig(
+        device=world.device,
+        dtype=cast(Any, world.dtype),
+        memory_bytes=memory_bytes,
+        host_cache_bytes=host_cache_bytes,
+        max_batch_tokens=max_batch_tokens,
+        page_tokens=PAGE_TOKENS,
+        max_queue=100_000,
+        max_sequences=32,
+        max_rank=64,
+        packed_bytes=256 * GIB,
+        prefix_cache="off",
+    )
+
+
+def key_of(number: int) -> str:
+    """What stands for the content hash of an adapter."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def ref_of(number: int) -> AdapterRef:
+    """How requests name an adapter."""
+    return AdapterRef(key_of(number), f"adapter-{number}", 1, "")
+
+
+class Ours:
+    """An engine with the first `num_adapters` adapters of a world on the host, those of one folder sharing memory."""
+
+    def __init__(self, world: World, num_adapters: int, settings: ServingConfig | None = None):
+        self.engine = Engine.open(world.model, settings or config(world))
+        packed = {folder: self._packed(folder) for folder in dict.fromkeys(world.adapters[:num_adapters])}
+        for number, folder in enumerate(world.adapters[:num_adapters]):
+            self.engine.add_packed(ref_of(number), packed[folder])
+        self._num_asked = 0
+
+    def replay(self, asks: Sequence[Ask], after_step: Callable[[Engine], None] = lambda _: None) -> list[Answer]:
+        """Submit each request when its time has come, and step until all are answered."""
+        waiting = [(ask.arrival_s, self._request(ask)) for ask in asks]
+        seen = {request.id: _Seen() for _, request in waiting}
+        waiting.reverse()
+        start_s = time.perf_counter()
+        while waiting or self.engine.has_work:
+            now_s = time.perf_counter() - start_s
+            while waiting and waiting[-1][0] <= now_s:
+                self.engine.submit(waiting.pop()[1])
+            if self.engine.has_work:
+                self._step(seen, start_s)
+                after_step(self.engine)
+            elif waiting:
+                time.sleep(max(waiting[-1][0] - now_s, 0.0))
+        return [one.answer() for one in seen.values()]
+
+    def _packed(self, folder: Path) -> PackedAdapter:
+        packed = self.engine.pack(load_adapter(folder))
+        return packed if self.engine.config.device == "cpu" else packed.pinned()
+
+    def _step(self, seen: "dict[str, _Seen]", start_s: float) -> None:
+        events = self.engine.step()
+        now_s = time.perf_counter() - start_s
+        for event in events:
+            if event.error is not None:
+                raise event.error
+            seen[event.request_id].add(event.tokens, now_s)
+
+    def _request(self, ask: Ask) -> Request:
+        self._num_asked += 1
+        return request_of(str(self._num_asked), ask)
+
+
+def request_of(request_id: str, ask: Ask) -> Request:
+    """The engine's request."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True)
+    return Request(request_id, ask.prompt, sampling, None if ask.adapter is None else ref_of(ask.adapter))
+
+
+class _Seen:
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._times: list[float] = []
+
+    def add(self, tokens: Sequence[int], now_s: float) -> None:
+        self._tokens += tokens
+        self._times.append(now_s)
+
+    def answer(self) -> Answer:
+        return Answer(self._times[0], self._times[-1], tuple(self._tokens))
+
+
+@contextmanager
+def running(world: World, settings: ServingConfig, packed: Path | None) -> Iterator[EngineLoop]:
+    """The engine on its own thread, with its loader threads, as a replica runs it."""
+    loop = EngineLoop(Engine.open(world.model, settings), packed_dir=packed)
+    loop.start()
+    try:
+        yield loop
+    finally:
+        loop.stop()
+
+
+def replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> list[Answer]:
+    """Clients that come when their time has come, to whatever the engine has or has not of their adapters."""
+    return asyncio.run(_replay_live(loop, world, asks))
+
+
+def visit_all(loop: EngineLoop, world: World) -> None:
+    """Ask for every adapter once, one after the other, so that each is wherever there is room for it."""
+    for number in range(len(world.adapters)):
+        replay_live(loop, world, [Ask(0.0, number, (FIRST_TOKEN_ID,), 1)])
+
+
+async def _replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> list[Answer]:
+    start_s = time.perf_counter()
+    tasks = []
+    for number, ask in enumerate(asks):
+        await asyncio.sleep(max(ask.arrival_s - (time.perf_counter() - start_s), 0.0))
+        tasks.append(asyncio.create_task(_client(loop, world, ask, f"live-{number}", start_s)))
+    return list(await asyncio.gather(*tasks))
+
+
+async def _client(loop: EngineLoop, world: World, ask: Ask, request_id: str, start_s: float) -> Answer:
+    seen = _Seen()
+    if ask.adapter is not None:
+        await loop.ensure_adapter(ref_of(ask.adapter), world.adapters[ask.adapter])
+    async for event in loop.generate(request_of(request_id, ask)):
+        if event.error is not None:
+            raise event.error
+        seen.add(event.tokens, time.perf_counter() - start_s)
+    return seen.answer()

@@ -1,0 +1,247 @@
+"""What `relora bench serving` measures, one function a part; each returns what its part of the JSON file holds.
+
+Throughput is generated tokens a second from the first arrival to the last token. Where engines are compared they answer
+the same requests in turn, round by round, and the median round counts; rivals in processes of their own (vLLM,
+llama.cpp) have all their rounds just before ours.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from bench.serving.ours import PAGE_TOKENS, Ours, config, replay_live, running, visit_all
+from bench.serving.overhead import overheads_ms
+from bench.serving.peft import Peft
+from bench.serving.shapes import Size, Subject
+from bench.serving.workloads import Answer, Ask, batch, read_trace, slora, zipf
+from bench.serving.world import ATTENTION, LINEARS, World, copy_model, make_world, write_random_model
+from serving.engine import Engine
+
+Replay = Callable[[Sequence[Ask]], list[Answer]]
+S1, S2 = (8,), (64, 32, 16, 8)  # S-LoRA's settings for its 7B model
+SLO_S = 6.0  # S-LoRA's for the first token
+MIXED = 32  # rows, and distinct adapters among them
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the parts find what they need: the kit, a folder for what is made, what is served and how much."""
+
+    kit: Path
+    work: Path
+    subject: Subject
+    size: Size
+
+    def world(self, num_adapters: int, ranks: tuple[int, ...] = S1, modules: tuple[str, ...] = LINEARS) -> World:
+        """Adapters on the model; both are made where a former run has not."""
+        shape, device = self.subject.shape, self.subject.device
+        base = self.work / self.subject.folder
+        if not base.exists():
+            if shape.sizes is None:
+                copy_model(self.kit / "models" / shape.name, base, self.subject.dtype)
+            else:
+                write_random_model(shape.sizes, base, self.subject.dtype, device)
+        return make_world(base, num_adapters, ranks, modules, shape.num_files, device)
+
+    def ours(self, world: World, num_adapters: int, max_batch_tokens: int = 512) -> Ours:
+        """Our engine with the shape's memory."""
+        return Ours(
+            world, num_adapters, config(world, self.subject.shape.memory_bytes, max_batch_tokens=max_batch_tokens)
+        )
+
+
+def summary(asks: Sequence[Ask], answers: Sequence[Answer]) -> dict[str, float]:
+    """Figures of one replay; those of first tokens only where the engine tells when they came."""
+    tokens = sum(len(answer.tokens) for answer in answers)
+    assert tokens == sum(ask.max_tokens for ask in asks), "an engine has not generated what was asked for"
+    seconds = max(answer.end_s for answer in answers) - asks[0].arrival_s
+    latencies = [answer.end_s - ask.arrival_s for ask, answer in zip(asks, answers, strict=True)]
+    found = {
+        "requests": len(asks),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "requests_per_s": len(asks) / seconds,
+        "latency_mean_s": mean(latencies),
+        "latency_p99_s": float(np.percentile(latencies, 99)),
+    }
+    firsts = first_tokens_s(asks, answers)
+    if firsts:
+        found |= {f"first_token_p{p}_s": float(np.percentile(firsts, p)) for p in (50, 99)}
+        found["slo_attainment"] = mean(first <= SLO_S for first in firsts)
+    return found
+
+
+def first_tokens_s(asks: Sequence[Ask], answers: Sequence[Answer]) -> list[float]:
+    """Seconds from arrival to first token, of those answers that tell when it came."""
+    return [a.first_s - ask.arrival_s for ask, a in zip(asks, answers, strict=True) if a.first_s is not None]
+
+
+def compare(replays: dict[str, Replay], asks: Sequence[Ask], rounds: int) -> dict[str, dict[str, Any]]:
+    """Each engine's median round (by throughput), and how many of its answers are those of the first engine."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in replays}
+    expected: list[Answer] = []
+    for _ in range(rounds):
+        for name, replay in replays.items():
+            answers = replay(asks)
+            expected = expected or answers
+            same = mean(a.tokens == b.tokens for a, b in zip(answers, expected, strict=True))
+            results[name].append(summary(asks, answers) | {"same_answers": same})
+    return {name: _median_round(found) for name, found in results.items()}
+
+
+def adapters(bench: Bench) -> dict[str, Any]:
+    """S-LoRA's synthetic workload S1 at growing numbers of adapters, more requests than it bears.
+
+    One engine has all adapters on the host; the requests at a number of them are for the first so many.
+    """
+    size = bench.size
+    world = bench.world(max(size.counts), S1, ATTENTION)
+    engine = bench.ours(world, max(size.counts))
+    asks = {n: slora(n, size.rate, size.duration_s, size.lengths, world.vocab_size) for n in size.counts}
+    rounds: dict[int, list[dict[str, Any]]] = {count: [] for count in size.counts}
+    for _ in range(size.rounds):
+        for count in size.counts:
+            rounds[count].append(summary(asks[count], engine.replay(asks[count])))
+    found: dict[str, Any] = {str(count): {"ours": _median_round(many)} for count, many in rounds.items()}
+    for count in size.peft_counts:
+        few = slora(count, size.rate, size.peft_duration_s, size.lengths, world.vocab_size)
+        pair: dict[str, Replay] = {
+            "ours": engine.replay,
+            "peft one adapter at a time": Peft(world, count).replay_by_adapter,
+        }
+        found[str(count)]["same requests"] = compare(pair, few, size.rounds)
+    return found
+
+
+def mixed(bench: Bench) -> dict[str, Any]:
+    """A batch whose rows all have adapters of their own, on all linears; the bare base beside it."""
+    world, size = bench.world(MIXED), bench.size
+    engine, peft = bench.ours(world, MIXED), Peft(world, MIXED)
+    asks = mixed_asks(world, size)
+    replays: dict[str, Replay] = {"ours": engine.replay, "peft mixed": peft.replay_mixed}
+    found: dict[str, Any] = compare(replays, asks, size.rounds)
+    bare = batch([None] * MIXED, 32, size.decode_tokens, world.vocab_size)
+    rounds = [(summary(asks, engine.replay(asks)), summary(bare, engine.replay(bare))) for _ in range(size.rounds)]
+    found["ours beside base only"] = _median_round([distinct for distinct, _ in rounds])
+    found["ours base only"] = _median_round([base for _, base in rounds])
+    return found
+
+
+def mixed_asks(world: World, size: Size) -> list[Ask]:
+    """One request for each of the first adapters, all at once."""
+    return batch(range(MIXED), 32, size.decode_tokens, world.vocab_size)
+
+
+def decode(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Tokens a second of pure decoding, and the tokens, by rows at once, all with one adapter; prompts of 32 tokens."""
+    world, size = bench.world(1), bench.size
+    engine = bench.ours(world, 1, 32 * max(size.batches))
+    return {str(rows): _decode_run(engine, rows, world.vocab_size, size) for rows in size.batches}
+
+
+def cold(bench: Bench) -> dict[str, Any]:
+    """Many adapters under Zipf's law: all resident, against room for few of them in the arena and on the host.
+
+    The same requests in turn, at half of what the resident engine bears; percentiles are of all rounds together. Cold
+    adapters come from the packed files on the disk, which a first visit to each has written.
+    """
+    size, shape = bench.size, bench.subject.shape
+    world = bench.world(size.zipf_adapters, S1, shape.many)
+    all_bytes = int(1.2 * world.adapter_bytes * size.zipf_adapters) + shape.kv_bytes
+    few_bytes = int(world.adapter_bytes * size.zipf_adapters * size.cold_share)
+    resident = config(world, all_bytes, all_bytes)
+    small = config(world, few_bytes + shape.kv_bytes, few_bytes)
+    packed = bench.work / "packed"
+    firsts: dict[str, list[float]] = {"resident": [], "cold": []}
+    rounds = []
+    with running(world, resident, packed) as warm, running(world, small, packed) as tight:
+        for loop in (warm, tight):
+            visit_all(loop, world)
+        crowd = zipf(size.zipf_adapters, size.zipf_requests // 4, size.rate, size.lengths, world.vocab_size)
+        rate = summary(crowd, replay_live(warm, world, crowd))["requests_per_s"] / 2
+        asks = zipf(size.zipf_adapters, size.zipf_requests, rate, size.lengths, world.vocab_size)
+        for _ in range(size.zipf_rounds):
+            answers = {"resident": replay_live(warm, world, asks), "cold": replay_live(tight, world, asks)}
+            rounds.append({name: summary(asks, these) for name, these in answers.items()})
+            for name, these in answers.items():
+                firsts[name] += first_tokens_s(asks, these)
+        stats = tight.stats()
+    p99 = {name: float(np.percentile(these, 99)) for name, these in firsts.items()}
+    return {
+        "ratio": p99["cold"] / p99["resident"],
+        "first_token_p99_s": p99,
+        "requests_per_s": rate,
+        "adapters_resident_when_cold": stats["adapters_resident"],
+        "loads_when_cold": stats["adapter_loads"] - size.zipf_adapters,
+        "rounds": rounds,
+    }
+
+
+def trace(bench: Bench) -> dict[str, Any]:
+    """The production trace at growing load: Azure's arrivals and (shrunk) lengths, Alibaba's use of adapters."""
+    size, shape = bench.size, bench.subject.shape
+    num_adapters = min(874, max(size.counts))
+    world = bench.world(num_adapters, S1, shape.many)
+    engine, requests = bench.ours(world, num_adapters), read_trace(bench.kit)
+
+    def asks(rate: float) -> list[Ask]:
+        shrunk = shape.trace_shrink, shape.trace_max_tokens
+        return requests.asks(size.trace_requests, num_adapters, rate, *shrunk, world.vocab_size)
+
+    flood = asks(1e4)
+    most = summary(flood, engine.replay(flood))["requests_per_s"]
+    loads = {}
+    for load in size.loads:
+        these = asks(load * most)
+        loads[str(load)] = summary(these, engine.replay(these)) | {"offered_requests_per_s": load * most}
+    return {"most_requests_per_s": most, "loads": loads}
+
+
+def waste(bench: Bench) -> dict[str, Any]:
+    """The part of the arena's pages in use that holds nothing, over all steps of S-LoRA's workload S2."""
+    size = bench.size
+    count = min(100, max(size.counts))
+    world = bench.world(count, S2, ATTENTION)
+    asks = slora(count, size.rate, size.duration_s, size.lengths, world.vocab_size)
+    held, empty = 0, 0.0
+
+    def book(engine: Engine) -> None:
+        nonlocal held, empty
+        pages, waste = engine.memory_waste()
+        held, empty = held + pages, empty + waste
+
+    found = summary(asks, bench.ours(world, count).replay(asks, book))
+    return {"memory_waste_fraction": empty / held, "page_tokens": PAGE_TOKENS, "run": found}
+
+
+def overhead(bench: Bench) -> dict[str, float]:
+    """Milliseconds of a step beside the forward, by running sequences; always of the kit's smallest model."""
+    model, device = bench.kit / "models" / "stories260k", bench.subject.device
+    return {str(count): median(overheads_ms(model, count, 32, 200, device)) for count in bench.size.running}
+
+
+def prompts(rows: int, tokens: int, vocab_size: int) -> list[tuple[int, ...]]:
+    """The prompts of the decoding parts, the same for every engine."""
+    draw = random.Random(0)
+    return [tuple(draw.choices(range(3, vocab_size), k=tokens)) for _ in range(rows)]
+
+
+def _decode_run(engine: Ours, rows: int, vocab_size: int, size: Size) -> dict[str, Any]:
+    """The rate after the step that ends all prompts."""
+    asks = [Ask(0.0, 0, prompt, size.decode_tokens) for prompt in prompts(rows, 32, vocab_size)]
+    rates = []
+    for _ in range(size.rounds + 1):  # the first brings the adapter into the arena
+        answers = engine.replay(asks)
+        first_s = max(answer.first_s or 0.0 for answer in answers)
+        rates.append(rows * (size.decode_tokens - 1) / (max(answer.end_s for answer in answers) - first_s))
+    return {"tokens_per_s": median(rates[1:]), "tokens": [answer.tokens for answer in answers]}
+
+
+def _median_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    by_rate = sorted(rounds, key=lambda one: float(one["tokens_per_s"]))
+    return by_rate[len(by_rate) // 2] | {"tokens_per_s_of_rounds": [one["tokens_per_s"] for one in rounds]}
