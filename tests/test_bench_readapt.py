@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bench.readapt import cells
-from bench.readapt.arms import PLANS, Climb, GivenUpError, Place, ReadyAdapter, climb
+from bench.readapt.arms import PLANS, Climb, GivenUpError, Place, ReadyAdapter, climb, digest
 from bench.readapt.cells import Unit, run_unit
 from bench.readapt.figures import Cell, all_figures, compare_shipped, details
 from bench.readapt.records import Arm, Journal, Point, ReadyPoint, Record, RunSpec, Scored, forget
@@ -229,8 +229,44 @@ def test_where_scratch_is_below_v1_the_gate_is_its_own_and_it_is_timed_with_it(
     arms = FakeArms()
     records = run_unit(replace(unit_of(kit, update, tmp_path), seeds=(0,)), arms, say=lambda line: None)
     timed = [spec for spec in arms.specs if spec.purpose == "timed"]
-    assert [(spec.arm, spec.stop, spec.reference) for spec in timed] == [("scratch", "ready", 60.0)]
+    assert [(spec.arm, spec.stop, spec.reference) for spec in timed] == [
+        ("scratch", "ready", 60.0),
+        ("ours", "ready", 60.0),
+    ]
     assert {r.reference for r in records if r.purpose == "final" and r.arm not in ("v1", "zero_shot")} == {60.0}
+
+
+def test_ours_is_timed_as_it_would_run_in_a_campaign_and_judged_after_its_whole_budget(
+    kit: Path, update: Update, tmp_path: Path
+):
+    class Dropping(FakeArms):
+        """Up to readiness a run that trails is dropped: here that costs 7 seconds."""
+
+        def _climb(self, spec: RunSpec, place: Place) -> Climb:
+            found = super()._climb(spec, place)
+            assert found.ready is not None
+            is_dropped = spec.arm == "ours" and spec.stop == "ready"
+            return (
+                replace(found, ready=replace(found.ready, seconds=found.ready.seconds + 7.0)) if is_dropped else found
+            )
+
+    arms = Dropping()
+    records = run_unit(replace(unit_of(kit, update, tmp_path), seeds=(0,)), arms, say=lambda line: None)
+    final, full = (next(r for r in records if (r.arm, r.purpose) == ("ours", p)) for p in ("final", "full"))
+    assert final.ready is not None
+    assert full.ready is not None
+    assert final.ready.seconds == full.ready.seconds + 7.0
+    assert (final.stop, final.final) == ("budget", full.final)
+
+
+def test_what_an_arm_climbs_with_is_part_of_what_a_run_is(monkeypatch: pytest.MonkeyPatch):
+    spec = {arm: RunSpec("mild", "f00", TASK, 0, arm, reference=80.0) for arm in PLANS}
+    before = {arm: digest(one) for arm, one in spec.items()}
+    assert digest(replace(spec["ours"], learning_rate=7e-3)) != before["ours"]
+    other = replace(PLANS["copy_ft"], has_averaging=True)
+    monkeypatch.setitem(PLANS, "copy_ft", other)
+    assert [arm for arm, one in spec.items() if digest(one) != before[arm]] == ["copy_ft"]
+    assert RunSpec("mild", "f00", TASK, 0, "ours", config="a").key != RunSpec("mild", "f00", TASK, 0, "ours").key
 
 
 def test_every_arm_climbs_on_real_models_and_is_timed_from_the_disk(kit: Path, update: Update, tmp_path: Path):

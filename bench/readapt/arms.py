@@ -13,10 +13,12 @@ search, closed forms, training and all evaluations on the gate's rows count; the
 what the gate itself is made from (the old service's and scratch's quality), which is the same for all.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,14 @@ def ladder_config(spec: RunSpec) -> ReadaptConfig:
         "ladder": {"rungs": plan.rungs, "stop": spec.stop},
     }
     return TypeAdapter(ReadaptConfig).validate_python(settings)
+
+
+def digest(spec: RunSpec) -> str:
+    """A short hash of the arm's settings: what was measured with others is measured again."""
+    used = asdict(ladder_config(spec))
+    if "transplant" not in PLANS[spec.arm].rungs:
+        del used["transplant"]  # it may be developed without measuring the other arms anew
+    return hashlib.sha256(json.dumps([used, TOLERANCE_POINTS], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
     v1         the old specialist on the old base: one half of the gate
     scratch    at the full budget, on the first seed at each learning rate: the other half of the gate
     the rest   on the first seed at each learning rate up to readiness, and no further than the soonest so far went;
-               then at the best one: with the full budget on the first seed, later on up to readiness, but for ours
+               then at the best one: with the full budget on the first seed, later on up to readiness
+    ours       with the full budget on all seeds, for its quality; where it was not ready before training, it is run
+               again up to readiness to be timed, as a campaign would: only there is a run that trails dropped
 
 The first run of a process is made twice and its first time is thrown away: it pays for imports and cold caches. The
 gate asks for the lower of v1's and fully trained scratch's quality, less the tolerance. Where scratch is the lower one,
@@ -24,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.readapt.arms import PLANS, TOLERANCE_POINTS, Climb, Place, ReadyAdapter, search_config
+from bench.readapt.arms import PLANS, TOLERANCE_POINTS, Climb, Place, ReadyAdapter, digest, search_config
 from bench.readapt.records import Arm, Journal, Point, Purpose, ReadyPoint, Record, RunSpec, Scored, Stop
 from bench.readapt.scoring import score
 from bench.readapt.updates import Update
@@ -135,7 +137,8 @@ class _Cell:
         for arm in TUNED:
             if arm not in self._rates:
                 self._rates[arm] = _rate(self._tune(arm, scratch.reference, _soonest))
-            self._run(arm, scratch.reference, self._rates[arm])
+            run = self._ours if arm == "ours" else self._run
+            run(arm, scratch.reference, self._rates[arm])
 
     def _scratch(self, v1_gate: float) -> Record:
         """Scratch's reported run: what it reaches at the full budget, and when it passes the gate made from that."""
@@ -143,11 +146,18 @@ class _Cell:
             self._rates["scratch"] = _rate(self._tune("scratch", v1_gate, lambda runs: _scratch_choice(runs, v1_gate)))
         rate = self._rates["scratch"]
         tuned = self._bench.journal.find(self._spec("scratch", v1_gate, rate, "tune"))
-        full = tuned or self._run("scratch", v1_gate, rate, "gate")
+        full = tuned or self._run("scratch", v1_gate, rate, "full")
         reference = min(v1_gate, full.final.gate)
         ready = full.ready if reference == v1_gate else self._run("scratch", reference, rate, "timed").ready
         final = replace(full, purpose="final", reference=reference, ready=ready)
         return self._kept(self._spec("scratch", reference, rate, "final"), lambda: final)
+
+    def _ours(self, arm: Arm, reference: float, rate: float) -> Record:
+        full = self._run(arm, reference, rate, "full")
+        is_timed = full.ready is not None and full.ready.rung in STARTS
+        timed = full if is_timed else self._run(arm, reference, rate, "timed")
+        final = replace(full, purpose="final", ready=timed.ready, stages=timed.stages)
+        return self._kept(self._spec(arm, reference, rate, "final"), lambda: final)
 
     def _tune(self, arm: Arm, reference: float, choose: Callable[[Sequence[Record]], Record]) -> Record:
         runs: list[Record] = []
@@ -168,9 +178,10 @@ class _Cell:
     def _spec(self, arm: Arm, reference: float, rate: float | None, purpose: Purpose) -> RunSpec:
         is_full = arm == "scratch" if purpose == "tune" else purpose != "timed" and self._has_full_budget(arm)
         stop: Stop = "budget" if is_full else "ready"
-        return replace(
+        spec = replace(
             self._bare, arm=arm, purpose=purpose, stop=stop, learning_rate=rate, reference=round(reference, 4)
         )
+        return replace(spec, config=digest(spec))
 
     def _has_full_budget(self, arm: Arm) -> bool:
         return arm in FULL_BUDGET or self._bare.seed == self._bench.unit.seeds[0]

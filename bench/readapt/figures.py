@@ -8,7 +8,8 @@ leave out the negative control, which has its own.
 
 **A regression shipped** is an adapter that the gate let pass and that is worse on the test rows than the gate's
 tolerance and chance allow: against the lower of v1's and scratch's test quality, by more than `TOLERANCE_POINTS` plus
-`NUM_STANDARD_ERRORS` standard errors of the mean difference, row by row (paired).
+`NUM_STANDARD_ERRORS` standard errors of the mean difference, row by row (paired; of chrF the rows' own scores, where
+gate and tables have that of all rows as one text). How many are below the tolerance, be it by chance, is told beside.
 """
 
 from collections.abc import Iterable, Sequence

@@ -13,17 +13,18 @@ from bench.specialists import BenchTask
 
 # v1 is the old specialist on the old base: what the others are measured against.
 Arm = Literal["v1", "zero_shot", "copy", "copy_ft", "paper", "ours", "scratch", "data_free"]
-# tune: chooses a learning rate. gate: scratch training that the gate is made from. timed: the same, timed with that
-# gate. final: is reported.
-Purpose = Literal["tune", "gate", "timed", "final"]
+# tune: chooses a learning rate. full: goes to the end of the budget, for its quality (and scratch's for the gate).
+# timed: the same up to readiness. final: is reported.
+Purpose = Literal["tune", "full", "timed", "final"]
 Stop = Literal["ready", "budget"]
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """All that a run depends on; two equal ones are one run. `base` is the new base's fingerprint.
+    """All that a run depends on but the code; two equal ones are one run. `base` is the new base's fingerprint.
 
     `reference` is the quality that the gate measures against, in points on the gate's rows; None where none is asked.
+    `config` stands for how the arm climbs (`arms.digest`); empty where nothing is climbed.
     """
 
     update: str
@@ -35,6 +36,7 @@ class RunSpec:
     stop: Stop = "budget"
     learning_rate: float | None = None
     reference: float | None = None
+    config: str = ""
 
     @property
     def key(self) -> str:
