@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -106,7 +107,7 @@ class Engine:
         job = make_job(request, self._vocabulary, self._eos_ids, self._max_model_tokens, self.config)
         reason = job.replay()
         if reason is None:
-            self._scheduler.submit(job.sequence)
+            self._scheduler.submit(job)
             self._jobs[request.id] = job
         else:
             self._ended_early.append(TokenEvent(request.id, finish_reason=reason))
@@ -115,7 +116,7 @@ class Engine:
         """Forget a request and give back all that it holds; no event follows. Unknown ids are those that just ended."""
         job = self._jobs.pop(request_id, None)
         if job is not None:
-            self._scheduler.finish(job.sequence)
+            self._scheduler.finish(job)
 
     @property
     def has_work(self) -> bool:
@@ -133,7 +134,7 @@ class Engine:
         if chunks:
             batch = self._batches.build(chunks)
             logits_OV = self._model.forward(batch, self._memory_PE.view(-1), self.config.page_tokens)
-            jobs = [self._jobs[chunk.sequence.request.id] for chunk in chunks if chunk.does_sample]
+            jobs = [cast(Job, sequence) for sequence, _, _, does_sample in chunks if does_sample]
             samples = sample(logits_OV, [None if job.is_plain else job.sample_row() for job in jobs])
             events += self._commit(chunks, jobs, samples)
         self._book_step(time.perf_counter() - started_at, batch)
@@ -282,15 +283,15 @@ class Engine:
 
     def _commit(self, chunks: Seq[Chunk], jobs: Seq[Job], samples: Samples) -> list[TokenEvent]:
         """Book the chunks; `jobs` and `samples` are of those that sample, in order."""
-        is_poisoned = {job.sequence for job, is_valid in zip(jobs, samples.is_valid, strict=True) if not is_valid}
-        events = [self._fail(self._jobs[sequence.request.id]) for sequence in is_poisoned]
+        is_poisoned = {job for job, is_valid in zip(jobs, samples.is_valid, strict=True) if not is_valid}
+        events = [self._fail(job) for job in is_poisoned]
         sound = [chunk for chunk in chunks if chunk.sequence not in is_poisoned] if is_poisoned else chunks
         tokens = [token for token, is_valid in zip(samples.tokens, samples.is_valid, strict=True) if is_valid]
         self._scheduler.commit(sound, tokens)
         self._num_tokens += len(tokens)
         for row, (job, token, is_valid) in enumerate(zip(jobs, samples.tokens, samples.is_valid, strict=True)):
             if is_valid:
-                text, reason = job.read(token, len(job.sequence.tokens))
+                text, reason = job.read(token, len(job.tokens))
                 logprobs = (samples.logprobs[row],) if row in samples.logprobs else ()
                 events.append(TokenEvent(job.request.id, (token,), text, logprobs, reason))
                 if reason is not None:

@@ -1,4 +1,4 @@
-"""One request in the engine: its sequence, and how its tokens become text and come to an end."""
+"""One request in the engine: a sequence, and how its tokens become text and come to an end."""
 
 import secrets
 import time
@@ -15,23 +15,22 @@ from serving.text import Detokenizer, Vocabulary
 _NUM_SEEDS = 1 << 63
 
 
-@dataclass(eq=False, slots=True)
-class Job:
-    """Owned by the engine. `seed` is the request's own, or was drawn when it came; `eos_ids` end the sequence."""
+@dataclass(eq=False, slots=True, kw_only=True)
+class Job(Sequence):
+    """What a Sequence does not say is the engine's own.
 
-    sequence: Sequence
+    `seed` is the request's, or was drawn when it came; `eos_ids` end the sequence.
+    """
+
     text: Detokenizer
     seed: int
     eos_ids: Set[int]
-    request: Request = field(init=False)
     is_plain: bool = field(init=False)  # whether the likeliest token is all that is asked for
-    limit_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.request = self.sequence.request
+        Sequence.__post_init__(self)  # super() does not find a class that slots have made anew
         sampling = self.request.sampling
         self.is_plain = sampling.temperature == 0 and sampling.num_logprobs is None
-        self.limit_tokens = self.sequence.limit_tokens
 
     def read(self, token: int, num_tokens: int) -> tuple[str, FinishReason | None]:
         """The text to show for a token that makes the sequence `num_tokens` long, and if it is the last, why."""
@@ -58,8 +57,7 @@ class Job:
     def sample_row(self) -> SampleRow:
         """How its next token is chosen."""
         how = self.request.sampling
-        position = len(self.sequence.tokens)
-        return SampleRow(how.temperature, how.top_p, how.top_k, self.seed, position, how.num_logprobs)
+        return SampleRow(how.temperature, how.top_p, how.top_k, self.seed, len(self.tokens), how.num_logprobs)
 
 
 def make_job(
@@ -67,14 +65,11 @@ def make_job(
 ) -> Job:
     """A job that has not read its resumed tokens yet; it ends at `max_tokens` or with the context."""
     sampling = request.sampling
-    sequence = Sequence(
-        request,
-        min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),
+    return Job(
+        request=request,
+        limit_tokens=min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),
         prefix_keys=_prefix_keys(request, config),
         deadline_at=_deadline_at(request),
-    )
-    return Job(
-        sequence=sequence,
         text=Detokenizer(vocabulary, sampling.stop),
         seed=secrets.randbelow(_NUM_SEEDS) if sampling.seed is None else sampling.seed,
         eos_ids=frozenset() if sampling.ignore_eos else eos_ids,
