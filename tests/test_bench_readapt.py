@@ -205,8 +205,24 @@ def test_a_unit_tunes_on_the_first_seed_and_runs_each_arm_once_a_seed(kit: Path,
         (arm, s) for arm in ("copy_ft", "paper", "ours", "data_free") for s in (0, 1)
     )
     assert {r.learning_rate for r in final if r.arm == "copy_ft"} == {2e-3}
+    assert {spec.scratch_rate for spec in arms.specs if spec.arm == "ours"} == {
+        r.learning_rate for r in records if r.arm == "scratch" and r.purpose == "final"
+    }
+    assert {spec.scratch_rate for spec in arms.specs if spec.arm != "ours"} == {None}
     found = all_figures(records, None)
     assert found["ttr_speedup_vs_copy_ft_median"] == pytest.approx(1.0)
+
+
+def test_ours_has_no_rate_to_choose_where_it_trains_from_scratch(kit: Path, update: Update, tmp_path: Path):
+    class FromScratch(FakeArms):
+        def _climb(self, spec: RunSpec, place: Place) -> Climb:
+            found = super()._climb(spec, place)
+            return replace(found, curve=[Point("scratch", 10, 5.0, 50.0)]) if spec.arm == "ours" else found
+
+    arms = FromScratch()
+    run_unit(replace(unit_of(kit, update, tmp_path), seeds=(0,)), arms, say=lambda line: None)
+    tuned = [spec.arm for spec in arms.specs if spec.purpose == "tune"]
+    assert (tuned.count("ours"), tuned.count("copy_ft")) == (1, 4)
 
 
 def test_a_second_run_does_nothing_again(kit: Path, update: Update, tmp_path: Path):

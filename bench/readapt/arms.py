@@ -87,6 +87,8 @@ def ladder_config(spec: RunSpec) -> ReadaptConfig:
     }
     if spec.learning_rate is not None:
         train["scratch_learning_rate" if spec.arm == "scratch" else "learning_rate"] = spec.learning_rate
+    if spec.scratch_rate is not None:
+        train["scratch_learning_rate"] = spec.scratch_rate
     if not plan.has_pull:
         train |= {"pull_strong": 0.0, "pull_weak": 0.0}
     if not plan.has_averaging:  # no part of the methods that these arms stand for

@@ -14,7 +14,8 @@ it is run a second time to be timed: the evaluations of its first run were made 
 An arm's learning rate is chosen once, on the first seed and on the gate's rows: the one that is ready after the fewest
 steps or, where none is, that of the highest quality. Scratch's is chosen among those within `EQUAL_POINTS` of its best
 quality. While the best one lies at the edge of those tried, the next one beyond is tried, at most `MAX_EXTRA_RATES`
-times. An arm that is ready before any training has nothing to choose: it gets the first.
+times. An arm that is ready before any training has nothing to choose: it gets the first. Nor has ours where it trains
+from scratch, which it does at the rate that was chosen for scratch.
 """
 
 import math
@@ -167,8 +168,8 @@ class _Cell:
 
         for rate in PLANS[arm].learning_rates:
             run(rate)
-            if runs[0].ready is not None and runs[0].ready.rung in STARTS:
-                return runs[0]  # ready without training
+            if _has_nothing_to_tune(runs[0]):
+                return runs[0]
         for _ in range(MAX_EXTRA_RATES):
             beyond = _beyond(_rate(choose(runs)), [_rate(run) for run in runs])
             if beyond is not None:
@@ -178,8 +179,15 @@ class _Cell:
     def _spec(self, arm: Arm, reference: float, rate: float | None, purpose: Purpose) -> RunSpec:
         is_full = arm == "scratch" if purpose == "tune" else purpose != "timed" and self._has_full_budget(arm)
         stop: Stop = "budget" if is_full else "ready"
+        may_end_at_scratch = arm != "scratch" and "scratch" in PLANS[arm].rungs
         spec = replace(
-            self._bare, arm=arm, purpose=purpose, stop=stop, learning_rate=rate, reference=round(reference, 4)
+            self._bare,
+            arm=arm,
+            purpose=purpose,
+            stop=stop,
+            learning_rate=rate,
+            reference=round(reference, 4),
+            scratch_rate=self._rates["scratch"] if may_end_at_scratch else None,
         )
         return replace(spec, config=digest(spec))
 
@@ -260,6 +268,11 @@ def _blank_record(spec: RunSpec, final: Scored) -> Record:
 def _rate(record: Record) -> float:
     assert record.learning_rate is not None
     return record.learning_rate
+
+
+def _has_nothing_to_tune(run: Record) -> bool:
+    is_scratch_alone = run.arm != "scratch" and {point.rung for point in run.curve} == {"scratch"}
+    return is_scratch_alone or (run.ready is not None and run.ready.rung in STARTS)
 
 
 def _limit_steps(arm: Arm, runs: Sequence[Record]) -> float:

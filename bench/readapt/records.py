@@ -24,7 +24,8 @@ class RunSpec:
     """All that a run depends on but the code; two equal ones are one run. `base` is the new base's fingerprint.
 
     `reference` is the quality that the gate measures against, in points on the gate's rows; None where none is asked.
-    `config` stands for how the arm climbs (`arms.digest`); empty where nothing is climbed.
+    `scratch_rate` is the learning rate of a ladder that may end with training from scratch. `config` stands for how
+    the arm climbs (`arms.digest`); empty where nothing is climbed.
     """
 
     update: str
@@ -36,6 +37,7 @@ class RunSpec:
     stop: Stop = "budget"
     learning_rate: float | None = None
     reference: float | None = None
+    scratch_rate: float | None = None
     config: str = ""
 
     @property
