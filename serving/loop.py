@@ -7,6 +7,7 @@ read on loader threads, so that a cold adapter delays nobody but those who asked
 import asyncio
 import logging
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ from serving.residency import Residency, Tier
 log = logging.getLogger(__name__)
 
 _MAX_REFUSALS = 4096
+_HANDOVER_S = 1.0  # how long an adapter that came is kept for the request that it was loaded for
 
 Result = TypeVar("Result")
 
@@ -52,6 +54,8 @@ class EngineLoop:
         self._num_loads = self._num_fetches = 0  # loads of adapters, and those that found no packed file
         self._coming: set[str] = set()  # adapters that the engine thread has been told of
         self._refusals: dict[str, OverloadedError] = {}  # why adapters that came are not here; the engine thread's own
+        # Adapters that came and that no request has named yet, and until when they are kept; the engine thread's own.
+        self._handed: dict[str, tuple[PackedAdapter, float]] = {}
         self._stats = self._gauges()
 
     def start(self) -> None:
@@ -128,7 +132,7 @@ class EngineLoop:
 
     async def remove_adapter(self, key: str) -> None:
         """See `Engine.remove_adapter`."""
-        await self._call(lambda: self._engine.remove_adapter(key))
+        await self._call(lambda: self._remove(key))
 
     async def residencies(self) -> list[Residency]:
         """Where each adapter is that the engine has, or its machine's disk as a packed file."""
@@ -175,12 +179,29 @@ class EngineLoop:
         self._refusals.pop(ref.key, None)
         try:
             self._engine.add_packed(ref, loaded.packed, loaded.load_s)
+            self._hand_over(ref.key, loaded.packed)
         except OverloadedError as error:
             if len(self._refusals) == _MAX_REFUSALS:
                 self._refusals.clear()
             self._refusals[ref.key] = error
         finally:
             self._coming.discard(ref.key)
+
+    def _hand_over(self, key: str, packed: PackedAdapter) -> None:
+        """Keep an adapter for its request: in a small host cache others may evict it before that is posted."""
+        now = time.monotonic()
+        self._handed = {key: handed for key, handed in self._handed.items() if handed[1] > now}
+        self._handed[key] = packed, now + _HANDOVER_S
+
+    def _take_over(self, ref: AdapterRef) -> None:
+        """Put back the adapter of a request that was evicted since it came. Raises OverloadedError without room."""
+        packed, until = self._handed.pop(ref.key, (None, 0.0))
+        if packed is not None and time.monotonic() < until and not self.has_adapter(ref.key):
+            self._engine.add_packed(ref, packed)
+
+    def _remove(self, key: str) -> None:
+        self._handed.pop(key, None)
+        self._engine.remove_adapter(key)
 
     def _gauges(self) -> dict[str, float]:
         return {**self._engine.stats(), "adapter_loads": self._num_loads, "adapter_fetches": self._num_fetches}
@@ -222,6 +243,8 @@ class EngineLoop:
         key = request.adapter.key if request.adapter is not None else ""
         if key in self._refusals and not self.has_adapter(key):
             raise copy(self._refusals[key])
+        if request.adapter is not None:
+            self._take_over(request.adapter)
         self._engine.submit(request)
         self._streams[request.id] = stream
 

@@ -297,6 +297,32 @@ async def test_no_room_on_the_host_is_told_to_the_request(folders: tuple[Path, P
     loop.stop()
 
 
+@pytest.mark.parametrize("how", ["at once", "too late", "removed"])
+async def test_an_adapter_is_kept_from_its_load_to_its_request(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """On a host with room for one, another that comes in between evicts it."""
+    monkeypatch.setattr("serving.loop._HANDOVER_S", 0.0 if how == "too late" else 60.0)
+    config = ServingConfig(memory_bytes=4 << 20, host_cache_bytes=100_000, max_rank=16)
+    loop = EngineLoop(Engine.open(folders[0], config))
+    loop.start()
+    first, second = (replace(REF, key=key) for key in ("first", "second"))
+    for ref in (first, second):
+        await loop.ensure_adapter(ref, folders[1])
+    await loop.residencies()  # both have been added by then
+    assert (loop.has_adapter("first"), loop.has_adapter("second")) == (False, True)
+    if how == "removed":
+        await loop.remove_adapter("first")
+    if how == "at once":
+        answer = await drain(loop.generate(request(adapter=first)))
+        assert tokens_of(answer) == tokens_of(alone(folders, request(adapter=REF)))
+        assert loop._handed.keys() == {"second"}
+    else:
+        with pytest.raises(NotFoundError):
+            await drain(loop.generate(request(adapter=first)))
+    loop.stop()
+
+
 # The end.
 
 

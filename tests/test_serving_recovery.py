@@ -71,7 +71,7 @@ def test_a_damaged_copy_on_the_machine_is_fetched_anew(base: Path, tmp_path: Pat
         world = World(server, tmp_path, base)
         assert world.load("mine", world.make("mine")).status_code == 200
         expected = world.text("mine")
-    [cached] = (tmp_path / "cache").iterdir()
+    [cached] = (tmp_path / "cache").glob("[!.]*")
     DAMAGES[damage](cached / "adapter_model.safetensors")
     with serve_bases(base.parent, tmp_path, config, ("base",)) as server:
         assert World(server, tmp_path, base).text("mine") == expected
