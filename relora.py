@@ -3,7 +3,6 @@
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,6 +17,7 @@ from cluster.errors import ReloraError, StorageError
 
 if TYPE_CHECKING:
     from cluster.registry import Registry, Version
+    from cluster.rollout import Rollout
     from readapt.extraction.extract import Spread
 
 FleetPath = Annotated[Path, typer.Argument(help="fleet.toml", exists=True, dir_okay=False)]
@@ -52,13 +52,23 @@ def demo(
 
 @app.command()
 def register(fleet: FleetPath) -> None:
-    """Checks every adapter of the fleet file and makes it known as version 1, live on its base."""
+    """Checks every adapter of the fleet file and its rows, and makes it known as version 1, live on its base."""
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
+    from readapt.relabel import check_rows
 
     loaded = load_fleet(fleet)
-    for version in register_adapters(loaded, open_registry(loaded), open_blobs(loaded)):
-        console.print(f"{version.label} is live on {version.base}")
+    for spec in loaded.adapters:
+        check_rows(spec.data)
+    registry = open_registry(loaded)
+    new = {version.id for version in register_adapters(loaded, registry, open_blobs(loaded))}
+    routes = registry.routes()
+    for spec in loaded.adapters:
+        if spec.name not in routes:
+            console.print(f"{spec.name} is registered already; none of its versions is live")
+            continue
+        live = routes[spec.name].live
+        console.print(f"{live.label} is live on {live.base}{'' if live.id in new else ' already'}")
 
 
 @app.command()
@@ -116,6 +126,11 @@ def assess(
     console.print(as_table(assessments, to))
     if out is not None:
         out.write_text(as_json(assessments, to))
+    failed = [assessment for assessment in assessments if assessment.error is not None]
+    for assessment in failed:
+        _print_whole(f"{assessment.version}: {assessment.error}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -131,7 +146,7 @@ def upgrade(
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
     from cluster.rollout import Rollout
-    from readapt.campaign import Campaign
+    from readapt.campaign import Campaign, in_background
 
     loaded = load_fleet(fleet)
     open_checkpoint(loaded.base(to).path)  # an unknown name or a missing folder is told before anything starts
@@ -143,15 +158,46 @@ def upgrade(
         campaign.run()
         return
     serving.on_ray.check_gateway()
-    mover = Rollout(registry, lambda version: serving.on_ray.probe(loaded, version), loaded.rollout)
-    with ThreadPoolExecutor(1, thread_name_prefix="campaign") as pool:
-        settled = pool.submit(campaign.run)
-        serving.on_ray.deploy_base(loaded, to)  # meanwhile
-        while not settled.done() or mover.is_busy():
-            for version in mover.tick():
-                console.print(f"{version.label}: {version.status}")
-            time.sleep(loaded.rollout.poll_s)
+    mover = Rollout(registry, to, lambda version: serving.on_ray.probe(loaded, version), loaded.rollout)
+    with in_background(campaign) as settled:
+        try:
+            serving.on_ray.deploy_base(loaded, to)  # meanwhile
+            while not settled.done() or mover.is_busy():
+                _tick(mover)
+                time.sleep(loaded.rollout.poll_s)
+        except ReloraError as error:
+            _print_whole(f"stopping the campaign: {error}")  # at once: what is in the air may take a while to stop
+            raise
     _tally(settled.result(), registry)
+
+
+@app.command()
+def rollout(
+    fleet: FleetPath,
+    base: Annotated[str | None, typer.Option(help="only candidates on this base model")] = None,
+) -> None:
+    """Moves the traffic of a served fleet to the candidates that wait, one canary of an adapter at a time."""
+    import serving.on_ray
+    from cluster.config import load_fleet
+    from cluster.fleet import open_registry
+    from cluster.registry import Status
+    from cluster.rollout import Rollout
+
+    loaded = load_fleet(fleet)
+    registry = open_registry(loaded)
+    waiting = registry.versions(base=base, statuses=(Status.CANDIDATE, Status.READY, Status.CANARY))
+    _join_cluster()
+    serving.on_ray.check_gateway()
+    movers = []
+    for name in sorted({version.base for version in waiting}):
+        if not serving.on_ray.has_engine(name):
+            serving.on_ray.deploy_base(loaded, name)
+        movers.append(Rollout(registry, name, lambda version: serving.on_ray.probe(loaded, version), loaded.rollout))
+    while any(mover.is_busy() for mover in movers):
+        for mover in movers:
+            _tick(mover)
+        time.sleep(loaded.rollout.poll_s)
+    _tally(waiting, registry)
 
 
 @app.command()
@@ -213,44 +259,67 @@ def continual(
         int | None, typer.Option(help="number of the version to go on from; default: the live one")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="cut the folded adapter to this rank", min=1)] = None,
-    direction_rank: Annotated[int, typer.Option(help="rank of the direction that the stage adds", min=1)] = 10,
+    direction_rank: Annotated[
+        int | None, typer.Option(help="rank of what the stage trains; default: 32 for recall, else 10", min=1)
+    ] = None,
     steps: Annotated[int, typer.Option(help="optimiser steps", min=1)] = 200,
-    learning_rate: Annotated[float, typer.Option(help="of the new direction")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="of that direction", min=1e-8)] = 3e-3,
     kind: Annotated[
-        Literal["contrast", "recall", "paper", "distil", "code"],
-        typer.Option("--method", help="look at what is new; class statistics; or SD-LoRA: paper, distilled, its code"),
-    ] = "contrast",
+        Literal["recall", "contrast", "paper", "distil", "code"],
+        typer.Option("--method", help="class statistics; look at what is new; or SD-LoRA: paper, distilled, its code"),
+    ] = "recall",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Teaches an adapter new classes without the rows of the old ones: a new version, a candidate with lineage."""
+    """Teaches an adapter new classes from their rows alone: a new version, a candidate unless it forgot old ones."""
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
-    from readapt.continual.learn import Method, contrast, distilling, recalling, released_code
+    from cluster.registry import Status
+    from readapt.continual.learn import method_of
     from readapt.continual.stage import NextStage, add_stage
 
     loaded = load_fleet(fleet)
     registry, blobs = open_registry(loaded), open_blobs(loaded)
     register_adapters(loaded, registry, blobs)
-    method = Method(steps, ranks=((0, direction_rank),), learning_rate=learning_rate)
-    ours = {"contrast": contrast, "recall": recalling}
-    variants = {**ours, "paper": lambda method: method, "distil": distilling, "code": released_code}
     wanted = NextStage(adapter, stage, data.resolve(), parent, rank, seed)
-    version = add_stage(loaded, registry, blobs, wanted, variants[kind](method))
+    version = add_stage(loaded, registry, blobs, wanted, method_of(kind, steps, learning_rate, direction_rank))
     points = ", ".join(f"{name} {value:.1f}" for name, value in version.details["accuracy_by_stage"].items())
-    console.print(f"{version.label} is a {version.status} on {version.base}, rank {version.details['rank']}: {points}")
+    _print_whole(f"{version.label}: {version.status} on {version.base}, rank {version.details['rank']}: {points}")
+    if version.status is Status.REJECTED:
+        _print_whole(f"it does not go live: {version.setback}")
+        raise typer.Exit(1)
+    _print_whole(f"`relora rollout {fleet}` moves its traffic")
 
 
 @app.command()
 def status(fleet: FleetPath) -> None:
-    """Shows every version of every adapter, as the registry has it."""
+    """Shows every version of every adapter, as the registry has it, and below why those that went wrong did."""
     from cluster.config import load_fleet
-    from cluster.fleet import open_registry
+    from cluster.fleet import has_registry, open_registry
 
+    loaded = load_fleet(fleet)
+    versions = open_registry(loaded).versions() if has_registry(loaded) else []
+    if not versions:
+        _print_whole(f"nothing is registered yet: `relora register {fleet}` comes first")
+        return
     table = Table("version", "base", "status", "quality", "rung")
-    for version in open_registry(load_fleet(fleet)).versions():
+    for version in versions:
         quality = "" if version.quality is None else f"{version.quality:.1f}"
         table.add_row(version.label, version.base, version.status, quality, str(version.details.get("rung", "")))
     console.print(table)
+    for version in versions:
+        if version.setback is not None:
+            _print_whole(f"{version.label}: {version.status}: {version.setback}")
+
+
+def _print_whole(line: str) -> None:
+    """Without markup, for messages have brackets, and without wrapping: who reads a log searches it by line."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tick(mover: "Rollout") -> None:
+    """One step of a rollout, and what it moved."""
+    for version in mover.tick():
+        console.print(f"{version.label}: {version.status}")
 
 
 def _tally(settled: "list[Version]", registry: "Registry") -> None:

@@ -19,7 +19,7 @@ from cluster.names import check_name
 
 MIB = 1024**2
 GIB = 1024**3
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
 
 
 def _valid_name(name: str) -> str:
@@ -44,9 +44,9 @@ def _absolute_blobs(url: str, info: ValidationInfo) -> str:
 def _absolute_registry(url: str, info: ValidationInfo) -> str:
     if "://" not in url:
         raise ValueError(f"Not a database URL: {url!r}; a SQLite file is written sqlite:///registry.db")
-    if not url.startswith(_SQLITE):
+    if not url.startswith(SQLITE):
         return url
-    return f"{_SQLITE}{_absolute_path(Path(url.removeprefix(_SQLITE)), info)}"
+    return f"{SQLITE}{_absolute_path(Path(url.removeprefix(SQLITE)), info)}"
 
 
 Config = TypeVar("Config")
@@ -236,10 +236,10 @@ class GateConfig:
     """How many points of its metric (0 to 100) a new version may lose against the old one on the old base.
 
     `tolerance_points` always; where training from scratch cannot reach that on the new base either, what scratch
-    reaches is asked for instead, but no more than `max_drop_points` are given away so. `agreement_points` is the
-    tolerance where there are no true answers and the old service's own are what counts. An evaluation that is going to
-    fail is given up early: wrongly with a chance of at most 1 - `confidence` (a few times that where chrF is
-    very uneven). Passing needs all rows.
+    reaches is asked for instead, but no more than `max_drop_points` are given away so; nor may a stage of continual
+    learning cost an earlier one more. `agreement_points` is the tolerance where there are no true answers and the old
+    service's own are what counts. An evaluation that is going to fail is given up early: wrongly with a chance of at
+    most 1 - `confidence` (a few times that where chrF is very uneven). Passing needs all rows.
     """
 
     tolerance_points: PositiveOrZero = 1.0

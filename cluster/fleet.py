@@ -1,11 +1,12 @@
 """A fleet file made known to the registry: its base models and the adapters that already exist."""
 
 from contextlib import suppress
+from pathlib import Path
 
 from cluster.adapter_files import check_fits, load_adapter
-from cluster.blobs import BlobStore
+from cluster.blobs import BlobStore, content_hash
 from cluster.checkpoints import open_checkpoint
-from cluster.config import AdapterSpec, Fleet
+from cluster.config import SQLITE, AdapterSpec, Fleet
 from cluster.errors import ConflictError, NotFoundError
 from cluster.registry import BaseModel, Registry, Status, Version
 
@@ -13,6 +14,11 @@ from cluster.registry import BaseModel, Registry, Status, Version
 def open_registry(fleet: Fleet) -> Registry:
     """The fleet's registry, its schema made if the database is new."""
     return Registry(fleet.registry)
+
+
+def has_registry(fleet: Fleet) -> bool:
+    """Whether there is one, without making it; a database server is taken to have it."""
+    return not fleet.registry.startswith(SQLITE) or Path(fleet.registry.removeprefix(SQLITE)).exists()
 
 
 def open_blobs(fleet: Fleet) -> BlobStore:
@@ -36,22 +42,44 @@ def register_base(fleet: Fleet, registry: Registry, name: str) -> BaseModel:
 
 
 def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> list[Version]:
-    """Registers every adapter of the fleet file, and as LIVE version 1 those that the registry does not know yet.
+    """Registers every adapter of the fleet file, and as LIVE version 1, which is returned, those that are new.
 
-    Idempotent. Files are checked before anything is written: an unusable adapter is an InvalidAdapterError.
+    Idempotent. Files are checked before anything is written: an unusable adapter is an InvalidAdapterError. A version 1
+    is never replaced: an adapter whose base or files are not those that it was registered with is a ConflictError.
     """
     bases = {spec.base for spec in fleet.adapters}
     for base in sorted(bases):
         register_base(fleet, registry, base)
     shapes = {base: open_checkpoint(fleet.base(base).path).adaptable_shapes() for base in bases}
-    new = []
     for spec in fleet.adapters:
         check_fits(load_adapter(spec.path, max_rank=fleet.serving.max_rank), shapes[spec.base])
+        _check_unchanged(spec, registry)
+    new = []
+    for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
         if not registry.versions(adapter=spec.name):
             with suppress(ConflictError):  # another process, started at the same time, was first
                 new.append(_add_first_version(spec, registry, blobs))
     return new
+
+
+def _check_unchanged(spec: AdapterSpec, registry: Registry) -> None:
+    """ConflictError where version 1 was registered for another base or with other files than the fleet file names."""
+    first = next(iter(registry.versions(adapter=spec.name)), None)
+    if first is None:
+        return
+    if first.base != spec.base:
+        raise ConflictError(
+            f"Adapter {spec.name!r}: the fleet file says base {spec.base!r}, {first.label} is registered on "
+            f"{first.base!r}. Put {first.base!r} back: `relora upgrade --to {spec.base}` is what carries it over. "
+            f"An adapter trained for {spec.base!r} itself needs another name."
+        )
+    if first.content_hash != content_hash(spec.path):
+        raise ConflictError(
+            f"Adapter {spec.name!r}: the files in {spec.path} are not those that {first.label} is registered with. "
+            "Put the old files back; give the new ones another name in the fleet file, or load them into the running "
+            "service as the next version (POST /v1/load_lora_adapter)."
+        )
 
 
 def _add_first_version(spec: AdapterSpec, registry: Registry, blobs: BlobStore) -> Version:

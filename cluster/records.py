@@ -39,6 +39,9 @@ TRANSITIONS: Mapping[Status, frozenset[Status]] = MappingProxyType(
 )
 """From each status to those that may follow it; ADAPTING -> PLANNED is how work is taken up again after a kill."""
 
+_SETBACKS = {Status.REJECTED: "rejected", Status.FAILED: "error", Status.ROLLED_BACK: "rolled_back"}
+"""Under which of a version's details lies the reason for its status."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -88,6 +91,12 @@ class Version:
     def label(self) -> str:
         """The name that pins this version in a request: `adapter@number`."""
         return f"{self.adapter}@{self.number}"
+
+    @property
+    def setback(self) -> str | None:
+        """Why it was rejected, failed or was rolled back, for a person to read; None in any other status."""
+        key = _SETBACKS.get(self.status)
+        return None if key is None else str(self.details.get(key, "no reason was written down"))
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,23 @@ CANARY_FAILURE = "canary_failure"
 
 
 class Rollout:
-    """Moves versions from CANDIDATE to LIVE; call `tick` every `config.poll_s` seconds.
+    """Moves versions for `base` from CANDIDATE to LIVE; call `tick` every `config.poll_s` seconds.
 
-    `probe` loads a version on a replica of its base and lets it answer `version.details["golden"]`; it raises a
-    ReloraError when that fails, or OverloadedError when it should be asked again later. `clock` has to be the
-    registry's: seconds since the epoch.
+    Those of other bases are left alone, for these may have no engine to ask. `probe` loads a version on a replica of
+    its base and lets it answer `version.details["golden"]`; it raises a ReloraError when that fails, or OverloadedError
+    when it should be asked again later. `clock` has to be the registry's: seconds since the epoch.
     """
 
     def __init__(
         self,
         registry: Registry,
+        base: str,
         probe: Callable[[Version], None],
         config: RolloutConfig,
         clock: Callable[[], float] = time.time,
     ):
         self._registry = registry
+        self._base = base
         self._probe = probe
         self._config = config
         self._clock = clock
@@ -43,7 +45,7 @@ class Rollout:
         """Take every version that can go on one step further; return those that moved, as they are now."""
         steps = {Status.CANDIDATE: self._check_readiness, Status.READY: self._start_canary, Status.CANARY: self._judge}
         moved = []
-        for version in self._registry.versions(statuses=steps):
+        for version in self._registry.versions(base=self._base, statuses=steps):
             try:
                 moved.append(steps[version.status](version))
             except ConflictError:
@@ -52,7 +54,8 @@ class Rollout:
 
     def is_busy(self) -> bool:
         """Whether a version is still on its way to LIVE."""
-        return bool(self._registry.versions(statuses=(Status.CANDIDATE, Status.READY, Status.CANARY)))
+        on_their_way = (Status.CANDIDATE, Status.READY, Status.CANARY)
+        return bool(self._registry.versions(base=self._base, statuses=on_their_way))
 
     def _check_readiness(self, version: Version) -> Version | None:
         try:
@@ -64,8 +67,9 @@ class Rollout:
         return self._registry.move(version.id, Status.CANDIDATE, Status.READY)
 
     def _start_canary(self, version: Version) -> Version | None:
-        if self._registry.versions(adapter=version.adapter, statuses=(Status.CANARY,)):
-            return None  # an adapter tries one canary at a time
+        for canary in self._registry.versions(adapter=version.adapter, statuses=(Status.CANARY,)):
+            # An adapter tries one at a time. One for another base may have no rollout any more that would end it.
+            return None if canary.base == self._base else self._judge(canary)
         return self._registry.move(version.id, Status.READY, Status.CANARY)
 
     def _judge(self, version: Version) -> Version | None:

@@ -17,17 +17,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.markup import escape
 from rich.table import Table
 
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.blobs import BlobStore
 from cluster.config import Fleet, ReadaptConfig
-from cluster.errors import InvalidAdapterError, InvalidDataError, ReloraError
+from cluster.errors import InvalidAdapterError, ReloraError
 from cluster.records import jsonable
 from cluster.registry import Registry, Version
 from readapt.base_pair import BasePair, BasePairs
-from readapt.data import Row, encoder_for, load_rows
+from readapt.data import Row, encoder_for, load_rows, task_folders
 from readapt.delta import cosine
 from readapt.evaluate import Evaluation, judge
 from readapt.fuse import Fusion
@@ -39,6 +38,7 @@ from readapt.relabel import PROMPTS, answered, is_data_free, load_prompts
 from readapt.search import split_valid
 
 Rung = Literal["copy", "transplant", "fused", "train", "scratch"]
+Prediction = Rung | Literal["none"]
 ORDER: tuple[Rung, ...] = ("copy", "transplant", "fused", "train", "scratch")
 SPECTRUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 READY_EXCESS = 0.05  # nats a token above today's loss at which no training is needed, if the answers are as right too
@@ -79,7 +79,7 @@ class Corners:
 
 @dataclass(frozen=True)
 class Assessment:
-    """One adapter's prospects. `energy` and `corners` are None where `error` says why nothing could be measured.
+    """One adapter's prospects. Where `error` says why nothing could be measured, `rung` is "none" and the rest None.
 
     `rung` is where the ladder will probably end, `expected_s` how long one worker will need for it at the speed of this
     machine, and `reason` the words for both.
@@ -92,7 +92,7 @@ class Assessment:
     num_new_tokens: int | None
     energy: Energy | None
     corners: Corners | None
-    rung: Rung
+    rung: Prediction
     reason: str
     expected_s: float | None
     error: str | None = None
@@ -123,9 +123,9 @@ class Assessor:
             assessment = self._measure(version, self._pairs.of(version.base))
         except (ReloraError, RuntimeError) as error:  # torch's: out of memory, shapes that do not fit
             traffic = self._registry.adapter(version.adapter).traffic
-            words = "it cannot be carried over"
+            words = "it cannot be assessed"
             return Assessment(
-                version.label, traffic, version.base, None, None, None, None, "scratch", words, None, str(error)
+                version.label, traffic, version.base, None, None, None, None, "none", words, None, str(error)
             )
         news = {"to": self._target, "expected_s": assessment.expected_s, "rung": assessment.rung}
         self._registry.log(ASSESSED, version_id=version.id, adapter=None, **news)
@@ -135,12 +135,11 @@ class Assessor:
         record = self._registry.adapter(version.adapter)
         if version.blob_key is None:
             raise InvalidAdapterError(f"{version.label} has no files in the blob store.")
-        if not record.data:
-            raise InvalidDataError(f"{version.adapter} has no rows to judge it by: give it `data` in the fleet file.")
+        data = task_folders(record, version)
         task = load_adapter(self._blobs.fetch_folder(version.blob_key))
         evolution = self._pairs.evolution(version.base)
         config = self._fleet.readapt
-        rows, gate_rows = split_valid(self._valid(version.base, task, Path(record.data)), config.search)
+        rows, gate_rows = split_valid(self._valid(version.base, task, data), config.search)
         corners, row_s = self._corners(version.base, task, evolution, rows)
         energy = energy_of(pair, evolution, task)
         rung, reason = predict(corners, config.gate.tolerance_points)
@@ -168,12 +167,14 @@ class Assessor:
         tokens = sum(len(row.input_ids) for row in self._encoder(base).encode_all(rows)) / len(rows)
         return min(config.rows, math.ceil(config.tokens_per_width * self._base(base).config.hidden_size / tokens))
 
-    def _valid(self, base: str, task: Adapter, data: Path) -> list[Row]:
+    def _valid(self, base: str, task: Adapter, data: Sequence[Path]) -> list[Row]:
         """Validation rows; where there are only prompts, some of them as the old service answers them."""
-        if not is_data_free(data):
-            return load_rows(data / "valid.jsonl")
-        folder, prompts = self._fleet.base(base).path, load_prompts(data / PROMPTS)
-        return answered(self._base(folder), task, self._encoder(folder), prompts[:NUM_ANSWERED])
+        rows = [row for folder in data if not is_data_free(folder) for row in load_rows(folder / "valid.jsonl")]
+        prompts = [p for folder in data if is_data_free(folder) for p in load_prompts(folder / PROMPTS)[:NUM_ANSWERED]]
+        if not prompts:
+            return rows
+        folder = self._fleet.base(base).path
+        return rows + answered(self._base(folder), task, self._encoder(folder), list(dict.fromkeys(prompts)))
 
     def _corners(self, old: str, task: Adapter, evolution: Adapter, rows: Sequence[Row]) -> tuple[Corners, float]:
         """The four, and the seconds that a forward of one row takes."""
@@ -271,7 +272,7 @@ def expected_seconds(
 
 
 def as_table(assessments: Sequence[Assessment], target: str) -> Table:
-    """For a person: one line an adapter, losses in nats a token."""
+    """For a person: one line an adapter, losses in nats a token; errors, which have no room in it, are not told."""
     columns = ("version", "traffic", "tokenizer", "|E|/|W|", "E at rank", "E at r_E", "today", "copy", "undo", "bare")
     table = Table(*columns, "predicted", "seconds", "why", title=f"on their way to {target}")
     for a in assessments:
@@ -280,8 +281,7 @@ def as_table(assessments: Sequence[Assessment], target: str) -> Table:
             energy = [f"{a.energy.relative_norm:.3f}", *_percent(a.energy.at_rank, a.energy.at_evolution_rank)]
         losses = ["", "", "", ""] if a.corners is None else [f"{e.loss:.2f}" for e in vars(a.corners).values()]
         seconds = "" if a.expected_s is None else f"{a.expected_s:.0f}"
-        why = a.reason if a.error is None else escape(a.error)
-        table.add_row(a.version, f"{a.traffic:g}", a.tokenizer or "", *energy, *losses, a.rung, seconds, why)
+        table.add_row(a.version, f"{a.traffic:g}", a.tokenizer or "", *energy, *losses, a.rung, seconds, a.reason)
     return table
 
 

@@ -12,9 +12,12 @@ air last, at the earliest after `lease_s`.
 
 import itertools
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,12 @@ from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapte
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet
-from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, ReloraError, StorageError
+from cluster.errors import ConflictError, InvalidAdapterError, ReloraError, StorageError
 from cluster.fleet import register_base
 from cluster.records import jsonable
 from cluster.registry import Registry, Status, Version
 from readapt.base_pair import BasePairs
+from readapt.data import task_folders
 from readapt.ladder import Outcome
 from readapt.leases import LeaseWatch, heartbeat
 from readapt.planning import SETTLED, expected_seconds, in_order, unready_traffic
@@ -54,6 +58,7 @@ class Campaign:
         self._target, self._executor, self._lease_s, self._say = target, executor, lease_s, say
         self._watch = LeaseWatch(registry, lease_s)
         self._pairs = BasePairs(fleet, registry, blobs, target, say)
+        self._stopped = threading.Event()
         self._claimed: set[int] = set()
         self._settled: list[Version] = []
 
@@ -70,8 +75,13 @@ class Campaign:
                 self._settle_all()
             finally:
                 self._put_back(lambda owner: owner == self.id)
-        self._finish()
+        if not self._stopped.is_set():
+            self._finish()
         return list(self._settled)
+
+    def stop(self) -> None:
+        """From another thread: `run` returns within seconds, and what was in the air is put back to PLANNED."""
+        self._stopped.set()
 
     def _finish(self) -> None:
         cost = unready_traffic(self._registry, self._target)
@@ -86,18 +96,25 @@ class Campaign:
         self._say(f"unready traffic: {cost.integral:.1f} units x s, {cost.mean_s:.1f} s for a request on average")
 
     def _settle_all(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             self._put_back(lambda owner: owner != self.id and self._watch.is_dead(owner))
             self._plan()
             claims = self._claims()
             first = next(claims, None)
             if first is not None:  # an executor is started only for something to do
-                for job, report in self._executor.run(itertools.chain([first], claims)):
-                    self._handle(job, report)
+                self._work_on(itertools.chain([first], claims))
             elif self._target_versions(Status.ADAPTING):
                 time.sleep(self._lease_s / 20)
             else:
                 return
+
+    def _work_on(self, jobs: Iterator[AdapterJob]) -> None:
+        with closing(self._executor.run(jobs)) as reports:
+            for report in reports:
+                if report is not None:
+                    self._handle(*report)
+                if self._stopped.is_set():
+                    return
 
     # Plan
 
@@ -151,15 +168,13 @@ class Campaign:
         parent = self._registry.version(version.parent_id)
         if parent.blob_key is None:
             raise InvalidAdapterError(f"{parent.label} has no files in the blob store.")
-        if not record.data:
-            raise InvalidDataError(f"{version.adapter} has no rows to judge it by: give it `data` in the fleet file.")
         new_base = self._fleet.base(self._target).path
         pair = self._pairs.of(parent.base)
         check_fits(load_adapter(self._blobs.fetch_folder(parent.blob_key)), open_checkpoint(new_base).linear_shapes())
         return AdapterJob(
             version_id=version.id,
             adapter=version.adapter,
-            data=Path(record.data),
+            data=task_folders(record, parent),
             metric="chrf" if record.metric == "chrf" else "exact_match",
             task_key=parent.blob_key,
             evolution_key=pair.key,
@@ -209,13 +224,19 @@ class Campaign:
             self._fail(version, f"StorageError: {error}")
             return
         seconds = {**climbed.seconds, "store": time.perf_counter() - started}
-        details = _details(climbed) | {"seconds": {**seconds, "total": sum(seconds.values())}}
+        details = _details(climbed) | {"seconds": {**seconds, "total": sum(seconds.values())}} | self._stages(version)
         target = Status.CANDIDATE if outcome.accepted else Status.REJECTED
         self._say(
             f"{version.label}: {target} at rung {outcome.rung} (alpha {outcome.alpha:.2f}, beta {outcome.beta:.2f}): "
             f"{outcome.quality:.1f}, {_copy(outcome)}, asked {outcome.reference:.1f}"
         )
         self._move(version, target, details, quality=outcome.quality, **files)
+
+    def _stages(self, version: Version) -> dict[str, Any]:
+        """What the version has learned from its parent's stages, for the next upgrade and the next stage."""
+        assert version.parent_id is not None, "planned versions have a parent"
+        details = self._registry.version(version.parent_id).details
+        return {"stages": details["stages"]} if "stages" in details else {}
 
     def _store(self, adapter: Adapter) -> dict[str, str]:
         new_base = str(self._fleet.base(self._target).path)
@@ -238,13 +259,26 @@ class Campaign:
         return moved
 
 
+@contextmanager
+def in_background(campaign: Campaign) -> Iterator[Future[list[Version]]]:
+    """Runs a campaign in a thread beside the block, and stops it when the block is left before it is over."""
+    with ThreadPoolExecutor(1, thread_name_prefix="campaign") as pool:
+        settled = pool.submit(campaign.run)
+        try:
+            yield settled
+        finally:
+            campaign.stop()
+
+
 def _copy(outcome: Outcome) -> str:
     return "no copy tried" if outcome.copy_quality is None else f"copy {outcome.copy_quality:.1f}"
 
 
 def _details(climbed: Climbed) -> dict[str, Any]:
     outcome, search = climbed.outcome, climbed.search
-    return {
+    asked = f"{outcome.reference:.1f} less the gate's tolerance were asked"
+    rejected = climbed.setback or f"at rung {outcome.rung} it reached {outcome.quality:.1f} points, {asked}"
+    return ({} if outcome.accepted else {"rejected": rejected}) | {
         "rung": outcome.rung,
         "alpha": float(outcome.alpha),
         "beta": float(outcome.beta),

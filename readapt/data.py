@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from cluster.errors import InvalidCheckpointError, InvalidDataError
+from cluster.records import AdapterRecord, Version
 
 AnyT = TypeVar("AnyT")
 IGNORED = -100  # torch's cross_entropy skips this label
@@ -97,6 +98,30 @@ def text_field(fields: dict[str, Any], name: str, where: str) -> str:
 def load_task(folder: Path) -> Task:
     """Reads `train.jsonl`, `valid.jsonl` and `test.jsonl` of a task's folder."""
     return Task(*(load_rows(folder / f"{split}.jsonl") for split in ("train", "valid", "test")))
+
+
+def task_folders(record: AdapterRecord, version: Version) -> tuple[Path, ...]:
+    """Where the rows lie of all that a version can do: the adapter's own, then those of each stage it has been through.
+
+    InvalidDataError where there are none, or where a folder is gone: what is not judged is lost unseen.
+    """
+    named = [record.data, *(stage["data"] for stage in version.details.get("stages", ()))]
+    folders = tuple(Path(folder) for folder in dict.fromkeys(named) if folder)
+    if not folders:
+        raise InvalidDataError(f"{record.name} has no rows to judge it by: give it `data` in the fleet file.")
+    for folder in folders:
+        if not folder.is_dir():
+            raise InvalidDataError(f"{folder}: no such folder; {version.label} was trained on its rows.")
+    return folders
+
+
+def joined(tasks: Sequence[Task]) -> Task:
+    """One task of several, split by split."""
+    return Task(
+        train=[row for task in tasks for row in task.train],
+        valid=[row for task in tasks for row in task.valid],
+        test=[row for task in tasks for row in task.test],
+    )
 
 
 class Encoder:

@@ -35,7 +35,7 @@ from readapt.objective import FusionObjective, SearchResult
 from readapt.points import Point
 from readapt.refine import refine
 from readapt.search import BayesianSearch
-from readapt.workbench import AdapterJob, Ended, Report, RungReached, Shift, Workbench
+from readapt.workbench import AdapterJob, Ended, Reports, RungReached, Shift, Workbench
 
 MAX_WORKER_GROUP_RESTARTS = 16
 TRIAL_CPUS = 0.5  # trials are short and share the cores with the workers
@@ -62,7 +62,7 @@ class RayExecutor:
         self._fleet = fleet
         self._storage = (storage or fleet.folder / ".cache" / "ray") / uuid.uuid4().hex  # its own, to be removed after
 
-    def run(self, jobs: Iterator[AdapterJob]) -> Iterator[tuple[AdapterJob, Report]]:
+    def run(self, jobs: Iterator[AdapterJob]) -> Reports:
         """See `Executor.run`. One job more than there are workers is drawn, so that none waits for the campaign.
 
         ConfigError when the cluster is too small, TrainingError when workers or the search cannot be kept alive.
@@ -91,6 +91,7 @@ class RayExecutor:
                         search.drop(version_id)
                 for service in services:
                     service.check_alive()
+                yield None
         finally:
             search.close()
             queue.close.remote()

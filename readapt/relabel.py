@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.adapter_files import Adapter
 from cluster.errors import InvalidDataError
-from readapt.data import Encoder, Row, Task, read_lines, text_field
+from readapt.data import Encoder, Row, Task, load_rows, read_lines, text_field
 from readapt.greedy import greedy_answers
 from readapt.lora import attached
 
@@ -24,6 +24,17 @@ BATCH_ROWS = 64
 def is_data_free(folder: Path) -> bool:
     """Whether a task's folder has only prompts that the old service is to answer, and no rows with true answers."""
     return (folder / PROMPTS).is_file() and not (folder / "train.jsonl").is_file()
+
+
+def check_rows(folder: Path) -> None:
+    """InvalidDataError, with file and line, where a folder has not the rows or prompts that an upgrade will need."""
+    if not folder.is_dir():
+        raise InvalidDataError(f"{folder}: no such folder")
+    if is_data_free(folder):
+        load_prompts(folder / PROMPTS)
+        return
+    for split in ("train", "valid"):
+        load_rows(folder / f"{split}.jsonl")
 
 
 def load_prompts(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from cluster.blobs import BlobStore
 from cluster.config import Fleet
 from cluster.errors import ReloraError
 from cluster.fleet import open_blobs
-from readapt.data import Encoder, Task, encoder_for, load_task
+from readapt.data import Encoder, Task, encoder_for, joined, load_rows
 from readapt.evaluate import Gate, Metric, judge
 from readapt.ladder import Ladder, Outcome
 from readapt.lora import load_base
@@ -30,12 +30,13 @@ Search = Callable[["AdapterJob", FusionObjective], SearchResult | None]  # None:
 class AdapterJob:
     """One adapter to carry over; `version_id` is its row in the registry. Small: files are named, not held.
 
+    `data` are the folders of its rows: the first task's, and those of each stage that it has learned since.
     `evolution_key` is None where the bases differ in no linear module.
     """
 
     version_id: int
     adapter: str
-    data: Path
+    data: tuple[Path, ...]
     metric: Metric
     task_key: str
     evolution_key: str | None
@@ -56,12 +57,14 @@ class RungReached:
 class Climbed:
     """The ladder's outcome, what the search saw on the way (None: it was not needed), and seconds by stage.
 
-    Without the outcome's `ready`: it goes between processes, and one adapter is enough to carry.
+    `setback` says why it is not accepted although its gate was passed. Without the outcome's `ready`: it goes between
+    processes, and one adapter is enough to carry.
     """
 
     outcome: Outcome
     search: SearchResult | None
     seconds: dict[str, float]
+    setback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,18 @@ class JobFailed:
 
 
 Report = RungReached | Climbed | JobFailed
+Reports = Generator[tuple[AdapterJob, Report] | None, None, None]
 Ended = tuple[Hashable, Climbed | JobFailed]  # by version id
 
 
 class Executor(Protocol):
     """Runs jobs somewhere. The seam between the campaign, which knows the registry, and Ray, which does not."""
 
-    def run(self, jobs: Iterator[AdapterJob]) -> Iterator[tuple[AdapterJob, Report]]:
+    def run(self, jobs: Iterator[AdapterJob]) -> Reports:
         """Yields reports as they come; for each job some RungReached, then one Climbed or JobFailed.
 
         A job is drawn from `jobs` only when somebody is about to work on it, for drawing claims it in the registry.
+        None, at least every other second, says that the work goes on: a caller that will not may close the generator.
         """
 
 
@@ -118,9 +123,11 @@ class Workbench:
         gate = self._gate(job, task)
         reference_s = time.perf_counter() - started
         outcome = yield from self._ladder(job, task, gate, search_and_keep, report_point).climb()
+        setback = self._setback(job, outcome.adapter) if outcome.accepted and len(job.data) > 1 else None
         climb_s = time.perf_counter() - started - reference_s
         seconds = {"reference": reference_s, "climb": climb_s}
-        return Climbed(replace(outcome, ready=None), found[-1] if found else None, seconds)
+        accepted = outcome.accepted and setback is None
+        return Climbed(replace(outcome, ready=None, accepted=accepted), found[-1] if found else None, seconds, setback)
 
     def objective(self, job: AdapterJob) -> FusionObjective:
         """The job's search objective, for a search beside the workers."""
@@ -130,11 +137,17 @@ class Workbench:
         return FusionObjective(model, old, evolution, rows, encoder, self._config.search)
 
     def _task(self, job: AdapterJob) -> Task:
-        if not has_labels(job):
-            prompts = load_prompts(job.data / PROMPTS)
+        """The rows of all its folders, those of folders with prompts alone as the old service answers them."""
+        tasks = [
+            Task(load_rows(folder / "train.jsonl"), load_rows(folder / "valid.jsonl"), test=[])
+            for folder in job.data
+            if not is_data_free(folder)
+        ]
+        prompts = [prompt for folder in job.data if is_data_free(folder) for prompt in load_prompts(folder / PROMPTS)]
+        if prompts:
             old_model, encoder = self._old_base(job.old_base), self._encoder(job.old_base)
-            return relabelled(old_model, self._adapter(job.task_key), encoder, prompts)
-        return load_task(job.data)
+            tasks.append(relabelled(old_model, self._adapter(job.task_key), encoder, list(dict.fromkeys(prompts))))
+        return joined(tasks)
 
     def _gate(self, job: AdapterJob, task: Task) -> Gate:
         """Asks for the old specialist's quality on the old base, on the gate's rows."""
@@ -143,6 +156,20 @@ class Workbench:
         quality = judge(self._old_base(job.old_base), old, encoder, gate_rows, job.metric).quality
         gate = Gate.beside(quality, self._config.gate)
         return gate if has_labels(job) else replace(gate, tolerance_points=self._config.gate.agreement_points)
+
+    def _setback(self, job: AdapterJob, adapter: Adapter) -> str | None:
+        """Names a stage that alone has lost more than the gate may give away; the gate, over all rows, may miss it.
+
+        One row may be lost in any case, so that a stage of few rows is not judged by one.
+        """
+        old = self._adapter(job.task_key)
+        for folder in (folder for folder in job.data if not is_data_free(folder)):
+            rows = load_rows(folder / "valid.jsonl")
+            before = judge(self._old_base(job.old_base), old, self._encoder(job.old_base), rows, job.metric).quality
+            after = judge(self.new_base(job.new_base), adapter, self._encoder(job.new_base), rows, job.metric).quality
+            if before - after > max(self._config.gate.max_drop_points, 100.0 / len(rows)) + 1e-6:
+                return f"it passed its gate, but on the rows in {folder} fell from {before:.1f} to {after:.1f} points"
+        return None
 
     def _ladder(
         self,
@@ -178,8 +205,8 @@ class Workbench:
 
 
 def has_labels(job: AdapterJob) -> bool:
-    """Whether there are rows with true answers, or only prompts that the old service is to answer."""
-    return not is_data_free(job.data)
+    """Whether all rows have true answers, or some are prompts that the old service is to answer."""
+    return not any(map(is_data_free, job.data))
 
 
 class Shift:
@@ -263,7 +290,7 @@ class LocalExecutor:
         self._shift = Shift(Workbench(fleet), lambda job, objective: search(objective))
         self._pack = fleet.readapt.workers.pack
 
-    def run(self, jobs: Iterator[AdapterJob]) -> Iterator[tuple[AdapterJob, Report]]:
+    def run(self, jobs: Iterator[AdapterJob]) -> Reports:
         """See `Executor.run`; the rungs of a job are reported together, when it is over."""
         held: dict[Hashable, tuple[AdapterJob, list[Report]]] = {}
         while True:
@@ -278,3 +305,4 @@ class LocalExecutor:
             for version_id, end in ended or self._shift.step():
                 job, reached = held.pop(version_id)
                 yield from ((job, report) for report in (*reached, end))
+            yield None

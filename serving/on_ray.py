@@ -197,10 +197,19 @@ def deploy_base(fleet: Fleet, base: str) -> None:
 
 def check_gateway() -> None:
     """NotFoundError where no gateway runs on the connected cluster."""
-    with _our_errors():
-        app = serve.status().applications.get(GATEWAY)
-    if app is None or app.status is not ApplicationStatus.RUNNING:
+    if not _is_running(GATEWAY):
         raise NotFoundError("Nothing is served on this Ray cluster: `relora serve` comes first.")
+
+
+def has_engine(base: str) -> bool:
+    """Whether the engine of a base runs on the connected cluster."""
+    return _is_running(ENGINE_PREFIX + base)
+
+
+def _is_running(name: str) -> bool:
+    with _our_errors():
+        app = serve.status().applications.get(name)
+    return app is not None and app.status is ApplicationStatus.RUNNING
 
 
 def remove_base(base: str) -> None:

@@ -54,7 +54,8 @@ def withdraw(registry: Registry, name: str) -> Version:
     if route is None:
         raise NotFoundError(f"No adapter {name!r} is loaded.")
     if route.canary is not None:
-        registry.move(route.canary.id, Status.CANARY, Status.ROLLED_BACK)
+        why = {"rolled_back": f"{name} was taken out of service"}
+        registry.move(route.canary.id, Status.CANARY, Status.ROLLED_BACK, details=why)
     return registry.move(route.live.id, Status.LIVE, Status.RETIRED)
 
 

@@ -28,9 +28,9 @@ class World:
         if version.label in self.faults:
             raise self.faults[version.label]
 
-    def candidate(self, adapter: str) -> Version:
+    def candidate(self, adapter: str, base: str = "v2") -> Version:
         self.registry.add_adapter(adapter)
-        return self.registry.add_version(adapter, "v2", S.CANDIDATE, details={"golden": []})
+        return self.registry.add_version(adapter, base, S.CANDIDATE, details={"golden": []})
 
     def status(self, version: Version) -> Status:
         return self.registry.version(version.id).status
@@ -47,7 +47,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     registry.add_base("v2", "models/v2", "f2")
     registry.add_adapter("intent")
     registry.add_version("intent", "v1", S.LIVE)
-    world.rollout = Rollout(registry, world.probe, RolloutConfig(canary_s=3.0), clock=lambda: world.now)
+    world.rollout = Rollout(registry, "v2", world.probe, RolloutConfig(canary_s=3.0), clock=lambda: world.now)
     yield world
     registry.close()
 
@@ -146,7 +146,7 @@ def test_a_version_that_somebody_else_moves_is_left_to_them(world: World):
         world.registry.move(version.id, S.CANDIDATE, S.ROLLED_BACK)
 
     other = world.candidate("other")
-    rollout = Rollout(world.registry, lambda v: probe(v) if v.id == version.id else None, RolloutConfig())
+    rollout = Rollout(world.registry, "v2", lambda v: probe(v) if v.id == version.id else None, RolloutConfig())
     assert [moved.id for moved in rollout.tick()] == [other.id]
     assert world.status(version) is S.ROLLED_BACK
 
@@ -156,10 +156,37 @@ def test_another_rollout_goes_on_where_one_stopped(world: World):
     for _ in range(2):
         world.tick()
     world.now += 3
-    successor = Rollout(world.registry, world.probe, RolloutConfig(canary_s=3.0), clock=lambda: world.now)
+    successor = Rollout(world.registry, "v2", world.probe, RolloutConfig(canary_s=3.0), clock=lambda: world.now)
     assert [moved.status for moved in successor.tick()] == [S.LIVE]
     assert world.tick() == {}
     assert world.status(version) is S.LIVE
+
+
+def test_candidates_of_other_bases_neither_move_nor_keep_it_busy(world: World):
+    """Their base may have no engine: they would be asked again for ever."""
+    elsewhere, here = world.candidate("other", base="v1"), world.candidate("intent")
+    assert world.tick() == {here.label: S.READY}
+    assert world.tick() == {here.label: S.CANARY}
+    world.now += 4
+    assert world.tick() == {here.label: S.LIVE}
+    assert not world.rollout.is_busy()
+    assert world.status(elsewhere) is S.CANDIDATE
+    assert world.probed == [here.label]
+
+
+def test_a_canary_that_a_dead_rollout_left_on_another_base_does_not_hold_up_its_adapter_for_ever(world: World):
+    left = world.candidate("intent", base="v1")
+    world.registry.move(left.id, S.CANDIDATE, S.READY)
+    world.registry.move(left.id, S.READY, S.CANARY)
+    version = world.candidate("intent")
+    assert world.tick() == {"intent@3": S.READY}
+    assert world.tick() == {}, "one canary at a time"
+    world.now += 4
+    assert world.tick() == {"intent@2": S.LIVE}
+    assert world.tick() == {"intent@3": S.CANARY}
+    world.now += 4
+    world.tick()
+    assert (world.status(left), world.status(version)) == (S.RETIRED, S.LIVE)
 
 
 def test_the_rule_uses_allowed_steps_only():

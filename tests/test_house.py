@@ -97,7 +97,7 @@ def test_the_command_line_is_what_the_readme_promises():
     from relora import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names == {"assess", "continual", "demo", "extract", "register", "serve", "upgrade", "status"}
+    assert names == {"assess", "continual", "demo", "extract", "register", "rollout", "serve", "upgrade", "status"}
     readme = (ROOT / "README.md").read_text()
     missing = [name for name in names if f"relora {name}" not in readme]
     assert not missing, f"README.md does not mention: {missing}"

@@ -1,6 +1,7 @@
 """Assessments of real adapters on bases that have changed a little, much, and altogether."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def test_what_cannot_be_assessed_is_told_and_holds_up_no_other(fleet: Fleet, reg
     brought, busy, _ = found = assess_all(fleet, registry, "mild")
     registry.move(version.id, Status.LIVE, Status.RETIRED)
     assert "no rows" in str(brought.error)
+    assert brought.rung == "none"
     assert brought.corners is None
     assert busy.error is None
     assert json.loads(as_json(found, "mild"))["adapters"][0]["error"] == brought.error
@@ -158,7 +160,37 @@ def test_a_base_with_another_vocabulary_is_told_with_what_can_be_done(fleet: Fle
     for found in assess_all(changed, registry, "other"):
         assert "of 256 tokens" in str(found.error)
         assert "train them from scratch on the new base, or distil" in str(found.error)
-        assert found.rung == "scratch"
+        assert found.rung == "none"
+
+
+def test_the_rows_of_all_its_stages_are_what_an_adapter_is_assessed_on(
+    fleet: Fleet, registry: Registry, world: World, tmp_path: Path
+):
+    """Those of the second stage it answers wrongly: half of all rows."""
+    wrong = [replace(row, completion="mauve") for row in world.task.valid]
+    more = write_task(tmp_path / "more", replace(world.task, valid=wrong))
+    stages = [{"name": "start", "data": str(fleet.folder / "task")}, {"name": "more", "data": str(more)}]
+    files = {"blob_key": registry.routes()["busy"].live.blob_key}
+    registry.add_adapter("staged", data=str(fleet.folder / "task"), traffic=9.0)
+    version = registry.add_version("staged", "v1", Status.LIVE, **files, details={"stages": stages})
+    found = assess_all(fleet, registry, "mild")[0]
+    shutil.rmtree(more)
+    without = assess_all(fleet, registry, "mild")[0]
+    registry.move(version.id, Status.LIVE, Status.RETIRED)
+    assert found.corners is not None
+    assert 40 < found.corners.old.quality < 85
+    assert without.error == f"{more}: no such folder; staged@1 was trained on its rows."
+
+
+def test_an_adapter_that_cannot_be_assessed_is_told_in_full_and_fails_the_command(fleet: Fleet, tmp_path: Path):
+    copy = shutil.copytree(fleet.folder, tmp_path / "a-folder-whose-name-leaves-no-room-in-a-table" / "fleet")
+    bad = copy / "task" / "valid.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{oops\n')
+    result = CliRunner().invoke(app, ["assess", str(copy / "fleet.toml"), "--to", "same"], catch_exceptions=False)
+    assert result.exit_code == 1
+    for name in ("busy", "calm"):
+        assert any(line.startswith(f"{name}@1: {bad}:2: ") for line in result.output.splitlines())
+    assert "scratch" not in result.output
 
 
 def test_the_command_prints_and_writes_json(fleet: Fleet, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,10 @@ from cluster.fleet import open_blobs, register_base
 from cluster.records import jsonable
 from cluster.registry import Registry, Status
 from readapt.base_pair import EVOLUTION
-from readapt.campaign import Campaign
+from readapt.campaign import Campaign, in_background
 from readapt.ladder import Outcome
 from readapt.points import CORNERS
-from readapt.workbench import AdapterJob, Climbed, JobFailed, LocalExecutor, Report
+from readapt.workbench import AdapterJob, Climbed, JobFailed, LocalExecutor, Report, Reports
 from tests.fleets import copy_of, make_fleet, registered
 from tests.readapt_worlds import try_points
 from tests.worlds import make_adapter, make_checkpoint
@@ -64,7 +65,7 @@ class Scripted:
         self.answer = answer
         self.jobs: list[str] = []
 
-    def run(self, jobs: Iterator[AdapterJob]) -> Iterator[tuple[AdapterJob, Report]]:
+    def run(self, jobs: Iterator[AdapterJob]) -> Reports:
         for job in jobs:
             self.jobs.append(job.adapter)
             yield job, self.answer(job)
@@ -335,6 +336,79 @@ def test_a_campaign_killed_in_the_air_is_resumed_without_doing_anything_twice(fl
     moves = [(e.adapter, e.details["target"]) for e in registry.events(kind="moved")]
     assert moves.count(("usual", "adapting")) == 2
     assert moves.count(("busy", "adapting")) == 1
+
+
+def with_stage(fleet: Fleet, registry: Registry, adapter: str, learned: str) -> Path:
+    """A live version that has learned the classes of another's task, as `relora continual` writes it down."""
+    first = registry.routes()[adapter].live
+    stages = [
+        {"name": name, "data": str(fleet.folder / of / "data")} for name, of in (("start", adapter), ("more", learned))
+    ]
+    files = {"blob_key": first.blob_key, "content_hash": first.content_hash}
+    version = registry.add_version(
+        adapter, "v1", Status.RETIRED, **files, parent_id=first.id, details={"stages": stages}
+    )
+    registry.promote(version.id)
+    return fleet.folder / learned / "data"
+
+
+def test_what_an_adapter_has_learned_in_stages_is_carried_over_with_it(fleet: Fleet, registry: Registry):
+    """Judged on the rows of all, it needs the classes of all; by its first task alone it would lose those of later."""
+    more = with_stage(fleet, registry, "usual", learned="calm")
+    jobs: list[AdapterJob] = []
+
+    def answer(job: AdapterJob) -> Report:
+        jobs.append(job)
+        return climbed(fleet, job)
+
+    campaign(fleet, registry, Scripted(answer)).run()
+    by_name = {job.adapter: job.data for job in jobs}
+    assert by_name["usual"] == (fleet.folder / "usual" / "data", more)
+    assert by_name["busy"] == (fleet.folder / "busy" / "data",)
+    carried = {version.adapter: version.details for version in registry.versions(base="v2")}
+    assert [stage["name"] for stage in carried["usual"]["stages"]] == ["start", "more"], "for the next upgrade or stage"
+    assert "stages" not in carried["busy"]
+
+
+def test_rows_of_a_stage_that_are_gone_or_malformed_fail_the_adapter_by_name(fleet: Fleet, registry: Registry):
+    more = with_stage(fleet, registry, "usual", learned="calm")
+    (more / "valid.jsonl").write_text("{oops\n")
+    only_usual = {"busy", "calm"}
+    for version in [route.live for name, route in registry.routes().items() if name in only_usual]:
+        registry.move(version.id, Status.LIVE, Status.RETIRED)
+    (malformed,) = campaign(fleet, registry).run()
+    assert f"{more / 'valid.jsonl'}:1" in malformed.details["error"]
+    shutil.rmtree(more)
+    (gone,) = campaign(fleet, registry).run()
+    assert gone.status is Status.FAILED
+    assert f"InvalidDataError: {more}: no such folder; usual@2 was trained on its rows" in gone.details["error"]
+
+
+def test_a_campaign_that_is_stopped_puts_back_what_is_in_the_air(fleet: Fleet, registry: Registry):
+    begun = threading.Event()
+
+    class Endless(Scripted):
+        def run(self, jobs: Iterator[AdapterJob]) -> Reports:
+            next(jobs)
+            begun.set()
+            while True:
+                time.sleep(0.05)
+                yield None
+
+    started = campaign(fleet, registry, Endless(None))
+    with pytest.raises(StorageError, match="no engine"), in_background(started) as settled:  # noqa: PT012
+        assert begun.wait(20)
+        assert not settled.done()
+        raise StorageError("no engine")
+    assert settled.result() == []
+    assert {version.status for version in registry.versions(base="v2")} == {Status.PLANNED}
+    assert registry.beats() == {}
+    assert registry.events(kind="campaign_finished") == []
+
+
+def test_what_is_rejected_says_why(fleet: Fleet, registry: Registry):
+    version, *_ = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=False))).run()
+    assert version.setback == "at rung copy it reached 50.0 points, 90.0 less the gate's tolerance were asked"
 
 
 def test_details_hold_no_infinity():

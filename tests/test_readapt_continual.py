@@ -8,33 +8,22 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-import relora
-from cluster.adapter_files import Adapter, load_adapter, save_adapter
-from cluster.config import Fleet, ServingConfig
-from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, NotFoundError, TrainingError
-from cluster.fleet import open_blobs
-from cluster.registry import Registry, Status
-from cluster.rollout import Rollout
-from readapt.continual.direction_files import load_directions, save_directions
+from cluster.adapter_files import Adapter
+from cluster.errors import TrainingError
 from readapt.continual.directions import (
     Decoupled,
     Decoupling,
     DirectionWeights,
     decouple,
     fold,
-    gram,
     norm_of,
 )
-from readapt.continual.learn import RANK_REDUCTION, Method, Recall, contrast, learn_stage, recalling, released_code
+from readapt.continual.learn import RANK_REDUCTION, Method, learn_stage, released_code
 from readapt.continual.moments import contrasting, input_moments, with_moments
-from readapt.continual.stage import NextStage, add_stage
 from readapt.continual.writer import LabelWriter, Rivals, encode_labels, exact_points, labels_in
-from readapt.data import Row, Task, encoder_for, load_rows
+from readapt.data import Row, encoder_for
 from readapt.lora import attach, blank, linear_shapes, load_base
-from serving.engine import Engine
-from serving.request import AdapterRef, Request, SamplingParams
-from tests.fleets import make_fleet, registered
-from tests.readapt_worlds import logits, random_factors, write_task
+from tests.readapt_worlds import logits, random_factors
 from tests.two_linears import SHAPES, Two, a_state, deltas
 from tests.worlds import make_checkpoint
 
@@ -80,6 +69,8 @@ def test_a_contrasting_method_remembers_and_freezes_the_rows(model: Two):
     learned, frozen = second.directions[1].factors["one"].a_RD, expected.factors["one"].a_RD
     torch.testing.assert_close(normalize(learned, dim=1), frozen, rtol=1e-3, atol=1e-3)
     assert len(second.directions) == 2
+    plain = replace(method, contrasts=False)
+    assert not learn_stage(model, first, Squares(model), other, plain, shapes=SHAPES, stage=1).inputs, "of all stages"
 
 
 def test_a_direction_that_inherits_starts_without_a_jump_and_can_be_distilled(model: Two):
@@ -187,134 +178,6 @@ def test_exact_points_among_labels_and_in_the_free(base: Path):
     assert exact_points(model, rows) == 0.0
     assert exact_points(model, rows, labels_in(rows[:1]) + labels_in(rows[1:])) in (0.0, 50.0, 100.0)
     assert exact_points(model, rows[:1], labels_in(rows[:1])) == 100.0, "one choice cannot be missed"
-
-
-# From the registry to the registry, and through an engine
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Fleet, Registry, Path]:
-    """A fleet with one specialist of three labels, and rows of two labels more."""
-    folder = tmp_path_factory.mktemp("fleet")
-    fleet = make_fleet(folder, names=("usual",))
-    rows = [Row(f"{number} {letter}:", f"n{letter.upper()}") for number in range(100, 160) for letter in "xy"]
-    return fleet, registered(fleet), write_task(folder / "more", Task(rows[:80], rows[80:100], rows[100:]))
-
-
-METHOD = contrast(Method(steps=80, ranks=((0, 4),), learning_rate=1e-2))
-
-
-def test_a_stage_becomes_a_candidate_with_lineage_and_its_state(world: tuple[Fleet, Registry, Path]):
-    fleet, registry, more = world
-    blobs = open_blobs(fleet)
-    version = add_stage(fleet, registry, blobs, NextStage("usual", "letters", more), METHOD)
-    assert version.status is Status.CANDIDATE
-    assert version.parent_id == registry.find("usual", 1).id
-    assert set(version.details["accuracy_by_stage"]) == {"start", "letters"}
-    assert version.quality == version.details["accuracy_by_stage"]["letters"] >= 90
-    assert version.details["accuracy_by_stage"]["start"] >= 90, "and it has not forgotten"
-    assert version.details["golden"]
-    folder = blobs.fetch_folder(version.blob_key)
-    state = load_directions(folder)
-    assert [direction.max_rank for direction in state.directions] == [4, 4]
-    for name, delta in deltas(fold(state)).items():
-        torch.testing.assert_close(delta, deltas(load_adapter(folder))[name], rtol=1e-5, atol=1e-6)
-
-
-def test_an_engine_serves_the_folded_stage_as_training_judged_it(world: tuple[Fleet, Registry, Path]):
-    fleet, registry, more = world
-    version = next(v for v in registry.versions("usual") if v.details.get("stage") == "letters")
-    engine = Engine.open(fleet.base("v1").path, ServingConfig(memory_bytes=4 << 20))
-    ref = AdapterRef(version.content_hash, "usual", version.number, version.blob_key)
-    engine.add_adapter(ref, load_adapter(open_blobs(fleet).fetch_folder(version.blob_key)))
-    encoder = encoder_for(fleet.base("v1").path, 32)
-    rows = load_rows(more / "valid.jsonl")
-    for index, row in enumerate(rows):
-        params = SamplingParams(temperature=0.0, max_tokens=8)
-        engine.submit(Request(str(index), tuple(encoder.encode_prompt(row.prompt)), params, ref))
-    texts = dict.fromkeys(map(str, range(len(rows))), "")
-    while engine.has_work:
-        for event in engine.step():
-            texts[event.request_id] += event.text
-    right = sum(texts[str(index)] == row.completion for index, row in enumerate(rows))
-    assert 100.0 * right / len(rows) == version.quality
-
-
-def test_a_rollout_moves_the_stage_to_live(world: tuple[Fleet, Registry, Path]):
-    fleet, registry, _ = world
-    rollout = Rollout(registry, lambda version: None, replace(fleet.rollout, canary_s=0.0))
-    while rollout.is_busy():
-        rollout.tick()
-    live = registry.routes()["usual"].live
-    assert live.details["stage"] == "letters"
-    assert registry.version(live.parent_id).status is Status.RETIRED
-
-
-def test_the_next_stage_goes_on_from_the_directions_of_the_last(world: tuple[Fleet, Registry, Path], tmp_path: Path):
-    fleet, registry, _ = world
-    blobs = open_blobs(fleet)
-    parent = next(v for v in registry.versions("usual") if v.details.get("stage") == "letters")
-    rows = [Row(f"{number} z:", "zZ") for number in range(100, 130)]
-    data = write_task(tmp_path / "z", Task(rows[:20], rows[20:25], rows[25:]))
-    wanted = NextStage("usual", "last", data, rank=6)
-    version = add_stage(fleet, registry, blobs, wanted, METHOD)
-    before, after = (load_directions(blobs.fetch_folder(v.blob_key)) for v in (parent, version))
-    assert len(after.directions) == 3
-    torch.testing.assert_close(gram(after.directions)[:2, :2], gram(before.directions))
-    assert load_adapter(blobs.fetch_folder(version.blob_key)).max_rank == version.details["rank"] == 6
-    assert 0.0 <= version.details["lost_energy"] < 1.0
-    assert version.parent_id == parent.id
-
-
-def test_a_stage_by_recall_keeps_statistics_of_the_parents_rows_and_its_own(world: tuple[Fleet, Registry, Path]):
-    fleet, registry, more = world
-    blobs, method = open_blobs(fleet), recalling(Method(), Recall(150, rank=4, learning_rate=1e-2))
-    version = add_stage(fleet, registry, blobs, NextStage("usual", "recalled", more, parent=1), method)
-    state = load_directions(blobs.fetch_folder(version.blob_key))
-    labels = {row.completion for row in load_rows(more / "train.jsonl")}
-    labels |= {row.completion for row in load_rows(Path(registry.adapter("usual").data) / "train.jsonl")}
-    assert int((state.classes["places"] == 0).sum()) == len(labels)
-    assert len(state.directions) == 2, "the old adapter and the readout"
-    assert version.details["accuracy_by_stage"]["recalled"] > 30, "the model's one layer is a poor feature"
-
-
-def test_what_cannot_be_a_stage_is_told(world: tuple[Fleet, Registry, Path], tmp_path: Path):
-    fleet, registry, more = world
-    blobs = open_blobs(fleet)
-
-    def refused(error: type[Exception], match: str, wanted: NextStage) -> None:
-        with pytest.raises(error, match=match):
-            add_stage(fleet, registry, blobs, wanted, METHOD)
-
-    start = Path(registry.adapter("usual").data)
-    refused(InvalidDataError, "no label is new", NextStage("usual", "again", start))
-    refused(ConflictError, "stage 'start'", NextStage("usual", "start", more, parent=1))
-    refused(NotFoundError, "no version usual@99", NextStage("usual", "x", more, parent=99))
-    refused(NotFoundError, "no live version", NextStage("unknown", "x", more))
-    refused(InvalidDataError, "cannot be read", NextStage("usual", "x", tmp_path))
-    refused(InvalidAdapterError, "serving.max_rank", NextStage("usual", "x", more, parent=1, rank=4096))
-
-
-def test_the_command_trains_and_registers(
-    world: tuple[Fleet, Registry, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    fleet, registry, more = world
-    arguments = ["continual", fleet.folder / "fleet.toml", "usual", "--data", more, "--stage", "by-hand"]
-    arguments += ["--parent", 1, "--steps", 3]
-    monkeypatch.setattr("sys.argv", ["relora", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        relora.main()
-    assert not end.value.code
-    version = registry.versions("usual")[-1]
-    assert f"{version.label} is a candidate on v1" in capfd.readouterr().out
-    assert version.details["stage"] == "by-hand"
-
-
-def test_a_state_can_be_saved_beside_an_adapter_that_is_read_as_before(tmp_path: Path):
-    state = a_state()
-    save_adapter(fold(state), tmp_path / "a")
-    save_directions(state, tmp_path / "a")
-    assert load_adapter(tmp_path / "a").max_rank == 6
 
 
 def test_attach_takes_a_folded_state(base: Path):

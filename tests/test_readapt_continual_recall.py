@@ -11,7 +11,7 @@ from cluster.errors import InvalidCheckpointError
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import Decoupled, DirectionWeights
 from readapt.continual.learn import Method, Recall, recalling
-from readapt.continual.recall import Top, recall_stage, with_classes
+from readapt.continual.recall import Top, draws, recall_stage, with_classes
 from readapt.continual.writer import LabelWriter, exact_points, labels_in
 from readapt.data import Encoded, Row, collate, encoder_for
 from readapt.evaluate import label_logits
@@ -66,6 +66,23 @@ def test_statistics_of_two_stages_are_those_of_their_vectors():
     torch.testing.assert_close(kept["means"][2], vectors_BD[6::2].mean(0))
     covariance_DD = sum(part.T.cov(correction=0) * 3 for part in (vectors_BD[:6:2], vectors_BD[6::2]))
     torch.testing.assert_close(kept["scatter"][0], covariance_DD)
+
+
+@pytest.mark.parametrize(("num_rows", "stretch"), [(2, 1.0), (40, 300.0), (400, 3000.0)])
+def test_draws_have_the_classes_spread_even_of_few_rows_that_lie_in_a_line(num_rows: int, stretch: float):
+    """A scatter summed in float32 has eigenvalues below zero, by more than a ridge would mend."""
+    torch.manual_seed(0)
+    width = 192
+    along_D = nn.functional.normalize(torch.randn(width), dim=0)
+    vectors_BD = torch.randn(num_rows, width) + stretch * torch.randn(num_rows, 1) * along_D
+    places = [((1, 2), index % 2) for index in range(num_rows)]
+    tokens_B = torch.tensor([1 + place for _, place in places])
+    classes = with_classes({}, vectors_BD, tokens_B, places)
+    drawn_BD, written_B = next(draws(classes, 4000, seed=1))
+    own_BD, drawn_BD = vectors_BD[::2], drawn_BD[written_B == 1]
+    torch.testing.assert_close(drawn_BD.mean(0), own_BD.mean(0), rtol=0.1, atol=0.1 * stretch)
+    spread = own_BD.double().var(0, correction=1).sum() if num_rows > 2 else torch.zeros(())
+    torch.testing.assert_close(drawn_BD.double().var(0).sum(), spread, rtol=0.15, atol=1e-6, check_dtype=False)
 
 
 def test_stages_are_learned_from_statistics_and_the_first_is_not_lost(base: Path, tmp_path: Path):

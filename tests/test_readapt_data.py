@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import InvalidCheckpointError, InvalidDataError
-from readapt.data import IGNORED, Encoder, Row, collate, encoder_for, load_rows, load_task
+from cluster.records import AdapterRecord, Status, Version
+from readapt.data import IGNORED, Encoder, Row, collate, encoder_for, load_rows, load_task, task_folders
 from tests.readapt_worlds import make_task, write_task
 from tests.worlds import EOS, make_checkpoint
 
@@ -50,6 +52,20 @@ def test_file_without_usable_rows_is_named(tmp_path: Path, content: bytes) -> No
     path.write_bytes(content)
     with pytest.raises(InvalidDataError, match=r"valid\.jsonl"):
         load_rows(path)
+
+
+def test_a_version_has_the_rows_of_its_adapter_and_of_its_stages_once_each(tmp_path: Path) -> None:
+    own, more = tmp_path / "own", tmp_path / "more"
+    own.mkdir()
+    stages = [{"name": "start", "data": str(own)}, {"name": "more", "data": str(more)}]
+    version = Version(1, "a", 2, "v1", Status.LIVE, "k", "k", None, None, {"stages": stages}, 0.0, 0.0)
+    record = AdapterRecord("a", str(own), "exact_match", 1.0)
+    with pytest.raises(InvalidDataError, match=r"more: no such folder; a@2 was trained"):
+        task_folders(record, version)
+    more.mkdir()
+    assert task_folders(record, version) == (own, more)
+    with pytest.raises(InvalidDataError, match="no rows to judge it by"):
+        task_folders(AdapterRecord("a", "", "exact_match", 1.0), replace(version, details={}))
 
 
 def test_missing_split_is_named(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def fleet(tmp_path: Path) -> Fleet:
 
 
 def make_job(version_id: int) -> AdapterJob:
-    return AdapterJob(version_id, f"a{version_id}", Path(), "exact_match", "", None, Path(), Path())
+    return AdapterJob(version_id, f"a{version_id}", (), "exact_match", "", None, Path(), Path())
 
 
 @pytest.mark.ray

@@ -1,5 +1,6 @@
 """Many jobs in one process: bases held apart, and packed jobs that go as they would alone, whatever ails the others."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from readapt.workbench import (
     RungReached,
     Shift,
     Workbench,
+    has_labels,
 )
 from tests.readapt_worlds import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
 from tests.worlds import make_checkpoint
@@ -63,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for version_id, old in enumerate((v1, v2)):
         save_adapter(train_specialist(old, encoder, task), folder / f"adapter{version_id}")
         key = open_blobs(fleet).put_folder(folder / f"adapter{version_id}")
-        jobs.append(AdapterJob(version_id, f"a{version_id}", data, "exact_match", key, None, old, v3))
+        jobs.append(AdapterJob(version_id, f"a{version_id}", (data,), "exact_match", key, None, old, v3))
     return Place(fleet, *jobs)
 
 
@@ -80,7 +82,7 @@ def run(fleet: Fleet, jobs: Sequence[AdapterJob], rungs: tuple[str, ...], pack: 
     def refuse(objective: object) -> None:
         raise AssertionError("no rung here is searched for")
 
-    for job, report in LocalExecutor(fleet, refuse).run(iter(jobs)):
+    for job, report in filter(None, LocalExecutor(fleet, refuse).run(iter(jobs))):
         reports[job.version_id].append(report)
     return reports
 
@@ -111,6 +113,26 @@ def test_adapters_of_two_old_bases_are_judged_on_the_model_that_they_are_trained
         assert attempt.curve[-1].loss < 0.7 * attempt.curve[0].loss, "what was trained is seen by its evaluations"
 
 
+def test_rows_of_all_folders_are_joined_and_prompts_alone_are_answered(place: Place, tmp_path: Path) -> None:
+    task = make_task()
+    more = write_task(tmp_path / "more", replace(task, train=[Row("zz=", "zed")], valid=[Row("z9=", "zed")]))
+    (more / "test.jsonl").unlink()  # a stage of `relora continual` has none
+    logged = tmp_path / "logged"
+    logged.mkdir()
+    prompts = [row.prompt for row in task.test[:20]]
+    (logged / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    job = replace(place.from_v2, data=(*place.from_v2.data, more, logged))
+    bench = Workbench(place.fleet)
+    found = bench._task(job)
+    assert found.train[:301] == [*task.train, Row("zz=", "zed")]
+    assert found.valid[:121] == [*task.valid, Row("z9=", "zed")]
+    answered = {row.prompt: row.completion for row in (*found.train[301:], *found.valid[121:])}
+    assert answered.keys() <= set(prompts)
+    assert len(answered) > 10
+    assert not has_labels(job)
+    assert has_labels(replace(job, data=job.data[:2]))
+
+
 def test_what_goes_between_processes_carries_one_adapter(place: Place) -> None:
     done = outcome(run(place.fleet, [place.from_v2], ("copy",))[1])
     assert done.accepted
@@ -122,7 +144,7 @@ def test_packed_jobs_go_as_they_would_alone_though_one_of_them_breaks(place: Pla
     task = make_task()
     bad_rows = [*task.train[:80], Row("too long", "x" * MAX_TOKENS)]
     data = write_task(tmp_path / "bad", replace(task, train=bad_rows))
-    jobs = [place.from_v1, place.from_v2, replace(place.from_v1, version_id=2, data=data)]
+    jobs = [place.from_v1, place.from_v2, replace(place.from_v1, version_id=2, data=(data,))]
     packed, alone = (run(place.fleet, jobs, ("copy", "train"), pack) for pack in (3, 1))
     for reports in (packed, alone):
         failed = reports[2][-1]

@@ -1,4 +1,4 @@
-"""Decoupled states on disk, beside the files of the ordinary adapter that they fold into."""
+"""Decoupled states on disk."""
 
 import json
 from pathlib import Path
@@ -27,18 +27,15 @@ def save_directions(state: Decoupled, folder: Path) -> None:
     for kept in _KEPT:
         tensors |= {f"{kept}.{name}": t.contiguous().clone() for name, t in getattr(state, kept).items()}
     save_file(tensors, folder / _WEIGHTS)
-    (folder / _MAGNITUDES).write_text(json.dumps({"magnitudes": state.magnitudes}, indent=2) + "\n")
-
-
-def has_directions(folder: Path) -> bool:
-    """Whether a state was saved there."""
-    return (folder / _MAGNITUDES).is_file()
+    numbers = {"magnitudes": state.magnitudes, "has_readout": state.has_readout}
+    (folder / _MAGNITUDES).write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 def load_directions(folder: Path) -> Decoupled:
     """Reads what `save_directions` wrote; InvalidAdapterError where it is not whole."""
     try:
-        magnitudes = json.loads((folder / _MAGNITUDES).read_text())["magnitudes"]
+        numbers = json.loads((folder / _MAGNITUDES).read_text())
+        magnitudes, has_readout = numbers["magnitudes"], bool(numbers["has_readout"])
         tensors = load_file(folder / _WEIGHTS)
         directions = tuple(Adapter(_factors_of(tensors, n)) for n in range(len(magnitudes)))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -47,7 +44,7 @@ def load_directions(folder: Path) -> Decoupled:
         kind: {name.removeprefix(f"{kind}."): t for name, t in tensors.items() if name.startswith(f"{kind}.")}
         for kind in _KEPT
     }
-    return Decoupled(directions, tuple(float(value) for value in magnitudes), **kept)
+    return Decoupled(directions, tuple(float(value) for value in magnitudes), **kept, has_readout=has_readout)
 
 
 def _factors_of(tensors: dict[str, Tensor], n: int) -> dict[str, LoraFactors]:

@@ -28,14 +28,16 @@ Normaliser = Literal["product", "factors"]
 class Decoupled:
     """An adapter taken apart: the sum of magnitude times direction. Directions have scaling 1 and may lack modules.
 
-    `inputs` are sketches of the modules' inputs in the stages so far (see `moments`), `classes` statistics of their
-    classes (see `recall`), where a method asks for them.
+    `inputs` are sketches of the modules' inputs in all stages so far (see `moments`), `classes` statistics of all their
+    classes (see `recall`); empty unless the last stage's method has kept them up. `has_readout` says that the last
+    direction is recall's readout, which the next stage by recall trains further.
     """
 
     directions: tuple[Adapter, ...] = ()
     magnitudes: tuple[float, ...] = ()
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     classes: Mapping[str, Tensor] = field(default_factory=dict)
+    has_readout: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.directions) == len(self.magnitudes), "one magnitude for each direction"

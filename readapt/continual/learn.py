@@ -22,6 +22,7 @@ from readapt.schedule import learning_rate
 
 MAX_GRADIENT_NORM = 1.0
 
+MethodName = Literal["recall", "contrast", "paper", "distil", "code"]
 RowT = TypeVar("RowT", contravariant=True)
 AnyT = TypeVar("AnyT")
 
@@ -103,6 +104,15 @@ def recalling(method: Method, recall: Recall = Recall()) -> Method:
     return replace(method, recall=recall, magnitude=2.0, decoupling=replace(method.decoupling, is_fresh_unit=False))
 
 
+def method_of(kind: MethodName, steps: int, learning_rate: float, rank: int | None = None) -> Method:
+    """A method by its name, for a stage on top of an adapter; `rank` None is 10, or 32 for recall's readout."""
+    method = Method(steps, ranks=((0, rank or 10),), learning_rate=learning_rate)
+    if kind == "recall":
+        return recalling(method, Recall(steps, rank=rank or Recall.rank, learning_rate=learning_rate))
+    variants = {"contrast": contrast, "distil": distilling, "code": released_code}
+    return method if kind == "paper" else variants[kind](method)
+
+
 def distilling(method: Method, max_residual: float = 0.5, rest_rank: int | None = None) -> Method:
     """The distillation variant, made to find something: see `Method.inherits`. The paper has 9e-4 for the residual."""
     return replace(method, inherits=True, max_residual=max_residual, rest_rank=rest_rank)
@@ -131,6 +141,7 @@ def learn_stage(
 ) -> Decoupled:
     """Learns one stage on a bare model, which is bare again afterwards, and returns the state with its direction.
 
+    It keeps the sketches of inputs if the method contrasts, and no statistics of classes, whose features have moved.
     `shapes` are those of the modules to adapt, (out, in) by path. TrainingError when the loss is no longer finite.
     """
     if method.restart is not None:
@@ -150,7 +161,10 @@ def learn_stage(
         descend(groups, learner.loss, shuffled_batches(rows, method.batch_rows, seed), method)
         learned = weights.export()
     learned = learned if method.max_residual is None else distil(learned, method.max_residual, method.rest_rank)
-    return remember(model, learned, learner, rows, list(shapes)) if method.contrasts else learned
+    learned = replace(learned, classes={}, has_readout=False)
+    if not method.contrasts:
+        return replace(learned, inputs={})
+    return remember(model, learned, learner, rows, list(shapes))
 
 
 def _lent(state: Decoupled, magnitude: float) -> Decoupled:

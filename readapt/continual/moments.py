@@ -73,7 +73,7 @@ def _rows(new_DD: Tensor, old_KD: Tensor, rank: int) -> Tensor:
 
     The ridge is a share of the old inputs' mean energy: directions that the old inputs hardly use count alike.
     """
-    old_DD = (old_KD.T @ old_KD).double()
+    old_DD = old_KD.double().T @ old_KD.double()  # in float32 it would not be sure to have a Cholesky factor
     ridge = RIDGE * float(old_DD.trace()) / len(old_DD)
     lower_DD = torch.linalg.cholesky(old_DD + ridge * torch.eye(len(old_DD), dtype=torch.float64))
     half_DD = torch.linalg.solve_triangular(lower_DD, new_DD.double(), upper=False)

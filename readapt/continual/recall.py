@@ -58,31 +58,32 @@ def recall_stage(
         return recall(top, first, rows)
     state = recall(top, state, rows)
     how = method.recall or Recall()
-    features, readout = _parted(state, top)
+    features, readout = _parted(state)
     fresh = readout or blank(top.shapes, how.rank, alpha=how.rank, seed=seed)
     with DirectionWeights(model, features, fresh, 1.0, PLAIN) as weights:
         groups = [{"params": weights.factors(), "lr": how.learning_rate}]
-        draws = _draws(state.classes, how.draws, seed)
+        vectors = draws(state.classes, how.draws, seed)
         plan = replace(method, steps=how.steps, optimizer="adam")
-        descend(groups, lambda draw: cross_entropy(top.logits(draw[0]), draw[1]), draws, plan)
-        return weights.export()
+        descend(groups, lambda draw: cross_entropy(top.logits(draw[0]), draw[1]), vectors, plan)
+        learned = weights.export()
+    return replace(learned, inputs={}, has_readout=len(learned.directions) > len(features.directions))
 
 
 def recall(top: "Top", state: Decoupled, rows: Sequence[Encoded]) -> Decoupled:
     """The state with these rows' classes among those that it has statistics of; for a bare model."""
-    with DirectionWeights(top.model, _parted(state, top)[0]):
+    with DirectionWeights(top.model, _parted(state)[0]):
         vectors_BD, tokens_B = top.features(rows)
     places = [(label_of(row), place) for row in rows for place in range(len(label_of(row)))]
     return replace(state, classes=with_classes(state.classes, vectors_BD, tokens_B, places))
 
 
-def _parted(state: Decoupled, top: "Top") -> tuple[Decoupled, Adapter | None]:
+def _parted(state: Decoupled) -> tuple[Decoupled, Adapter | None]:
     """The directions that make the features, and the readout if there is one."""
-    if len(state.directions) < 2 or state.directions[-1].factors.keys() != top.shapes.keys():
+    if not state.has_readout:
         return state, None
     *features, readout = state.directions
     *magnitudes, size = state.magnitudes
-    kept = replace(state, directions=tuple(features), magnitudes=tuple(magnitudes))
+    kept = replace(state, directions=tuple(features), magnitudes=tuple(magnitudes), has_readout=False)
     return kept, fold(Decoupled((readout,), (size,)))
 
 
@@ -108,7 +109,7 @@ def with_classes(
     return {"scatter": scatter_PDD, "freedom": freedom_P, **grown}
 
 
-def _draws(classes: Mapping[str, Tensor], num: int, seed: int) -> Iterator[list[Tensor]]:
+def draws(classes: Mapping[str, Tensor], num: int, seed: int) -> Iterator[list[Tensor]]:
     """Pairs of vectors [B, D] and the tokens [B] to be written from them, without end."""
     generator = torch.Generator().manual_seed(seed)
     pairs = zip(classes["scatter"], classes["freedom"], strict=True)
@@ -132,10 +133,13 @@ def _pick(indices: Tensor, num: int, generator: torch.Generator) -> Tensor:
 
 
 def _root(covariance_DD: Tensor) -> Tensor:
-    """A root of the covariance, with a ridge for what few rows leave open."""
+    """A root of the covariance, with a ridge for what few rows leave open.
+
+    By eigenvalues, not Cholesky: a sum in float32 has some that are below zero by more than the ridge.
+    """
     ridge = RIDGE * float(covariance_DD.trace()) / len(covariance_DD) + 1e-12
-    eye_DD = torch.eye(len(covariance_DD), dtype=torch.float64)
-    return torch.linalg.cholesky(covariance_DD.double() + ridge * eye_DD).float()
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
+    return (vectors_DD * (values_D.clamp_min(0.0) + ridge).sqrt()).float()
 
 
 class Top:
