@@ -1,5 +1,8 @@
 """The registry's tables, and how its database is opened: SQLite by default, PostgreSQL by URL."""
 
+import random
+import sqlite3
+import time
 from contextlib import closing
 from typing import Any
 
@@ -125,9 +128,23 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver must not begin transactions on its own: _begin does
     with closing(connection.cursor()) as cursor:
         cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_S * 1000)}")
-        cursor.execute("PRAGMA journal_mode = WAL")
+        _keep_write_ahead_log(cursor)
         cursor.execute("PRAGMA synchronous = NORMAL")
         cursor.execute("PRAGMA foreign_keys = ON")
+
+
+def _keep_write_ahead_log(cursor: sqlite3.Cursor) -> None:
+    """Where several processes give a new file its log, SQLite refuses all but one at once, whatever the busy timeout:
+    two that wait for each other would wait for ever. So the others have to ask again."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(random.uniform(0.001, 0.02))
 
 
 def _begin(connection: Connection) -> None:

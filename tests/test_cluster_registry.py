@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -381,6 +382,18 @@ def open_and_close(url: str) -> bool:
 def test_many_may_create_the_same_registry(url: str):
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert all(task.result() for task in [pool.submit(open_and_close, url) for _ in range(8)])
+
+
+def test_a_new_registry_is_opened_while_another_process_writes_its_first_page(tmp_path: Path):
+    path = tmp_path / "registry.db"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")  # SQLite refuses a change to the write-ahead log at once while this is held
+        with ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(Registry, f"sqlite:///{path}")
+            time.sleep(0.3)
+            assert not opening.done()
+            other.execute("COMMIT")
+            opening.result().close()
 
 
 # The database
