@@ -27,11 +27,13 @@ from serving.residency import Residency, Tier
 class ResidentAdapter:
     """An adapter in the arena: what a batch needs to know of it. Offsets are in elements of the whole arena.
 
-    ranks_M: int32; scalings_M: float32; table_starts_M, a_rows_N, b_rows_N: int64; is_dora_M: bool; all on the arena's
-    device. `arrival` is None where the rows themselves were there from the beginning.
+    `number` is a new one each time that an adapter is copied in. ranks_M: int32; scalings_M: float32; table_starts_M,
+    a_rows_N, b_rows_N: int64; is_dora_M: bool; all on the arena's device. `arrival` is None where the rows themselves
+    were there from the beginning.
     """
 
     key: str
+    number: int
     pages: tuple[int, ...]
     ranks: tuple[int, ...]
     is_dora: tuple[bool, ...]
@@ -74,6 +76,7 @@ class AdapterCache:
         self._host_cache_bytes = host_cache_bytes
         self._host_bytes = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._num_copied = 0
         self.num_resident = 0
         self.num_pages_used = 0
         self.num_evictions = 0
@@ -250,6 +253,7 @@ class AdapterCache:
         pages = sorted(self._arena.allocate(packed.num_pages))  # those side by side are one copy
         pages_P = torch.tensor(pages, dtype=torch.int64)
         arrival = self._copier.copy(packed, pages)
+        self._num_copied += 1
         self.num_resident += 1
         self.num_pages_used += len(pages)
 
@@ -258,6 +262,7 @@ class AdapterCache:
 
         return ResidentAdapter(
             key=key,
+            number=self._num_copied,
             pages=tuple(pages),
             ranks=packed.ranks,
             is_dora=packed.is_dora,

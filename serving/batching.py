@@ -1,4 +1,4 @@
-"""From the scheduler's chunks to the tensors of one forward pass.
+"""From the scheduler's plan to the tensors of one forward pass.
 
 Shape letters as in `serving.batch`: T tokens, N sequences, B blocks of the longest sequence, S adapter segments, M
 target modules of the whole model, O rows whose logits are wanted.
@@ -6,19 +6,19 @@ target modules of the whole model, O rows whose logits are wanted.
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from itertools import accumulate, groupby
+from itertools import accumulate
 from operator import sub
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
 from serving.adapters import ResidentAdapter
 from serving.arrival import Arrival
 from serving.batch import Batch, LoraBatch, LoraLayout
-from serving.sequence import Chunk, Sequence
+from serving.running import BASE_ONLY, IntArray, Plan
 
 
 class BatchBuilder:
@@ -36,45 +36,36 @@ class BatchBuilder:
         self._starts: tuple[list[int], list[int]] = [], []  # of their tokens, and of those of them that sample
         self._last_lora: LoraBatch | None = None
 
-    def build(self, chunks: Seq[Chunk]) -> Batch:
-        """The batch of some chunks, those of one adapter side by side and those without one last; never empty."""
-        sequences, starts, contexts, does_sample = zip(*chunks, strict=True)
-        contexts_N, samples_N = _tensor(contexts), _tensor(does_sample)
-        lengths_N = contexts_N - _tensor(starts)
-        query_starts, sample_starts = _starts(lengths_N), _starts(samples_N)
-        ends_N = query_starts[1:]
-        sequences_T = torch.repeat_interleave(lengths_N)
-        positions_T = torch.arange(len(sequences_T)) - (ends_N - contexts_N)[sequences_T]
-        tables_NB, size = self._block_tables(sequences, max(contexts)), self._page_tokens
-        slots_T = tables_NB[sequences_T, positions_T // size].long() * size + positions_T % size
-        tokens = [token for sequence, start, end, _ in chunks for token in sequence.tokens[start:end]]
+    def build(self, plan: Plan) -> Batch:
+        """The batch of a plan; never empty."""
+        lengths_N = plan.ends_N - plan.starts_N
+        query_starts, sample_starts = _starts(lengths_N), _starts(plan.does_sample_N)
+        sequences_T = np.arange(len(lengths_N)).repeat(lengths_N)
+        positions_T = np.arange(len(sequences_T)) - (query_starts[1:] - plan.ends_N)[sequences_T]
+        size, max_context_tokens = self._page_tokens, int(plan.ends_N.max())
+        pages_T = plan.tables_NB[sequences_T, positions_T // size].astype(np.int64)
         return Batch(
-            tokens_T=_tensor(tokens).to(self._device),
-            positions_T=positions_T.to(self._device),
-            slots_T=slots_T.to(self._device),
-            query_starts=query_starts.to(self._device, torch.int32),
-            context_lens=contexts_N.to(self._device, torch.int32),
-            block_tables_NB=tables_NB.to(self._device),
-            logit_rows_O=(ends_N[samples_N] - 1).to(self._device),
+            tokens_T=self._tensor(_tokens(plan, query_starts)),
+            positions_T=self._tensor(positions_T),
+            slots_T=self._tensor(pages_T * size + positions_T % size),
+            query_starts=self._tensor(query_starts.astype(np.int32)),
+            context_lens=self._tensor(plan.ends_N.astype(np.int32)),
+            block_tables_NB=self._tensor(plan.tables_NB),
+            logit_rows_O=self._tensor(query_starts[1:][plan.does_sample_N] - 1),
             max_query_tokens=int(lengths_N.max()),
-            max_context_tokens=max(contexts),
-            lora=self._lora(sequences, query_starts, sample_starts),
+            max_context_tokens=max_context_tokens,
+            lora=self._lora(plan, query_starts, sample_starts),
         )
 
-    def _block_tables(self, sequences: Seq[Sequence], max_context_tokens: int) -> Tensor:
-        """Joined as bytes: a list of lists would make an object of every entry of every step."""
-        num_blocks = -(-max_context_tokens // self._page_tokens)
-        num_bytes = num_blocks * 4
-        rows = [sequence.pages.tobytes()[:num_bytes].ljust(num_bytes, b"\0") for sequence in sequences]
-        return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int32).view(len(rows), num_blocks)
-
-    def _lora(self, sequences: Seq[Sequence], query_starts: Tensor, sample_starts: Tensor) -> LoraBatch | None:
-        residents = [sequence.resident for sequence in sequences]
-        groups = [(adapter, sum(1 for _ in group)) for adapter, group in groupby(residents) if adapter is not None]
-        if not groups:
+    def _lora(self, plan: Plan, query_starts: IntArray, sample_starts: IntArray) -> LoraBatch | None:
+        # The sequences of each adapter are side by side, those without one last.
+        numbers_N = plan.adapters_N
+        borders = [0, *((numbers_N[1:] != numbers_N[:-1]).nonzero()[0] + 1).tolist()]
+        if numbers_N[-1] != BASE_ONLY:
+            borders.append(len(numbers_N))
+        adapters = tuple(a for first in borders[:-1] if (a := plan.sequences[first].resident) is not None)
+        if not adapters:
             return None
-        adapters, sizes = zip(*groups, strict=True)
-        borders = list(accumulate(sizes, initial=0))  # the sequences of each adapter are side by side, first of all
         return self._lora_of(adapters, query_starts[borders].tolist(), sample_starts[borders].tolist())
 
     def _lora_of(
@@ -103,15 +94,23 @@ class BatchBuilder:
     def _int32(self, values: Seq[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self._device)
 
-
-def _tensor(values: Seq[int]) -> Tensor:
-    """By way of NumPy, which takes a quarter of the time."""
-    return torch.from_numpy(np.array(values))
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
 
-def _starts(lengths_N: Tensor) -> Tensor:
-    """Where each of some runs side by side begins, and where the last one ends: int64 [N + 1]."""
-    return pad(lengths_N.cumsum(0), (1, 0))
+def _starts(lengths_N: NDArray[Any]) -> IntArray:
+    """Where each of some runs side by side begins, and where the last one ends: [N + 1]."""
+    return np.concatenate([[0], lengths_N.cumsum()])
+
+
+def _tokens(plan: Plan, query_starts: IntArray) -> IntArray:
+    """All chunks' tokens, side by side; most are one sequence's last."""
+    firsts, ends = query_starts[:-1], query_starts[1:]
+    tokens_T = np.empty(query_starts[-1], np.int64)
+    tokens_T[ends - 1] = plan.last_tokens_N
+    for n in np.flatnonzero((ends - firsts > 1) | ~plan.does_sample_N).tolist():
+        tokens_T[firsts[n] : ends[n]] = plan.sequences[n].tokens[plan.starts_N[n] : plan.ends_N[n]]
+    return tokens_T
 
 
 def _under_way(adapters: Seq[ResidentAdapter]) -> tuple[Arrival, ...]:

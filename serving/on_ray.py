@@ -5,7 +5,6 @@ gateway finds it by name, so bases come and go while the gateway runs.
 """
 
 import asyncio
-import gc
 import platform
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from cluster.fleet import open_blobs, open_registry
 from cluster.registry import Version
 from serving.api import create_app
 from serving.backend import Backend, LocalBackend
-from serving.engine import Engine
+from serving.engine import Engine, settle_heap
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway import Gateway
 from serving.golden import check_golden
@@ -51,7 +50,7 @@ class EngineDeployment:
         engine = Engine.open(fleet.base(base).path, fleet.serving)
         # Each machine has a folder of its own: where they share the disk, one could delete what another has mapped.
         self._loop = EngineLoop(engine, packed_dir=Path(fleet.packed) / platform.node())
-        gc.freeze()  # what is here stays: to look through it again in each full collection takes some 0.1 s
+        settle_heap()
         self._loop.start()
         self._backend = LocalBackend(self._loop, open_blobs(fleet))
 

@@ -7,9 +7,9 @@ from the host, or computed anew (`serving.swap`). The first of those that run ca
 can be made to give way and a request that could not run alone is refused at `submit`: no deadlock.
 """
 
-from array import array
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 
 from cluster.config import ServingConfig
 from cluster.errors import InvalidRequestError
@@ -17,13 +17,13 @@ from serving.adapters import AdapterCache
 from serving.eviction import EvictionQueue
 from serving.pages import PageArena
 from serving.prefixes import PrefixCache
-from serving.sequence import Chunk, Sequence
+from serving.running import Plan, RunningTable
+from serving.sequence import Sequence
 from serving.swap import SwapSpace
 from serving.waiting import WaitingQueue
 
 # How many of those who are next may have their adapters copied in ahead: one copy a step, none that undoes another.
 _PREFETCH_FLOWS = 4
-_LAST = chr(0x10FFFF)  # sorts after every content hash
 
 
 class Scheduler:
@@ -55,6 +55,7 @@ class Scheduler:
         )
         self._preempted: list[Sequence] = []  # by rank
         self._running: list[Sequence] = []
+        self._table = RunningTable(self._max_running, config.page_tokens)
         self._num_admitted = 0
         self.num_preemptions = 0
 
@@ -71,7 +72,7 @@ class Scheduler:
     @property
     def num_slack_tokens(self) -> int:
         """Tokens for which pages of running sequences have room beyond the tokens that these have so far."""
-        return sum(max(0, len(s.pages) * self._page_tokens - len(s.tokens)) for s in self._running)
+        return self._table.num_slack_tokens
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -94,36 +95,32 @@ class Scheduler:
         """Those who still wait though their first token was due; each is told once, and `finish` is the caller's."""
         return list(self._waiting.overdue(now))
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's chunks, sequences of one adapter side by side and those without one last."""
-        chunks = self._decodes()
-        budget = self._max_batch_tokens - len(chunks)
-        prefills = self._prefills()
-        while budget and (sequence := next(prefills, None)):
-            num_tokens = min(budget, sequence.num_pending)
-            chunks.append(_chunk(sequence, num_tokens))
+    def schedule(self) -> Plan:
+        """The next step."""
+        self._secure_pages()
+        decodes = self._table.decodes()
+        prefills: list[tuple[Sequence, int]] = []
+        budget = self._max_batch_tokens - len(decodes)
+        coming = self._prefills()
+        while budget and (sequence := next(coming, None)):
+            num_tokens = min(budget, self._table.num_pending(sequence))
+            prefills.append((sequence, num_tokens))
             budget -= num_tokens
         if len(self._running) == self._max_running:
             self._prefetch()
-        chunks.sort(key=_batch_order)
-        return chunks
+        return self._table.plan(decodes, prefills)
 
-    def commit(self, chunks: Iterable[Chunk], tokens: Iterable[int]) -> None:
-        """Book chunks whose KV is stored, with the tokens that were sampled, one for each of them that samples."""
-        sampled, page_tokens = iter(tokens), self._page_tokens
-        for sequence, _, end, does_sample in chunks:
-            sequence.num_stored = end
-            if does_sample:
-                sequence.tokens.append(next(sampled))
-            if end // page_tokens > sequence.num_cached_pages and sequence.prefix_keys is not None:
-                self._cache_full_pages(sequence)
-        assert next(sampled, None) is None, "more tokens than chunks that sample"
+    def commit(self, plan: Plan, tokens: Seq[int]) -> None:
+        """Book a step whose KV is stored, with the tokens that were sampled, one for each sequence that samples."""
+        self._table.commit(plan, tokens)
+        for sequence, first, last in self._table.uncached():
+            self._cache_pages(sequence, first, last)
 
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, wherever it is: the one place where all that it holds is given back."""
         if sequence.rank is None:
             self._waiting.remove(sequence)
-        elif sequence.pages:
+        elif sequence.row is not None:
             self._running.remove(sequence)
             self._vacate(sequence)
         else:
@@ -135,67 +132,57 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that every page has the owners that it should, and that pins and holds are those of the sequences."""
-        owned = [*self._adapters.owned_pages(), *(s.pages for s in self._running), self._prefixes.owned_pages()]
+        owned = [*self._adapters.owned_pages(), *map(self._table.pages, self._running), self._prefixes.owned_pages()]
         self._arena.check_integrity(owned)
+        self._table.check_integrity(self._running)
         self._adapters.check_integrity()
         self._prefixes.check_integrity()
         self._evictions.check_integrity()
         self._waiting.check_integrity()
         self._swaps.check_integrity(s.swapped for s in self._preempted if s.swapped is not None)
         for sequence in (*self._waiting, *self._preempted):
-            assert not sequence.pages, "a waiting sequence holds pages"
+            assert sequence.row is None, "a waiting sequence has a row"
             assert sequence.resident is None, "a waiting sequence holds a pin"
         assert self._adapters.num_pins == sum(s.resident is not None for s in self._running), "pins drifted"
         assert all(s.swapped is None for s in (*self._running, *self._waiting)), "a copy of KV is out of place"
         everyone = [*self._running, *self._preempted, *self._waiting]
         assert self._adapters.num_holds == sum(s.adapter_key is not None for s in everyone), "holds drifted"
 
-    def _decodes(self) -> list[Chunk]:
-        chunks = []
-        for sequence in tuple(self._running):
-            # One that was preempted by an earlier one in this very loop has everything pending again.
-            num_tokens, num_stored = len(sequence.tokens), sequence.num_stored
-            if not num_stored or num_stored != num_tokens - 1:
-                continue
-            if num_tokens <= len(sequence.pages) * self._page_tokens or self._secure_next_page(sequence):
-                chunks.append(Chunk(sequence, num_stored, num_tokens, True))
-        return chunks
+    def _secure_pages(self) -> None:
+        """A page for each next token that needs one, the last ones' if need be; who gets none sits the step out."""
+        short = self._table.short_of_pages()
+        while not self._evictions.make_room(len(short)):
+            last = self._running[-1]
+            if last in short:
+                short.remove(last)
+            else:
+                self._preempt(last)
+        if short:
+            self._table.append_pages(short, self._arena.allocate(len(short)))
 
     def _prefills(self) -> Iterator[Sequence]:
-        yield from [s for s in self._running if s.num_stored != len(s.tokens) - 1 or not s.num_stored]
+        yield from sorted(self._table.prefills(), key=_rank)
         while len(self._running) < self._max_running:
             sequence = self._preempted[0] if self._preempted else self._waiting.choose()
             if sequence is None or not self._admit(sequence):
                 return
             yield sequence
 
-    def _secure_next_page(self, sequence: Sequence) -> bool:
-        """A page for the next token, the last's if need be; False if that is this one: it sits the step out."""
-        while not self._evictions.make_room(1):
-            victim = self._running[-1]
-            if victim is sequence:
-                return False
-            self._preempt(victim)
-        sequence.pages.extend(self._arena.allocate(1))
-        return True
-
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its adapter and pages for all tokens that it has so far, or leave it where it is."""
         key, num_tokens = sequence.adapter_key, len(sequence.tokens)
-        pages = self._known_pages(sequence)
-        num_missing = self._num_pages(num_tokens) - len(pages)
+        known = self._known_pages(sequence)
+        num_missing = self._num_pages(num_tokens) - len(known)
         num_adapter_pages = self._adapters.num_pages_missing(key) if key is not None else 0
         if not self._evictions.make_room(num_missing + num_adapter_pages, keep=(key,)):
-            self._prefixes.release(pages)
+            self._prefixes.release(known)
             return False
         if key is not None:
             sequence.resident = self._adapters.acquire(key)
         if sequence.prefix_keys is not None:
-            self._prefixes.count(pages, num_tokens)
-        sequence.num_cached_pages = len(pages)
-        sequence.num_stored = len(pages) * self._page_tokens
-        sequence.pages = array("i", pages + self._arena.allocate(num_missing))
-        self._swap_in(sequence)
+            self._prefixes.count(known, num_tokens)
+        pages = known + self._arena.allocate(num_missing)
+        self._table.add(sequence, pages, self._swap_in(sequence, pages, len(known)), len(known))
         self._move_to_running(sequence)
         return True
 
@@ -220,38 +207,41 @@ class Scheduler:
             self._num_admitted += 1
             sequence.rank = (sequence.request.terms.priority, self._num_admitted)
             sequence.num_given = len(sequence.tokens)
-            self._waiting.admit(sequence, sequence.num_pending)
+            self._waiting.admit(sequence, self._table.num_pending(sequence))
         else:
             self._preempted.remove(sequence)
         insort(self._running, sequence, key=_rank)
 
-    def _cache_full_pages(self, sequence: Sequence) -> None:
+    def _cache_pages(self, sequence: Sequence, first: int, last: int) -> None:
         keys = sequence.prefix_keys
         assert keys is not None, "a sequence that is not cached"
-        num_pages = sequence.num_stored // self._page_tokens
-        names = keys.up_to(sequence.tokens, num_pages)
-        for i in range(sequence.num_cached_pages, num_pages):
-            sequence.pages[i] = self._prefixes.put(names[i], sequence.pages[i], keys.owner)
-        sequence.num_cached_pages = num_pages
+        names, pages = keys.up_to(sequence.tokens, last)[first:], self._table.pages(sequence)[first:last]
+        put = [self._prefixes.put(name, page, keys.owner) for name, page in zip(names, pages, strict=True)]
+        self._table.cache_pages(sequence, first, put)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send the last one back to those who are next."""
         assert self._running.pop() is sequence, "only the last is preempted"
         # Others hold some of its first pages, and nobody but it and the prefix cache any of the rest.
-        num_shared = sum(self._arena.num_owners(page) > 2 for page in sequence.pages[: sequence.num_cached_pages])
-        sequence.swapped = self._swaps.save(sequence.pages, num_shared, sequence.num_stored)
+        pages, num_cached = self._table.pages(sequence), self._table.num_cached(sequence)
+        num_shared = sum(self._arena.num_owners(page) > 2 for page in pages[:num_cached])
+        sequence.swapped = self._swaps.save(pages, num_shared, self._table.num_stored(sequence))
         self._vacate(sequence)
         insort(self._preempted, sequence, key=_rank)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _swap_in(self, sequence: Sequence) -> None:
-        """Copy back what the prefix cache has not kept; all for nothing where pages are missing before it."""
-        swapped, num_known = sequence.swapped, sequence.num_cached_pages
-        if swapped is not None and swapped.first_page <= num_known and sequence.num_stored < swapped.num_stored:
-            self._swaps.load(swapped, num_known, sequence.pages[num_known:])
-            sequence.num_stored = swapped.num_stored
+    def _swap_in(self, sequence: Sequence, pages: Seq[int], num_known: int) -> int:
+        """Copy back what the prefix cache has not kept, and for how many tokens KV is stored now.
+
+        All for nothing where pages are missing before it.
+        """
+        swapped, num_stored = sequence.swapped, num_known * self._page_tokens
+        if swapped is not None and swapped.first_page <= num_known and num_stored < swapped.num_stored:
+            self._swaps.load(swapped, num_known, pages[num_known:])
+            num_stored = swapped.num_stored
         self._drop_swapped(sequence)
+        return num_stored
 
     def _drop_swapped(self, sequence: Sequence) -> None:
         if sequence.swapped is not None:
@@ -259,9 +249,8 @@ class Scheduler:
             sequence.swapped = None
 
     def _vacate(self, sequence: Sequence) -> None:
-        self._prefixes.release(sequence.pages)
-        sequence.pages = array("i")
-        sequence.num_stored = sequence.num_cached_pages = 0
+        self._prefixes.release(self._table.pages(sequence))
+        self._table.remove(sequence)
         if sequence.resident is not None:
             self._adapters.release(sequence.resident.key)
             sequence.resident = None
@@ -286,15 +275,6 @@ class Scheduler:
             )
 
 
-def _chunk(sequence: Sequence, num_tokens: int) -> Chunk:
-    end = sequence.num_stored + num_tokens
-    return Chunk(sequence, sequence.num_stored, end, does_sample=end == len(sequence.tokens))
-
-
 def _rank(sequence: Sequence) -> tuple[int, int]:
     assert sequence.rank is not None, "it never ran"
     return sequence.rank
-
-
-def _batch_order(chunk: Chunk) -> str:
-    return chunk.sequence.adapter_key or _LAST

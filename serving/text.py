@@ -56,56 +56,6 @@ class Vocabulary:
         return text[num_decided:] if len(text) > num_decided and text[-1] != _UNFINISHED else None
 
 
-class Detokenizer:
-    """The text of one sequence, as it grows. `is_stopped` turns True when a stop string is complete.
-
-    The first stop string is the one that is complete first (of those complete at once, the one that starts first); it
-    is not shown, nor what follows it.
-    """
-
-    # Touched for every sequence at every step: what lies in one piece is in the cache sooner.
-    __slots__ = ("_decoder", "_held", "_stop", "is_stopped")
-
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()):
-        assert all(stop), "an empty stop string"
-        self.is_stopped = False
-        self._decoder = _Decoder(vocabulary)
-        self._stop = stop
-        self._held = ""  # decided, but may be the beginning of a stop string
-
-    def push(self, token: int) -> str:
-        """Take one more token and return what may be shown now; nothing once a stop string is complete."""
-        if not self._stop:
-            return self._decoder.push(token)
-        if self.is_stopped:
-            return ""
-        text = self._held + self._decoder.push(token)
-        whole = text + self._decoder.undecided
-        cut = self._find_stop(whole)
-        if cut is not None:
-            self.is_stopped = True
-            return whole[:cut]
-        num_shown = len(text) - self._num_held(text)
-        self._held = text[num_shown:]
-        return text[:num_shown]
-
-    def finish(self) -> str:
-        """The rest, when no more tokens come: what was held back for nothing."""
-        return "" if self.is_stopped else self._held + self._decoder.undecided
-
-    def _find_stop(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first, if any is."""
-        starts = [(text.find(stop), stop) for stop in self._stop]
-        ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
-        return min(ends)[1] if ends else None
-
-    def _num_held(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        lengths = range(min(longest, len(text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
-
-
 class _Decoder:
     """Decodes a window of the last tokens again with each new one: a token's text depends on those before it.
 
@@ -115,6 +65,7 @@ class _Decoder:
     it is one complete token: then that is `_complete`, and the window is made of it only where it has to grow.
     """
 
+    # Touched for every sequence at every step: what lies in one piece is in the cache sooner.
     __slots__ = ("_complete", "_num_complete", "_num_decided", "_vocabulary", "_window", "undecided")
 
     def __init__(self, vocabulary: Vocabulary):
@@ -125,7 +76,7 @@ class _Decoder:
         self._num_decided = 0  # characters of the window's text that have been handed out
         self._complete: int | None = None
 
-    def push(self, token: int) -> str:
+    def decide(self, token: int) -> str:
         """The text that is decided by this token."""
         if self._complete is not None:
             decided = self._vocabulary.following(self._complete, token)
@@ -175,3 +126,52 @@ class _Decoder:
         self._window = self._window[-_KEPT:]
         self._num_complete = 0
         self._num_decided = self._vocabulary.num_characters(self._window) - len(self.undecided)
+
+
+class Detokenizer(_Decoder):
+    """The text of one sequence, as it grows. `is_stopped` turns True when a stop string is complete.
+
+    The first stop string is the one that is complete first (of those complete at once, the one that starts first); it
+    is not shown, nor what follows it.
+    """
+
+    __slots__ = ("_held", "_stop", "is_stopped")
+
+    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()):
+        assert all(stop), "an empty stop string"
+        super().__init__(vocabulary)
+        self.is_stopped = False
+        self._stop = stop
+        self._held = ""  # decided, but may be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Take one more token and return what may be shown now; nothing once a stop string is complete."""
+        if not self._stop:
+            return self.decide(token)
+        if self.is_stopped:
+            return ""
+        text = self._held + self.decide(token)
+        whole = text + self.undecided
+        cut = self._find_stop(whole)
+        if cut is not None:
+            self.is_stopped = True
+            return whole[:cut]
+        num_shown = len(text) - self._num_held(text)
+        self._held = text[num_shown:]
+        return text[:num_shown]
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come: what was held back for nothing."""
+        return "" if self.is_stopped else self._held + self.undecided
+
+    def _find_stop(self, text: str) -> int | None:
+        """Where the stop string begins that is complete first, if any is."""
+        starts = [(text.find(stop), stop) for stop in self._stop]
+        ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        return min(ends)[1] if ends else None
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of the text with which a stop string begins."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        lengths = range(min(longest, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)

@@ -1,6 +1,7 @@
 """The scheduler: who runs, who waits, who gives way; and that everything is given back."""
 
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from serving.packing import PackedAdapter, pack_adapter
 from serving.pages import PageArena
 from serving.prefixes import PrefixCache, PrefixKeys
 from serving.request import AdapterRef, Request, SamplingParams, Terms
+from serving.running import Plan
 from serving.scheduler import Scheduler
-from serving.sequence import Chunk, Sequence
+from serving.sequence import Sequence
 from serving.swap import SwapSpace
 from serving.waiting import CLUSTERING_TOKENS
 
@@ -26,6 +28,20 @@ def packed(num_pages: int) -> PackedAdapter:
     """An adapter that takes exactly that many pages: rows of half a page."""
     factors = LoraFactors(torch.ones(num_pages, 32), torch.ones(32, num_pages), 1.0)
     return pack_adapter(Adapter({"m": factors}), ("m",), PAGE_ELEMENTS, torch.float32)
+
+
+class Chunk(NamedTuple):
+    """A sequence's share of a step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    does_sample: bool
+
+
+def chunks_of(plan: Plan) -> list[Chunk]:
+    columns = plan.starts_N.tolist(), plan.ends_N.tolist(), plan.does_sample_N.tolist()
+    return [Chunk(*chunk) for chunk in zip(plan.sequences, *columns, strict=True)]
 
 
 class World:
@@ -71,10 +87,11 @@ class World:
 
     def step(self) -> list[Chunk]:
         """One step in which each sequence's next token is its length."""
-        chunks = self.scheduler.schedule()
+        plan = self.scheduler.schedule()
+        chunks = chunks_of(plan)
         self.scheduler.check_integrity()
         assert sum(chunk.end - chunk.start for chunk in chunks) <= self.max_batch_tokens
-        self.scheduler.commit(chunks, [len(chunk.sequence.tokens) for chunk in chunks if chunk.does_sample])
+        self.scheduler.commit(plan, [len(chunk.sequence.tokens) for chunk in chunks if chunk.does_sample])
         for chunk in chunks:
             if is_full(chunk.sequence):
                 self.scheduler.finish(chunk.sequence)
@@ -168,7 +185,29 @@ def test_same_adapters_are_adjacent_and_the_base_comes_last() -> None:
     for key in ("b", None, "a", "b", None, "a"):
         world.submit(2, 3, key)
     for _ in range(2):
-        assert [chunk.sequence.adapter_key for chunk in world.step()] == ["a", "a", "b", "b", None, None]
+        assert [chunk.sequence.adapter_key for chunk in world.step()] == ["b", "b", "a", "a", None, None]
+
+
+@pytest.mark.parametrize("num_prompt", [3, 200])
+def test_contexts_of_many_pages(num_prompt: int) -> None:
+    world = World(max_batch_tokens=1000)
+    sequence, short = world.submit(num_prompt, 390 - num_prompt), world.submit(2, 4)
+    world.drain()
+    assert (len(sequence.tokens), len(short.tokens)) == (390, 6)
+
+
+def test_a_plan_without_some_of_its_sequences() -> None:
+    world = World()
+    world.adapters.add("a", packed(1))
+    base, other, mine = world.submit(3, 3), world.submit(2, 3), world.submit(4, 3, "a")
+    plan = world.scheduler.schedule()
+    world.scheduler.finish(other)
+    rest = plan.without({other})
+    assert spans(chunks_of(rest)) == [("2", 0, 4), ("0", 0, 3)]
+    assert rest.sampling == [mine, base]
+    world.scheduler.commit(rest, [7, 8])
+    world.scheduler.check_integrity()
+    assert (mine.tokens[-1], base.tokens[-1]) == (7, 8)
 
 
 def test_full_queue_refuses_and_disturbs_nobody() -> None:
@@ -208,7 +247,7 @@ def test_youngest_gives_way_and_comes_back() -> None:
     world.step()
     world.step()
     assert spans(world.step()) == [("0", 8, 9)]
-    assert (young.num_preemptions, young.num_stored, len(young.pages)) == (1, 0, 0)
+    assert (young.num_preemptions, young.row) == (1, None)
     assert len(young.tokens) == 9
     world.drain()
     assert old.tokens == young.tokens == [*range(15)]

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.sequence import Chunk, Sequence
+from serving.sequence import Sequence
 from serving.swap import Swapped, SwapSpace
-from tests.test_serving_scheduler import PAGE_ELEMENTS, PAGE_TOKENS, World, is_full, packed
+from tests.test_serving_scheduler import PAGE_ELEMENTS, PAGE_TOKENS, Chunk, World, chunks_of, is_full, packed
 
 PAGE_BYTES = PAGE_ELEMENTS * 4
 
@@ -29,16 +29,17 @@ class KvWorld(World):
     spread = 0
 
     def step(self) -> list[Chunk]:
-        chunks = self.scheduler.schedule()
+        plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
-        for chunk in chunks:
+        chunks = chunks_of(plan)
+        for chunk, table in zip(chunks, plan.tables_NB.tolist(), strict=True):
             for position in range(chunk.end):
-                page, offset = chunk.sequence.pages[position // PAGE_TOKENS], position % PAGE_TOKENS
+                page, offset = table[position // PAGE_TOKENS], position % PAGE_TOKENS
                 if position >= chunk.start:
                     self.memory_PE[page, offset] = kv_of(chunk.sequence, position)
                 assert self.memory_PE[page, offset] == kv_of(chunk.sequence, position), "KV that is not its own"
         sampling = [chunk.sequence for chunk in chunks if chunk.does_sample]
-        self.scheduler.commit(chunks, [len(s.tokens) + self.spread * int(s.request.id) for s in sampling])
+        self.scheduler.commit(plan, [len(s.tokens) + self.spread * int(s.request.id) for s in sampling])
         for chunk in chunks:
             if is_full(chunk.sequence):
                 self.scheduler.finish(chunk.sequence)
@@ -124,7 +125,7 @@ def test_pages_that_others_hold_are_not_copied() -> None:
     old, young = world.submit(7, 10), world.submit(6, 10)
     for _ in range(8):
         world.step()
-    assert young.pages == old.pages[:0]
+    assert young.row is None
     assert young.swapped is not None
     assert young.swapped.first_page >= 1
     world.drain()
@@ -136,9 +137,8 @@ def test_copies_without_what_comes_before_them_are_dropped() -> None:
     space = World(num_pages=8, swap_pages=4)
     sequence = Sequence(space.submit(9, 3).request, 12)
     sequence.swapped = space.swaps.save([0, 1, 2], first_page=1, num_stored=9)
-    sequence.pages.extend([3, 4, 5])
-    space.scheduler._swap_in(sequence)
-    assert (sequence.num_stored, sequence.swapped, space.swaps.num_pages_used) == (0, None, 0)
+    assert space.scheduler._swap_in(sequence, [3, 4, 5], num_known=0) == 0
+    assert (sequence.swapped, space.swaps.num_pages_used) == (None, 0)
     assert space.swaps.num_pages_in == 0
 
 

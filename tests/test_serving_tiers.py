@@ -24,7 +24,8 @@ from serving.loop import EngineLoop
 from serving.packing import PackedAdapter, pack_adapter
 from serving.request import AdapterRef, Request, SamplingParams
 from serving.residency import Tier, summed
-from serving.sequence import Chunk, Sequence
+from serving.running import Plan, RunningTable
+from serving.sequence import Sequence
 from tests.test_serving_adapters import MODULES, PAGE, World, make
 from tests.worlds import make_adapter, make_checkpoint
 
@@ -304,7 +305,7 @@ def test_a_forward_pass_waits_only_for_what_is_still_coming(files: Files) -> Non
     builder = BatchBuilder(CONFIG.page_tokens, torch.device("cpu"), engine._layout)
 
     def run() -> None:
-        batch = builder.build([chunk(resident, engine)])
+        batch = builder.build(prefill(resident, engine))
         with torch.inference_mode():
             engine._model.forward(batch, engine._memory_PE.view(-1), CONFIG.page_tokens)
 
@@ -319,12 +320,12 @@ def test_a_forward_pass_waits_only_for_what_is_still_coming(files: Files) -> Non
     assert len(waited) == 2 * num_modules
 
 
-def chunk(resident: ResidentAdapter, engine: Engine) -> Chunk:
-    request = Request("a", (5, 6, 7), GREEDY, REFS["plain"])
-    sequence = Sequence(request, limit_tokens=20)
+def prefill(resident: ResidentAdapter, engine: Engine) -> Plan:
+    sequence = Sequence(Request("a", (5, 6, 7), GREEDY, REFS["plain"]), limit_tokens=20)
     sequence.resident = resident
-    sequence.pages.extend(engine._arena.allocate(1))
-    return Chunk(sequence, 0, 3, True)
+    table = RunningTable(1, CONFIG.page_tokens)
+    table.add(sequence, engine._arena.allocate(1), num_stored=0, num_cached=0)
+    return table.plan(table.decodes(), [(sequence, 3)])
 
 
 def test_rows_lie_in_the_order_in_which_they_are_read() -> None:

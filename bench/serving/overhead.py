@@ -7,7 +7,6 @@ the model's vocabulary), text for a stream, the books. Prefix caching is on; req
 are mixed; each that ends is followed by another at once, so some steps also admit and prefill.
 """
 
-import gc
 import random
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from transformers import AutoTokenizer
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import MIB, ServingConfig
 from serving.batch import Batch
-from serving.engine import Engine
+from serving.engine import Engine, settle_heap
 from serving.model import CausalLM
 from serving.request import AdapterRef, Request, SamplingParams
 from serving.weights import load_model
@@ -49,7 +48,7 @@ def overheads_ms(base: Path, num_sequences: int, num_adapters: int, num_steps: i
     world = _World(base, num_sequences, num_adapters, device)
     while not world.is_full:
         world.step()
-    gc.freeze()  # as a replica does
+    settle_heap()
     for _ in range(num_steps // 4):
         world.step()
     return [world.step() for _ in range(num_steps)]
