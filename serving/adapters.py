@@ -12,7 +12,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
@@ -27,20 +29,18 @@ from serving.residency import Residency, Tier
 class ResidentAdapter:
     """An adapter in the arena: what a batch needs to know of it. Offsets are in elements of the whole arena.
 
-    `number` is a new one each time that an adapter is copied in. ranks_M: int32; scalings_M: float32; table_starts_M,
-    a_rows_N, b_rows_N: int64; is_dora_M: bool; all on the arena's device. `arrival` is None where the rows themselves
-    were there from the beginning.
+    `number` is a new one each time that an adapter is copied in. ranks_M: int32; scalings_M: float32; table_starts_M:
+    int64; is_dora_M: bool; all on the host. a_rows_N, b_rows_N: int64, on the arena's device. `arrival` is None where
+    the rows themselves were there from the beginning.
     """
 
     key: str
     number: int
     pages: tuple[int, ...]
-    ranks: tuple[int, ...]
-    is_dora: tuple[bool, ...]
-    ranks_M: Tensor
-    scalings_M: Tensor
-    table_starts_M: Tensor
-    is_dora_M: Tensor
+    ranks_M: NDArray[np.int32]
+    scalings_M: NDArray[np.float32]
+    table_starts_M: NDArray[np.int64]
+    is_dora_M: NDArray[np.bool_]
     a_rows_N: Tensor
     b_rows_N: Tensor
     arrival: Arrival | None = None
@@ -264,12 +264,10 @@ class AdapterCache:
             key=key,
             number=self._num_copied,
             pages=tuple(pages),
-            ranks=packed.ranks,
-            is_dora=packed.is_dora,
-            ranks_M=torch.tensor(packed.ranks, dtype=torch.int32, device=device),
-            scalings_M=torch.tensor(packed.scalings, dtype=torch.float32, device=device),
-            table_starts_M=torch.tensor(packed.table_starts, dtype=torch.int64, device=device),
-            is_dora_M=torch.tensor(packed.is_dora, device=device),
+            ranks_M=np.array(packed.ranks, np.int32),
+            scalings_M=np.array(packed.scalings, np.float32),
+            table_starts_M=np.array(packed.table_starts, np.int64),
+            is_dora_M=np.array(packed.is_dora, np.bool_),
             a_rows_N=moved(packed.a_rows_N),
             b_rows_N=moved(packed.b_rows_N),
             arrival=arrival,

@@ -255,7 +255,7 @@ class Engine:
 
     def _num_row_elements(self, adapter: ResidentAdapter) -> int:
         shapes = self._model.target_shapes.values()
-        triples = zip(shapes, adapter.ranks, adapter.is_dora, strict=True)
+        triples = zip(shapes, adapter.ranks_M.tolist(), adapter.is_dora_M.tolist(), strict=True)
         return sum(rank * (num_out + num_in) + is_dora * num_out for (num_out, num_in), rank, is_dora in triples)
 
     def check_integrity(self) -> None:
