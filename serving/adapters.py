@@ -10,7 +10,6 @@ page.
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -160,7 +159,7 @@ class AdapterCache:
         entry = self._entries[key]
         assert entry.resident is None, f"adapter {key} is resident already"
         entry.resident = self._copy_in(key, entry.packed)
-        self._evictions.add(key, entry.packed.num_pages, float(entry.num_uses), partial(self._evict, key))
+        self._evictions.add(key, entry.packed.num_pages, float(entry.num_uses), self._evict)
 
     def release(self, key: str) -> None:
         """End one `acquire`; without pins it stays resident until the room is needed."""
@@ -169,7 +168,7 @@ class AdapterCache:
         assert entry.resident is not None, f"adapter {key} is pinned but not resident"
         entry.num_pins -= 1
         if entry.num_pins == 0:
-            self._evictions.add(key, len(entry.resident.pages), float(entry.num_uses), partial(self._evict, key))
+            self._evictions.add(key, len(entry.resident.pages), float(entry.num_uses), self._evict)
 
     @property
     def num_holds(self) -> int:

@@ -7,7 +7,7 @@ what was useful long ago sinks below what is useful now. With equal values this 
 
 import heapq
 from collections.abc import Callable, Collection, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serving.pages import PageArena
 
@@ -15,7 +15,7 @@ from serving.pages import PageArena
 class _Idle(NamedTuple):
     number: int  # of its coming, which tells it from what it was when it was idle before
     num_pages: int
-    evict: Callable[[], None]
+    evict: Callable[[Any], None]
 
 
 class EvictionQueue:
@@ -29,8 +29,8 @@ class EvictionQueue:
         self._num_added = 0
         self.num_pages = 0
 
-    def add(self, thing: Hashable, num_pages: int, value: float, evict: Callable[[], None]) -> None:
-        """Offer a thing: uses times the cost of a page of it, and what frees exactly its `num_pages` pages."""
+    def add(self, thing: Hashable, num_pages: int, value: float, evict: Callable[[Any], None]) -> None:
+        """Offer a thing: uses times the cost of a page of it, and what frees its `num_pages` pages, given it."""
         assert thing not in self._idle, f"{thing} is idle already"
         self._num_added += 1
         self._idle[thing] = _Idle(self._num_added, num_pages, evict)
@@ -80,7 +80,7 @@ class EvictionQueue:
         self.num_pages -= idle.num_pages
         self._floor = max(self._floor, priority)  # what was passed over, because it was kept, may go later
         num_free = self._arena.num_free
-        idle.evict()
+        idle.evict(thing)
         assert self._arena.num_free == num_free + idle.num_pages, f"{thing} did not free its pages"
 
     def _is_idle(self, entry: tuple[float, int, Hashable]) -> bool:

@@ -13,7 +13,6 @@ last page of a prefix is evicted first.
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 
 from serving.eviction import EvictionQueue
@@ -41,7 +40,7 @@ class PrefixKeys:
         return self._keys[1 : num_pages + 1]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Cached:
     """One page's books; owned by PrefixCache."""
 
@@ -108,7 +107,7 @@ class PrefixCache:
             cached = self._cached.get(page)
             if cached is not None and self._arena.num_owners(page) == 1:
                 self._idle.add(page)
-                self._evictions.add(page, 1, cached.num_hits * RECOMPUTE_COST, partial(self._evict, page))
+                self._evictions.add(page, 1, cached.num_hits * RECOMPUTE_COST, self._evict)
 
     def forget(self, owner: str | None) -> None:
         """Free all idle pages of an adapter that has gone for good."""

@@ -1,6 +1,6 @@
 """The sequences that run, as columns: what a step asks of all of them it asks at once, not of one object at a time.
 
-With 1,024 of them that is the difference between the engine's own work and the model's being of one size
+With 1,024 of them a third of the engine's own time was in looking at each for what nearly all have in common
 (docs/experiments.md).
 
 Shape letters: R rows, as many as may run; N sequences of one step; B blocks (pages of KV) of the longest context.

@@ -35,9 +35,9 @@ class Things:
     def add(self, name: str, num_pages: int, value: float) -> None:
         pages = self.arena.allocate(num_pages)
 
-        def evict() -> None:
+        def evict(thing: str) -> None:
             self.arena.free(pages)
-            self.evicted.append(name)
+            self.evicted.append(thing)
 
         self.queue.add(name, num_pages, value, evict)
         self.queue.check_integrity()
