@@ -262,7 +262,9 @@ def continual(
     direction_rank: Annotated[
         int | None, typer.Option(help="rank of what the stage trains; default: 32 for recall, else 10", min=1)
     ] = None,
-    steps: Annotated[int, typer.Option(help="optimiser steps", min=1)] = 200,
+    steps: Annotated[
+        int | None, typer.Option(help="optimiser steps (default: 800 for recall, else 200)", min=1)
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="of that direction", min=1e-8)] = 3e-3,
     kind: Annotated[
         Literal["recall", "contrast", "paper", "distil", "code"],

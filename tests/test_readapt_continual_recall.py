@@ -104,15 +104,20 @@ def test_stages_are_learned_from_statistics_and_the_first_is_not_lost(base: Path
     assert min(points) >= 90, points
 
 
-def test_the_first_stage_stays_as_it_was_learned(base: Path):
-    """Features are only worth keeping if nothing moves them."""
+def test_features_stay_as_they_were_learned_and_the_readout_begins_anew(base: Path):
+    """Features are only worth keeping if nothing moves them; the statistics know all that a readout was taught."""
     model, method = load_base(base), recalling(Method(2, ranks=((0, 2),)), Recall(2))
     shapes = linear_shapes(model)
-    stages = [rows_of(base, letters)[:8] for letters in ("ab", "cd")]
-    first, both = [Decoupled()] * 2
-    for stage, rows in enumerate(stages):
+    states = [Decoupled()]
+    for stage, letters in enumerate(("ab", "cd", "ef")):
+        rows = rows_of(base, letters)[:8]
         learner = LabelWriter(model, [], labels_in(rows))
-        first, both = both, recall_stage(model, both, learner, rows, method, shapes=shapes, stage=stage)
+        states.append(recall_stage(model, states[-1], learner, rows, method, shapes=shapes, stage=stage))
+    _, first, both, last = states
+    assert [len(state.directions) for state in (first, both, last)] == [1, 2, 2]
+    for state in (both, last):
+        assert state.directions[0].factors.keys() == first.directions[0].factors.keys()
+        assert state.directions[1].factors.keys() == Top(model).shapes.keys()
     name = next(iter(blank(shapes, 1, 1.0).factors))
     assert torch.equal(first.directions[0].factors[name].a_RD, both.directions[0].factors[name].a_RD)
     assert both.magnitudes[0] == pytest.approx(first.magnitudes[0], rel=1e-6)

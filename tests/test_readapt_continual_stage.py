@@ -245,9 +245,6 @@ def test_ranks_that_fit_nothing_are_told(world: World):
     for kind in ("contrast", "recall", "paper"):
         method = method_of(kind, steps=2, learning_rate=1e-3, rank=500)
         refused(world, InvalidAdapterError, "rank 500 does not fit", wanted, method)
-    recalled = next(v for v in world[1].versions("usual") if v.details.get("stage") == "r")
-    wanted = NextStage("usual", "x", rows_of(world[0].folder / "z9", "z"), parent=recalled.number)
-    refused(world, InvalidAdapterError, "readout has rank 4", wanted, method_of("recall", 2, 1e-3))
 
 
 def test_the_rows_of_every_stage_are_needed_to_judge(world: World, tmp_path: Path):

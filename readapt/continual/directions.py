@@ -30,7 +30,7 @@ class Decoupled:
 
     `inputs` are sketches of the modules' inputs in all stages so far (see `moments`), `classes` statistics of all their
     classes (see `recall`); empty unless the last stage's method has kept them up. `has_readout` says that the last
-    direction is recall's readout, which the next stage by recall trains further.
+    direction is recall's readout, which the next stage by recall replaces.
     """
 
     directions: tuple[Adapter, ...] = ()

@@ -31,7 +31,7 @@ AnyT = TypeVar("AnyT")
 class Recall:
     """How the readout of `recall` is trained in each stage but the first: so many vectors are drawn for each step."""
 
-    steps: int = 200
+    steps: int = 800
     draws: int = 512
     rank: int = 32
     learning_rate: float = 3e-3
@@ -104,11 +104,15 @@ def recalling(method: Method, recall: Recall = Recall()) -> Method:
     return replace(method, recall=recall, magnitude=2.0, decoupling=replace(method.decoupling, is_fresh_unit=False))
 
 
-def method_of(kind: MethodName, steps: int, learning_rate: float, rank: int | None = None) -> Method:
-    """A method by its name, for a stage on top of an adapter; `rank` None is 10, or 32 for recall's readout."""
-    method = Method(steps, ranks=((0, rank or 10),), learning_rate=learning_rate)
+def method_of(kind: MethodName, steps: int | None, learning_rate: float, rank: int | None = None) -> Method:
+    """A method by its name, for a stage on top of an adapter.
+
+    `rank` None is 10, or 32 for recall's readout; `steps` None is 200, or 800 for that.
+    """
+    method = Method(steps or 200, ranks=((0, rank or 10),), learning_rate=learning_rate)
     if kind == "recall":
-        return recalling(method, Recall(steps, rank=rank or Recall.rank, learning_rate=learning_rate))
+        how = Recall(steps or Recall.steps, rank=rank or Recall.rank, learning_rate=learning_rate)
+        return recalling(method, how)
     variants = {"contrast": contrast, "distil": distilling, "code": released_code}
     return method if kind == "paper" else variants[kind](method)
 

@@ -1,10 +1,11 @@
 """Recall: a causal LM that writes labels goes on learning from statistics of its earlier classes' features.
 
 Ours, beside SD-LoRA. The first stage trains a direction as always; later stages leave the features alone and train
-only what comes after the last layer's attention, on vectors drawn from Gaussians: one for each token of each label,
-with a mean of its own and the covariance of its place in the label. So old and new classes are learned side by side
-though no row is kept. Related: classifier alignment on class statistics for images (SLCA, arXiv 2303.05118); here the
-classifier is the last layer of the LM.
+only a readout, that is what comes after the last layer's attention, on vectors drawn from Gaussians: one for each token
+of each label, with a mean of its own and the covariance of its place in the label. So old and new classes are learned
+side by side though no row is kept. Each stage's readout begins anew, since the statistics have all that the one before
+was taught: trained further, it clings to the Gaussians of the first classes (docs/experiments.md). Related: classifier
+alignment on class statistics for images (SLCA, arXiv 2303.05118); here the classifier is the last layer of the LM.
 
 A feature is the last layer's residual input and the input of its attention's output projection, side by side.
 
@@ -20,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cluster.adapter_files import Adapter
 from cluster.errors import InvalidCheckpointError
-from readapt.continual.directions import Decoupled, Decoupling, DirectionWeights, fold
+from readapt.continual.directions import Decoupled, Decoupling, DirectionWeights
 from readapt.continual.learn import Learner, Method, Recall, descend, learn_stage
 from readapt.continual.writer import Tokens, label_of
 from readapt.data import IGNORED, Encoded, collate
@@ -49,7 +49,7 @@ def recall_stage(
 ) -> Decoupled:
     """As `learn.learn_stage`: the first stage is learned by it, all others from the classes' statistics.
 
-    The last of the returned directions is then the readout, which each stage trains further. InvalidCheckpointError
+    The last of the returned directions is then the readout, in place of the stage's before. InvalidCheckpointError
     where the model is not of Llama's layout, TrainingError when the loss is no longer finite.
     """
     top = Top(model)
@@ -58,33 +58,30 @@ def recall_stage(
         return recall(top, first, rows)
     state = recall(top, state, rows)
     how = method.recall or Recall()
-    features, readout = _parted(state)
-    fresh = readout or blank(top.shapes, how.rank, alpha=how.rank, seed=seed)
+    features = _without_readout(state)
+    fresh = blank(top.shapes, how.rank, alpha=how.rank, seed=seed)
     with DirectionWeights(model, features, fresh, 1.0, PLAIN) as weights:
         groups = [{"params": weights.factors(), "lr": how.learning_rate}]
         vectors = draws(state.classes, how.draws, seed)
         plan = replace(method, steps=how.steps, optimizer="adam")
         descend(groups, lambda draw: cross_entropy(top.logits(draw[0]), draw[1]), vectors, plan)
         learned = weights.export()
-    return replace(learned, inputs={}, has_readout=len(learned.directions) > len(features.directions))
+    return replace(learned, inputs={}, has_readout=True)
 
 
 def recall(top: "Top", state: Decoupled, rows: Sequence[Encoded]) -> Decoupled:
     """The state with these rows' classes among those that it has statistics of; for a bare model."""
-    with DirectionWeights(top.model, _parted(state)[0]):
+    with DirectionWeights(top.model, _without_readout(state)):
         vectors_BD, tokens_B = top.features(rows)
     places = [(label_of(row), place) for row in rows for place in range(len(label_of(row)))]
     return replace(state, classes=with_classes(state.classes, vectors_BD, tokens_B, places))
 
 
-def _parted(state: Decoupled) -> tuple[Decoupled, Adapter | None]:
-    """The directions that make the features, and the readout if there is one."""
+def _without_readout(state: Decoupled) -> Decoupled:
+    """The directions that make the features."""
     if not state.has_readout:
-        return state, None
-    *features, readout = state.directions
-    *magnitudes, size = state.magnitudes
-    kept = replace(state, directions=tuple(features), magnitudes=tuple(magnitudes), has_readout=False)
-    return kept, fold(Decoupled((readout,), (size,)))
+        return state
+    return replace(state, directions=state.directions[:-1], magnitudes=state.magnitudes[:-1], has_readout=False)
 
 
 def with_classes(

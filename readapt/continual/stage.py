@@ -151,7 +151,7 @@ def _parent(registry: Registry, wanted: NextStage) -> tuple[Version, str]:
 
 
 def _check_rank(before: Learned, method: Method, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """InvalidAdapterError for a direction that is wider than a module, or that goes on at another rank."""
+    """InvalidAdapterError for a direction that is wider than a module."""
     if method.recall is None:
         rank, modules = method.rank_of(len(before.stages)), list(before.state.directions[0].factors)
     else:
@@ -161,8 +161,6 @@ def _check_rank(before: Learned, method: Method, shapes: Mapping[str, tuple[int,
             raise InvalidAdapterError(
                 f"A direction of rank {rank} does not fit {module!r}, (out, in) {shapes[module]}."
             )
-    if method.recall and before.state.has_readout and rank != (held := before.state.directions[-1].max_rank):
-        raise InvalidAdapterError(f"The readout has rank {held}, which every stage trains further: not rank {rank}.")
 
 
 def _stage(before: Learned, wanted: NextStage, train: Sequence[Row]) -> Stage:
