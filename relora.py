@@ -103,6 +103,11 @@ def serve(
         serving.on_ray.deploy(loaded, bases)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # the cluster started here ends with us
         console.print(f"serving {', '.join(bases)} at http://{loaded.serving.host}:{loaded.serving.port}/v1")
+        for spec in loaded.bases:
+            if spec.name not in bases:
+                _print_whole(
+                    f"to move to {spec.name}: ray job submit -- relora upgrade {fleet.resolve()} --to {spec.name}"
+                )
         while not detach:
             time.sleep(1.0)
 
@@ -157,7 +162,7 @@ def upgrade(
     if not rollout:
         campaign.run()
         return
-    serving.on_ray.check_gateway()
+    serving.on_ray.check_gateway(loaded)
     mover = Rollout(registry, to, lambda version: serving.on_ray.probe(loaded, version), loaded.rollout)
     with in_background(campaign) as settled:
         try:
@@ -187,7 +192,7 @@ def rollout(
     registry = open_registry(loaded)
     waiting = registry.versions(base=base, statuses=(Status.CANDIDATE, Status.READY, Status.CANARY))
     _join_cluster()
-    serving.on_ray.check_gateway()
+    serving.on_ray.check_gateway(loaded)
     movers = []
     for name in sorted({version.base for version in waiting}):
         if not serving.on_ray.has_engine(name):

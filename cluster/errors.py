@@ -2,7 +2,8 @@
 
     ReloraError
     ├── ConfigError              fleet.toml: unknown key, bad value, missing file
-    ├── InvalidRequestError      a request that can never be served: malformed, too long, bad name
+    ├── InvalidRequestError      a request that can never be served: malformed, bad name
+    │   └── ContextLengthError   a prompt longer than the model's context
     ├── NotFoundError            no such base model, adapter or version
     ├── ConflictError            the name is taken, or a compare-and-swap was lost
     ├── OverloadedError          a queue is full; try again after `retry_after_s`
@@ -28,6 +29,10 @@ class ConfigError(ReloraError):
 
 class InvalidRequestError(ReloraError):
     """The request can never be served as it stands."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt is longer than what the model takes."""
 
 
 class NotFoundError(ReloraError):

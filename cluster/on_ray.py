@@ -31,6 +31,7 @@ _DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",  # one idle Python process for each of `num_cpus`, which may be many
+    "RAY_worker_niceness": "0",  # Ray's 15 lets whatever else runs here starve the service
 }
 
 

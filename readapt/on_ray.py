@@ -38,6 +38,7 @@ from readapt.search import BayesianSearch
 from readapt.workbench import AdapterJob, Ended, Reports, RungReached, Shift, Workbench
 
 MAX_WORKER_GROUP_RESTARTS = 16
+TRAINING_NICENESS = 5  # engines are at 0: on cores that they share, a request goes before a training step
 TRIAL_CPUS = 0.5  # trials are short and share the cores with the workers
 SEARCH_POLL_S = 0.01  # how long a worker waits for a search before it goes on with its other jobs
 _SETTINGS = {
@@ -201,6 +202,7 @@ def _work(config: dict[str, Any]) -> None:
 
     It asks for the next job when the last one has come, so that the workers share out what there is.
     """
+    os.setpriority(os.PRIO_PROCESS, 0, TRAINING_NICENESS)
     queue, pack = config["queue"], config["fleet"].readapt.workers.pack
     rank = train.get_context().get_world_rank()
 

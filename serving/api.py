@@ -248,6 +248,9 @@ async def _on_invalid_body(request: HttpRequest, error: Exception) -> Response:
     """Names the first field that is wrong, as OpenAI does; one that does not exist here counts as wrong."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] in ("json_invalid", "model_attributes_type"):  # it has no field that could be named
+        message = "The body is not a JSON object, or was not sent with content-type: application/json."
+        return JSONResponse(error_body(message, HTTP_ERRORS[InvalidRequestError]), 400)
     param = ".".join(str(step) for step in first["loc"] if step != "body")
     reason = "this server does not support it" if first["type"] == "extra_forbidden" else first["msg"]
     reason = reason.removeprefix("Value error, ")

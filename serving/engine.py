@@ -18,6 +18,7 @@ from cluster.adapter_files import Adapter, check_base_copies, check_fits
 from cluster.config import ServingConfig
 from cluster.errors import (
     ConfigError,
+    ContextLengthError,
     InvalidAdapterError,
     InvalidCheckpointError,
     InvalidRequestError,
@@ -270,7 +271,7 @@ class Engine:
         if num_prompt == 0:
             raise InvalidRequestError("the prompt is empty: there is no token to continue from")
         if num_prompt > limit:
-            raise InvalidRequestError(f"the prompt has {num_prompt} tokens, the model takes at most {limit}")
+            raise ContextLengthError(f"the prompt has {num_prompt} tokens, the model takes at most {limit}")
         if request.sampling.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens is {request.sampling.max_tokens}, it has to be at least 1")
         tokens = (*request.prompt_tokens, *request.resumed_tokens)

@@ -6,6 +6,7 @@ from typing import Any
 from cluster.errors import (
     ConfigError,
     ConflictError,
+    ContextLengthError,
     InvalidAdapterError,
     InvalidCheckpointError,
     InvalidDataError,
@@ -38,6 +39,7 @@ class HttpError:
 
 HTTP_ERRORS: dict[type[ReloraError], HttpError] = {
     InvalidRequestError: HttpError(400, "invalid_request_error", "invalid_request"),
+    ContextLengthError: HttpError(400, "invalid_request_error", "context_length_exceeded"),
     InvalidAdapterError: HttpError(400, "invalid_request_error", "invalid_adapter"),
     InvalidCheckpointError: HttpError(400, "invalid_request_error", "invalid_checkpoint"),
     InvalidDataError: HttpError(400, "invalid_request_error", "invalid_data"),

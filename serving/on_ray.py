@@ -18,9 +18,10 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
+from sqlalchemy import make_url
 
 from cluster.config import Fleet
-from cluster.errors import NotFoundError, OverloadedError, ReloraError
+from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry
 from cluster.registry import Version
 from serving.api import create_app
@@ -100,6 +101,10 @@ class GatewayDeployment:
         """See `Gateway.refresh`."""
         await self._gateway.refresh()
 
+    async def serves(self) -> tuple[str, str]:
+        """Whose gateway this is: the fleet's registry and address."""
+        return _registry(self._fleet), _address(self._fleet)
+
 
 class HandleBackend:
     """An engine behind a Serve handle. Which replica answers is Serve's choice: the one with the shorter queue.
@@ -171,8 +176,16 @@ class ServeBackends:
 def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
     """Starts the gateway and one engine per base on the Ray cluster that this process is connected to.
 
-    Returns when all of them answer. The address is `fleet.serving`'s; it cannot change while Serve runs.
+    Returns when all of them answer. The address is `fleet.serving`'s; it cannot change while Serve runs. ConflictError
+    where the cluster serves another fleet, which would be gone, or this one elsewhere.
     """
+    if _is_running(GATEWAY):
+        registry, address = _served()
+        if (registry, address) != (_registry(fleet), _address(fleet)):
+            raise ConflictError(
+                f"This Ray cluster serves the fleet of {registry} at {address} already, and a cluster serves one: stop "
+                "that first, or name another cluster in RAY_ADDRESS."
+            )
     gateway = serve.deployment(GatewayDeployment).options(
         max_ongoing_requests=MAX_GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=GRACE_S,
@@ -194,15 +207,33 @@ def deploy_base(fleet: Fleet, base: str) -> None:
         _refresh_gateway()
 
 
-def check_gateway() -> None:
-    """NotFoundError where no gateway runs on the connected cluster."""
+def check_gateway(fleet: Fleet) -> None:
+    """NotFoundError where no gateway runs on the connected cluster, ConflictError where it is another fleet's."""
     if not _is_running(GATEWAY):
         raise NotFoundError("Nothing is served on this Ray cluster: `relora serve` comes first.")
+    registry, address = _served()
+    if registry != _registry(fleet):
+        raise ConflictError(f"This Ray cluster serves another fleet, that of {registry} at {address}.")
 
 
 def has_engine(base: str) -> bool:
     """Whether the engine of a base runs on the connected cluster."""
     return _is_running(ENGINE_PREFIX + base)
+
+
+def _served() -> tuple[str, str]:
+    with _our_errors():
+        found: tuple[str, str] = _outside_handle(GATEWAY).serves.remote().result(timeout_s=30)
+    return found
+
+
+def _registry(fleet: Fleet) -> str:
+    """To be shown: without a password."""
+    return make_url(fleet.registry).render_as_string(hide_password=True)
+
+
+def _address(fleet: Fleet) -> str:
+    return f"{fleet.serving.host}:{fleet.serving.port}"
 
 
 def _is_running(name: str) -> bool:

@@ -100,7 +100,7 @@ def test_nothing_to_move(run: Run, registry: Registry):
 
 @pytest.mark.usefixtures("registry", "deployed")
 def test_without_a_gateway_nothing_is_probed(run: Run, monkeypatch: pytest.MonkeyPatch):
-    def refuse() -> None:
+    def refuse(fleet: Fleet) -> None:
         raise NotFoundError("Nothing is served on this Ray cluster")
 
     monkeypatch.setattr("serving.on_ray.check_gateway", refuse)

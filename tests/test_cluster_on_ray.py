@@ -1,5 +1,6 @@
 """The local cluster, the connection and the job API, on real Ray processes."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_two_clusters_beside_each_other_and_nothing_left_after_stop(cluster: Loc
     with LocalCluster(num_cpus=1) as second:
         connect(second.address)
         assert ray.cluster_resources()["CPU"] == 1
+        assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == 0, "Ray's default of 15 would let the service starve"
         job = submit_job(second.dashboard_url, "sleep 987654")  # a driver that never joins Ray dies as well
         deadline = time.monotonic() + 30
         while not _sleepers() and time.monotonic() < deadline:

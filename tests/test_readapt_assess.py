@@ -1,6 +1,7 @@
 """Assessments of real adapters on bases that have changed a little, much, and altogether."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet, load_fleet
 from cluster.fleet import open_blobs, open_registry, register_adapters
 from cluster.registry import Registry, Status
-from readapt.assess import Assessment, Assessor, Corners, Rung, as_json, as_table, configured, predict
+from readapt.assess import Assessment, Assessor, Corners, Rung, as_json, as_table, configured, predict, with_transplant
 from readapt.assess import expected_seconds as climb_seconds
 from readapt.base_pair import EVOLUTION
 from readapt.evaluate import Evaluation
@@ -65,7 +66,7 @@ def assess_all(fleet: Fleet, registry: Registry, target: str) -> list[Assessment
 
 @pytest.mark.parametrize(
     ("target", "rung"),
-    [("same", "copy"), ("mild", "copy"), ("low", "transplant"), ("strong", "train"), ("stranger", "scratch")],
+    [("same", "copy"), ("mild", "copy"), ("low", "transplant"), ("strong", "transplant"), ("stranger", "scratch")],
 )
 def test_the_predicted_rung_of_each_world(fleet: Fleet, registry: Registry, target: str, rung: str):
     busy, calm = assess_all(fleet, registry, target)
@@ -217,6 +218,20 @@ def test_the_command_prints_and_writes_json(fleet: Fleet, tmp_path: Path):
 )
 def test_a_rung_that_is_not_configured_is_not_predicted(rung: Rung, rungs: tuple[Rung, ...], found: str):
     assert configured(rung, rungs) == found
+
+
+@pytest.mark.parametrize(
+    ("old_loss", "rung", "found"),
+    [
+        (0.1, "copy", "copy"),
+        (0.1, "train", "transplant"),
+        (0.1, "scratch", "transplant"),
+        (math.nan, "scratch", "scratch"),
+    ],
+)
+def test_a_transplant_is_expected_where_copies_fail(old_loss: float, rung: Rung, found: str):
+    corners = Corners(*(Evaluation(loss, 90.0, 48) for loss in (old_loss, 4.0, 4.0, 5.0)))
+    assert with_transplant(rung, "why", corners)[0] == found
 
 
 def test_where_there_are_only_prompts_the_old_services_answers_are_what_counts(

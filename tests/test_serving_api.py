@@ -334,6 +334,24 @@ def test_malformed_chats_are_refused_by_field(server: Server, bad: dict, word: s
     assert word in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"), [('{"model": "v1",', "application/json"), ('{"model": "v1", "prompt": "a"}', "text/plain")]
+)
+def test_what_is_no_json_is_told_so(server: Server, content: str, kind: str):
+    response = httpx.post(f"{server.url}/v1/completions", content=content, headers={"content-type": kind})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert "JSON" in error["message"]
+    assert "application/json" in error["message"]
+    assert error["param"] is None
+
+
+def test_a_prompt_beyond_the_context_has_openais_code(server: Server):
+    response = server.post("/v1/completions", model="v1", prompt="x" * 5000, max_tokens=1)
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("body", [{"prompt": "a\ud800"}, {"prompt": ["b", "\udc00"]}, {"messages": "a\ud800b"}])
 def test_half_a_surrogate_pair_is_no_prompt(server: Server, body: dict):
     route = "/v1/completions"

@@ -18,7 +18,7 @@ from ray import serve
 
 from cluster.blobs import content_hash
 from cluster.config import BaseSpec, Fleet, load_fleet
-from cluster.errors import NotFoundError, OverloadedError, ReloraError
+from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry, register_adapters, register_base
 from cluster.registry import Registry, Status, Version
 from serving import on_ray
@@ -82,9 +82,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
         with pytest.raises(NotFoundError, match="relora serve"):
-            on_ray.check_gateway()
+            on_ray.check_gateway(fleet)
         on_ray.deploy(fleet, ["v1"])
-        on_ray.check_gateway()
+        on_ray.check_gateway(fleet)
         yield Served(fleet, registry, f"http://127.0.0.1:{fleet.serving.port}")
         serve.shutdown()
     finally:
@@ -127,6 +127,18 @@ def test_hanging_up_reaches_the_engine(served: Served, stream: bool):
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{served.url}/v1/completions", json=body, timeout=0.5)
     _wait_until(lambda: _gauge(served, "v1", "running") == 0, timeout_s=2)
+
+
+def test_another_fleet_does_not_take_the_place_of_the_one_that_is_served(served: Served, tmp_path: Path):
+    other = replace(served.fleet, registry=f"sqlite:///{tmp_path}/other.db")
+    for attempt in (lambda: on_ray.deploy(other, ["v1"]), lambda: on_ray.check_gateway(other)):
+        with pytest.raises(ConflictError, match=r"registry\.db at 127\.0\.0\.1"):
+            attempt()
+    elsewhere = replace(served.fleet, serving=replace(served.fleet.serving, port=served.fleet.serving.port + 1))
+    with pytest.raises(ConflictError, match="already"):
+        on_ray.deploy(elsewhere, ["v1"])
+    on_ray.check_gateway(elsewhere)
+    assert served.text("intent") != served.text("v1")
 
 
 def test_a_base_that_cannot_start_is_one_sentence(served: Served, tmp_path: Path):
