@@ -55,7 +55,7 @@ def register(fleet: FleetPath) -> None:
     """Checks every adapter of the fleet file and its rows, and makes it known as version 1, live on its base."""
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
-    from readapt.relabel import check_rows
+    from readapt.ladder.relabel import check_rows
 
     loaded = load_fleet(fleet)
     for spec in loaded.adapters:
@@ -121,7 +121,7 @@ def assess(
     """Tells what awaits every adapter on a new base model, before anything is trained; needs no cluster."""
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
-    from readapt.assess import Assessor, as_json, as_table
+    from readapt.campaign.assess import Assessor, as_json, as_table
 
     loaded = load_fleet(fleet)
     loaded.base(to)  # an unknown one is told before anything starts
@@ -151,7 +151,7 @@ def upgrade(
     from cluster.config import load_fleet
     from cluster.fleet import open_blobs, open_registry, register_adapters
     from cluster.rollout import Rollout
-    from readapt.campaign import Campaign, in_background
+    from readapt.campaign.campaign import Campaign, in_background
 
     loaded = load_fleet(fleet)
     open_checkpoint(loaded.base(to).path)  # an unknown name or a missing folder is told before anything starts
@@ -226,7 +226,7 @@ def extract(
     from readapt.extraction import extract as extraction
     from readapt.extraction.report import adapters_table, read_report
     from readapt.extraction.verify import read_rows, verify_into_report
-    from readapt.spectra import rules_of
+    from readapt.lowrank.spectra import rules_of
 
     settings = extraction.Settings(rules_of(rank or [], energy, knee, budget), max_rank, include, exclude, dtype=dtype)
     if verify is not None:

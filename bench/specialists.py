@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from cluster.adapter_files import Adapter, save_adapter
-from readapt.data import Encoder, Row, Task, encoder_for, load_rows
-from readapt.evaluate import Evaluator, Metric
-from readapt.lora import blank, linear_shapes, load_base
-from readapt.relabel import PROMPTS
-from readapt.train import Plan, TrainJob, fine_tune
+from readapt.ladder.relabel import PROMPTS
+from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows
+from readapt.training.evaluate import Evaluator, Metric
+from readapt.training.lora import blank, linear_shapes, load_base
+from readapt.training.train import Plan, TrainJob, fine_tune
 
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 3e-3

@@ -94,9 +94,9 @@ class AdapterSpec:
 class ServingConfig:
     """One engine's limits and memory, and how many replicas of it there are.
 
-    `max_overtakes` is K of the bound on waiting in `serving.waiting`. `prefix_cache` says between whom KV of common
-    prefixes is shared: all, requests of one tenant, or none. `first_token_deadline_s` is for requests that bring none.
-    There, and in `max_queue_per_tenant`, 0 means no limit. `packed_bytes` bounds each machine's folder of packed
+    `max_overtakes` is K of the bound on waiting in `serving.engine.waiting`. `prefix_cache` says between whom KV of
+    common prefixes is shared: all, requests of one tenant, or none. `first_token_deadline_s` is for requests that bring
+    none. There, and in `max_queue_per_tenant`, 0 means no limit. `packed_bytes` bounds each machine's folder of packed
     adapters; with 0 none are kept there. `compiled_kernels` has the C++ kernels for CPUs compiled on first use, where
     there is a compiler and AVX-512. `swap_bytes` of host memory are for the KV of preempted requests; what finds no
     room there is computed anew.

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cluster.errors import ConflictError, NotFoundError, StorageError
 from cluster.names import check_name
 from cluster.records import TRANSITIONS, AdapterRecord, BaseModel, Event, Route, Status, Version
-from cluster.registry_tables import adapters, bases, events, heartbeats, open_engines, versions
+from cluster.tables import adapters, bases, events, heartbeats, open_engines, versions
 
 __all__ = ["AdapterRecord", "BaseModel", "Event", "Registry", "Route", "Status", "Version"]
 

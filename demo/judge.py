@@ -13,9 +13,9 @@ from demo.outcome import AdapterOutcome, Curve, Traffic
 from demo.scratch import ScratchRun
 from demo.verify import terms, wrong_answers
 from demo.world import NEW, OLD
-from readapt.data import encoder_for, load_task
-from readapt.evaluate import golden, judge
-from readapt.lora import attached, load_base
+from readapt.training.data import encoder_for, load_task
+from readapt.training.evaluate import golden, judge
+from readapt.training.lora import attached, load_base
 
 TEST_ROWS = 1000  # of each task at most
 MAX_LISTED = 20

@@ -27,7 +27,7 @@ from demo.report import summary, table, write_html
 from demo.scratch import ScratchRun, scratch_runs
 from demo.specialists import single_threaded
 from demo.world import NEW, OLD, WorldInfo, kit_world, make_world
-from readapt.data import load_task
+from readapt.training.data import load_task
 
 NUM_PROMPTS = 6  # of each adapter in the load
 ANSWER_TOKENS = 16

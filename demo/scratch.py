@@ -9,11 +9,11 @@ from cluster.adapter_files import Adapter, load_adapter
 from cluster.config import AdapterSpec, Fleet
 from demo.outcome import Curve
 from demo.specialists import single_threaded
-from readapt.data import encoder_for, load_task
-from readapt.evaluate import Evaluator, Gate, Watcher
-from readapt.lora import load_base
-from readapt.plans import train_scratch
-from readapt.search import split_valid
+from readapt.fusion.search import split_valid
+from readapt.ladder.runs import train_scratch
+from readapt.training.data import encoder_for, load_task
+from readapt.training.evaluate import Evaluator, Gate, Watcher
+from readapt.training.lora import load_base
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from transformers.utils import logging
 
 from cluster.adapter_files import save_adapter
-from readapt.data import encoder_for, load_rows
-from readapt.evaluate import Evaluator, judge
-from readapt.lora import blank, linear_shapes, load_base
-from readapt.train import Plan, TrainJob, fine_tune
+from readapt.training.data import encoder_for, load_rows
+from readapt.training.evaluate import Evaluator, judge
+from readapt.training.lora import blank, linear_shapes, load_base
+from readapt.training.train import Plan, TrainJob, fine_tune
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -30,12 +30,12 @@ from ray.tune.search import Searcher
 
 from cluster.config import Fleet, ReadaptConfig, SearchConfig
 from cluster.errors import ConfigError, TrainingError
-from readapt.job_queue import JobQueue
-from readapt.objective import FusionObjective, SearchResult
-from readapt.points import Point
-from readapt.refine import refine
-from readapt.search import BayesianSearch
-from readapt.workbench import AdapterJob, Ended, Reports, RungReached, Shift, Workbench
+from readapt.campaign.job_queue import JobQueue
+from readapt.campaign.worker import AdapterJob, Ended, Reports, RungReached, Shift, Workbench
+from readapt.fusion.objective import FusionObjective, SearchResult
+from readapt.fusion.points import Point
+from readapt.fusion.refine import refine
+from readapt.fusion.search import BayesianSearch
 
 MAX_WORKER_GROUP_RESTARTS = 16
 TRAINING_NICENESS = 5  # engines are at 0: on cores that they share, a request goes before a training step

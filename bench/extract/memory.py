@@ -55,7 +55,7 @@ def main(base: Path, tuned: Path, out: Path, rank: int) -> None:
 
     from cluster.checkpoints import open_checkpoint
     from readapt.extraction.extract import Settings, extract
-    from readapt.spectra import EnergyShare, FixedRank
+    from readapt.lowrank.spectra import EnergyShare, FixedRank
 
     torch.set_num_threads(1)
     checkpoints = open_checkpoint(base), open_checkpoint(tuned)

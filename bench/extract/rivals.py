@@ -126,7 +126,7 @@ def likeness(base: Path, tuned: Path, adapters: Mapping[str, Path], data: Path) 
     from peft import PeftModel
 
     from readapt.extraction.verify import compare, encode_rows
-    from readapt.lora import load_base
+    from readapt.training.lora import load_base
 
     reference, found = load_base(tuned), {}
     for name, folder in adapters.items():

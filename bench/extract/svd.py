@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from readapt.svd import decompose, squared_norm
+from readapt.lowrank.svd import decompose, squared_norm
 
 SPECTRA = {"flat": None, "i^-0.25": 0.25, "i^-0.5": 0.5, "i^-1": 1.0}
 OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of torch.svd_lowrank beside ours: the usual advice

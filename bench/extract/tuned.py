@@ -20,16 +20,16 @@ from bench.specialists import BenchTask, load_bench_task
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.config import ServingConfig
-from readapt.data import Encoder, Row, collate, encoder_for
-from readapt.evaluate import Evaluator
 from readapt.extraction.extract import Settings, extract
 from readapt.extraction.files import Extraction
 from readapt.extraction.report import read_report
 from readapt.extraction.verify import verify_into_report
-from readapt.lora import load_base
-from readapt.spectra import Budget, EnergyShare, FixedRank, Knee, Rule
-from serving.engine import Engine
-from serving.request import AdapterRef, Request, SamplingParams
+from readapt.lowrank.spectra import Budget, EnergyShare, FixedRank, Knee, Rule
+from readapt.training.data import Encoder, Row, collate, encoder_for
+from readapt.training.evaluate import Evaluator
+from readapt.training.lora import load_base
+from serving.engine.engine import Engine
+from serving.engine.request import AdapterRef, Request, SamplingParams
 
 LEARNING_RATES = (3e-4, 1e-3)
 WARMUP_STEPS = 20

@@ -30,18 +30,18 @@ from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.config import LadderConfig, ReadaptConfig, SearchConfig
 from cluster.errors import TrainingError
-from readapt.data import encoder_for, load_task
-from readapt.delta import base_evolution
-from readapt.evaluate import Gate
-from readapt.ladder import Ladder, Ready, finish
-from readapt.lora import load_base
-from readapt.relabel import PROMPTS, load_prompts, relabelled
-from readapt.search import find
-from readapt.train import CurvePoint
+from readapt.fusion.search import find
+from readapt.ladder.ladder import Ladder, Ready, finish
+from readapt.ladder.relabel import PROMPTS, load_prompts, relabelled
+from readapt.lowrank.delta import base_evolution
+from readapt.training.data import encoder_for, load_task
+from readapt.training.evaluate import Gate
+from readapt.training.lora import load_base
+from readapt.training.train import CurvePoint
 
 TOLERANCE_POINTS = 0.5
 # About the best for all arms: the time to readiness of a run of T steps that is evaluated every k steps, each at the
-# cost of c steps, is about T + 1.5 k + c T / k; in long runs k grows by itself (`readapt.train.Plan`).
+# cost of c steps, is about T + 1.5 k + c T / k; in long runs k grows by itself (`readapt.training.train.Plan`).
 EVAL_EVERY = 10
 MAX_TOKENS = 256  # the rows fit it whole
 PERFECT = 100.0  # agreement of the old service with itself

@@ -35,9 +35,9 @@ from bench.specialists import BenchTask, make_specialist, write_bench_task
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import ReloraError
-from readapt.data import encoder_for, load_task
-from readapt.lora import load_base
-from readapt.search import split_valid
+from readapt.fusion.search import split_valid
+from readapt.training.data import encoder_for, load_task
+from readapt.training.lora import load_base
 
 EQUAL_POINTS = 1.0
 MAX_EXTRA_RATES = 1

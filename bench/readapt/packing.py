@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from cluster.adapter_files import Adapter
-from readapt.data import Encoded
-from readapt.evaluate import Evaluation
-from readapt.lora import blank, linear_shapes, load_base
-from readapt.train import Plan, TrainingPack, TrainJob
+from readapt.training.data import Encoded
+from readapt.training.evaluate import Evaluation
+from readapt.training.lora import blank, linear_shapes, load_base
+from readapt.training.train import Plan, TrainingPack, TrainJob
 
 NUM_ROWS = 256
 COMPLETION_TOKENS = 4

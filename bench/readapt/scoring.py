@@ -1,6 +1,6 @@
 """An adapter's quality row by row, for the report and for paired comparisons.
 
-Shape letters as in `readapt.evaluate`.
+Shape letters as in `readapt.training.evaluate`.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from cluster.adapter_files import Adapter
-from readapt.data import Encoder, Row, collate
-from readapt.evaluate import SPARE_TOKENS, Metric, label_logits
-from readapt.greedy import greedy
-from readapt.lora import attached
+from readapt.training.data import Encoder, Row, collate
+from readapt.training.evaluate import SPARE_TOKENS, Metric, label_logits
+from readapt.training.greedy import greedy
+from readapt.training.lora import attached
 
 BATCH_ROWS = 64
 

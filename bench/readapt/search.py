@@ -22,14 +22,14 @@ from bench.specialists import TASKS, BenchTask, load_bench_task, make_specialist
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.config import SearchConfig
-from readapt.data import encoder_for
-from readapt.delta import base_evolution
-from readapt.evaluate import Evaluator, judge
-from readapt.fuse import Rank
-from readapt.lora import attached, load_base
-from readapt.objective import FusionObjective
-from readapt.points import COPY, CORNERS, UNDO, Point
-from readapt.search import find, split_valid
+from readapt.fusion.fuse import Rank
+from readapt.fusion.objective import FusionObjective
+from readapt.fusion.points import COPY, CORNERS, UNDO, Point
+from readapt.fusion.search import find, split_valid
+from readapt.lowrank.delta import base_evolution
+from readapt.training.data import encoder_for
+from readapt.training.evaluate import Evaluator, judge
+from readapt.training.lora import attached, load_base
 
 T = TypeVar("T")
 OLD, NEW = "stories3m-v1", "stories3m-v2-strong"

@@ -23,11 +23,11 @@ from torch.nn.functional import kl_div, log_softmax
 from bench.specialists import TASKS, BenchTask, load_bench_task, make_specialist
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.config import TransplantConfig
-from readapt.data import Encoder, Row, Task, collate, encoder_for
-from readapt.evaluate import judge
-from readapt.lora import attached, load_base
-from readapt.search import subset
-from readapt.transplant import Regression, calibration_rows, transplant
+from readapt.fusion.search import subset
+from readapt.ladder.transplant import Regression, calibration_rows, transplant
+from readapt.training.data import Encoder, Row, Task, collate, encoder_for
+from readapt.training.evaluate import judge
+from readapt.training.lora import attached, load_base
 
 OLD, NEW = "stories3m-v1", "stories3m-v2-strong"
 GATE_ROWS = 400

@@ -12,10 +12,10 @@ from bench.serving.workloads import FIRST_TOKEN_ID, Answer, Ask
 from bench.serving.world import World
 from cluster.adapter_files import load_adapter
 from cluster.config import GIB, MIB, ServingConfig
-from serving.engine import Engine
-from serving.loop import EngineLoop
-from serving.packing import PackedAdapter
-from serving.request import AdapterRef, Request, SamplingParams
+from serving.adapters.packing import PackedAdapter
+from serving.engine.engine import Engine
+from serving.engine.loop import EngineLoop
+from serving.engine.request import AdapterRef, Request, SamplingParams
 
 PAGE_TOKENS = 16
 

@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import MIB, ServingConfig
-from serving.batch import Batch
-from serving.engine import Engine, settle_heap
-from serving.model import CausalLM
-from serving.request import AdapterRef, Request, SamplingParams
-from serving.weights import load_model
+from serving.engine.engine import Engine, settle_heap
+from serving.engine.request import AdapterRef, Request, SamplingParams
+from serving.model.batch import Batch
+from serving.model.llama import CausalLM
+from serving.model.weights import load_model
 
 PROMPT_TOKENS, OUTPUT_TOKENS = (8, 64), (32, 160)
 _RANKS = (8, 16)

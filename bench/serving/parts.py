@@ -20,7 +20,7 @@ from bench.serving.peft import Peft
 from bench.serving.shapes import Size, Subject
 from bench.serving.workloads import Answer, Ask, batch, read_trace, slora, zipf
 from bench.serving.world import ATTENTION, LINEARS, World, copy_model, make_world, write_random_model
-from serving.engine import Engine
+from serving.engine.engine import Engine
 
 Replay = Callable[[Sequence[Ask]], list[Answer]]
 S1, S2 = (8,), (64, 32, 16, 8)  # S-LoRA's settings for its 7B model

@@ -18,11 +18,11 @@ from torch.nn.functional import cross_entropy
 from cluster.adapter_files import Adapter
 from readapt.continual.directions import Decoupled, DirectionWeights, decouple, fold
 from readapt.continual.learn import MAX_GRADIENT_NORM
-from readapt.data import Encoded, collate, shuffled_batches
-from readapt.evaluate import Evaluation, Verdict, label_logits
-from readapt.lora import attached, blank
-from readapt.schedule import learning_rate
-from readapt.train import BrokenRunError, CurvePoint, Plan, TrainResult, go_on
+from readapt.training.data import Encoded, collate, shuffled_batches
+from readapt.training.evaluate import Evaluation, Verdict, label_logits
+from readapt.training.lora import attached, blank
+from readapt.training.schedule import learning_rate
+from readapt.training.train import BrokenRunError, CurvePoint, Plan, TrainResult, go_on
 
 
 @dataclass(frozen=True)

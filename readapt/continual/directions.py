@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from cluster.adapter_files import Adapter, LoraFactors, check_fits
 from cluster.errors import InvalidAdapterError
-from readapt.fuse import Fusion
-from readapt.points import Point
+from readapt.fusion.fuse import Fusion
+from readapt.fusion.points import Point
 
 Normaliser = Literal["product", "factors"]
 

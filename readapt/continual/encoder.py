@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoTokenizer
 
 from cluster.errors import InvalidCheckpointError
-from readapt.data import Row
+from readapt.training.data import Row
 
 QUERY_AND_VALUE = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin")
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cluster.errors import TrainingError
 from readapt.continual.directions import PAPER, Decoupled, Decoupling, DirectionWeights, distil, restarted
 from readapt.continual.moments import contrasting, input_moments, with_moments
-from readapt.data import shuffled_batches
-from readapt.lora import blank
-from readapt.schedule import learning_rate
+from readapt.training.data import shuffled_batches
+from readapt.training.lora import blank
+from readapt.training.schedule import learning_rate
 
 MAX_GRADIENT_NORM = 1.0
 

@@ -18,7 +18,7 @@ from cluster.errors import InvalidAdapterError, InvalidDataError
 from cluster.records import AdapterRecord, Version
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import Decoupled, decouple
-from readapt.data import load_rows
+from readapt.training.data import load_rows
 
 STATE_KEY = "state_key"
 STAGES = "stages"

@@ -25,8 +25,8 @@ from cluster.errors import InvalidCheckpointError
 from readapt.continual.directions import Decoupled, Decoupling, DirectionWeights
 from readapt.continual.learn import Learner, Method, Recall, descend, learn_stage
 from readapt.continual.writer import Tokens, label_of
-from readapt.data import IGNORED, Encoded, collate
-from readapt.lora import blank, linear_shapes
+from readapt.training.data import IGNORED, Encoded, collate
+from readapt.training.lora import blank, linear_shapes
 
 NUM_PLACES = 3
 FIRST_SHARE = 0.5  # of the draws: the first token decides among most classes, the others mostly follow from it

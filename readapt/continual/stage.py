@@ -23,11 +23,11 @@ from readapt.continual.learn import Method, learn_stage, remember
 from readapt.continual.lineage import STAGES, STATE_KEY, Learned, Stage, open_learned, store_learned
 from readapt.continual.recall import KINDS, Top, recall, recall_stage
 from readapt.continual.writer import LabelWriter, encode_labels, exact_points
-from readapt.data import Encoded, Encoder, Row, encoder_for, load_rows
-from readapt.evaluate import golden
-from readapt.fuse import Fusion
-from readapt.lora import attached, load_base
-from readapt.points import Point
+from readapt.fusion.fuse import Fusion
+from readapt.fusion.points import Point
+from readapt.training.data import Encoded, Encoder, Row, encoder_for, load_rows
+from readapt.training.evaluate import golden
+from readapt.training.lora import attached, load_base
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from readapt.data import Encoded, Encoder, by_length, collate
-from readapt.evaluate import label_logits
+from readapt.training.data import Encoded, Encoder, by_length, collate
+from readapt.training.evaluate import label_logits
 
 Rivals = Literal["unlearned", "stage", "all"]
 Tokens = tuple[int, ...]

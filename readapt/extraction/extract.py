@@ -24,10 +24,10 @@ from cluster.checkpoints import Checkpoint
 from cluster.errors import ConfigError, ConflictError, InvalidCheckpointError, StorageError
 from readapt.extraction.anatomy import Anatomy, Kind, anatomy_of
 from readapt.extraction.files import Extraction, Part, Status, read_part, write_adapter, write_part, write_remainder
-from readapt.extraction.plan import TensorJob, plan_jobs
+from readapt.extraction.pairs import TensorJob, plan_jobs
 from readapt.extraction.report import report_of, write_report
-from readapt.spectra import EnergyShare, Rule
-from readapt.svd import decompose, squared_norm
+from readapt.lowrank.spectra import EnergyShare, Rule
+from readapt.lowrank.svd import decompose, squared_norm
 
 REMAINDER_VALUES = 1 << 20  # a tensor that is no vector and larger than this is not carried
 PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # what is stored is what is meant

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from readapt.extraction.anatomy import Anatomy, Kind, Place
-from readapt.spectra import Spectrum
+from readapt.lowrank.spectra import Spectrum
 
 REMAINDER = "remainder.safetensors"
 NEW_ROWS = ".new_rows"

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluster.errors import InvalidDataError
-from readapt.data import Encoded, Row, by_length, collate, encoder_for
 from readapt.extraction.anatomy import Kind, Place
 from readapt.extraction.files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
 from readapt.extraction.report import read_report, write_report
-from readapt.lora import load_base
+from readapt.training.data import Encoded, Row, by_length, collate, encoder_for
+from readapt.training.lora import load_base
 
 MAX_ROWS, MAX_TOKENS, BATCH_ROWS = 128, 512, 8
 

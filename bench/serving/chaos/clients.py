@@ -35,10 +35,10 @@ from bench.serving.chaos.tally import Tally
 from bench.serving.chaos.world import Content, Disk, World
 from cluster.config import MIB
 from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError, ReloraError, StorageError
-from serving.backend import aclose
+from serving.engine.loop import EngineLoop
+from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams
 from serving.errors import BackendDiedError
-from serving.loop import EngineLoop
-from serving.request import AdapterRef, FinishReason, Request, SamplingParams
+from serving.gateway.backend import aclose
 
 HUNG_AFTER_S = 120.0
 CROWDED_BYTES = 16 * MIB

@@ -6,7 +6,7 @@ from bench.serving.chaos.plan import Wave
 from bench.serving.chaos.tally import Tally
 from bench.serving.chaos.watch import WatchedEngine
 from bench.serving.chaos.world import World
-from serving.loop import EngineLoop
+from serving.engine.loop import EngineLoop
 
 _SHOWN = (
     "steps",

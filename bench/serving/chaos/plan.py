@@ -12,7 +12,7 @@ from typing import Any, Literal
 from bench.serving.chaos.truth import MAX_NEW_TOKENS
 from bench.serving.chaos.world import MAX_RANK, Content, Disk, World
 from cluster.config import MIB, ServingConfig
-from serving.request import Terms
+from serving.engine.request import Terms
 
 Reader = Literal["eager", "slow", "idle"]  # idle: reads nothing after its first event before the wave is over
 Twist = Literal["twin id", "empty", "too long", "unknown token", "no such adapter", "not loaded"]

@@ -4,8 +4,8 @@
 
 The real engine on its thread with its loader threads, adapters of every kind as files, and clients on an event loop,
 in waves (see `plan`). Every token that anybody gets is held against what Hugging Face and PEFT say for
-the adapter that the request began with; every admission against the bound on waiting of `serving.waiting`; every error
-against the causes that it may have; and after each wave all memory has to be back.
+the adapter that the request began with; every admission against the bound on waiting of `serving.engine.waiting`; every
+error against the causes that it may have; and after each wave all memory has to be back.
 """
 
 import asyncio

@@ -14,7 +14,7 @@ from cluster.errors import (
     OverloadedError,
     StorageError,
 )
-from serving.request import AdapterRef
+from serving.engine.request import AdapterRef
 
 _REFUSED: Collection[Twist] = ("empty", "too long", "unknown token")
 _NOT_THERE: Collection[Twist] = ("no such adapter", "not loaded")

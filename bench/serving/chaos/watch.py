@@ -3,11 +3,11 @@
 from collections import OrderedDict
 from typing import Any
 
-from serving.engine import Engine
-from serving.request import TokenEvent
-from serving.residency import Residency
-from serving.sequence import Sequence
-from serving.waiting import FlowKey, WaitingQueue
+from serving.adapters.residency import Residency
+from serving.engine.engine import Engine
+from serving.engine.request import TokenEvent
+from serving.engine.sequence import Sequence
+from serving.engine.waiting import FlowKey, WaitingQueue
 
 CHECK_EVERY_STEPS = 10
 
@@ -17,7 +17,7 @@ class InjectedError(Exception):
 
 
 class BoundWatch:
-    """Books of its own on who came and who was admitted, held against the bound of `serving.waiting`.
+    """Books of its own on who came and who was admitted, held against the bound of `serving.engine.waiting`.
 
     A request with p before it in its flow may see (p + 1) (K + A) + p admissions of others, A the most other flows
     that wait at once while it does. `longest_share` is the largest share of its bound that any request has waited.

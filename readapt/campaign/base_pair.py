@@ -1,0 +1,156 @@
+"""What two versions of a base model have to do with each other, found out once per pair and kept in the registry.
+
+Whether adapters can be carried over at all is decided here, before any other work: the linear modules must have one
+shape, and a token id must mean one token. More tokens, other rules for splitting text and tied or untied embeddings
+are no hindrance, because the adapters sit on the linears between.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cluster.adapter_files import Adapter, load_adapter, save_adapter
+from cluster.blobs import BlobStore
+from cluster.checkpoints import Checkpoint, open_checkpoint
+from cluster.config import Fleet
+from cluster.errors import InvalidCheckpointError, ReloraError
+from cluster.fleet import register_base
+from cluster.registry import Registry
+from readapt.lowrank.delta import ADVICE, ModuleEnergy, base_evolution, check_finite, check_same_shape
+from readapt.training.data import encoder_for
+
+EVOLUTION = "evolution"
+
+
+class TokenizerChange(StrEnum):
+    """How the tokenizer of a new base differs from the old one."""
+
+    SAME = "same"
+    COMPATIBLE = "compatible"  # every id of an ordinary token means what it meant; there may be more, or other splits
+    OTHER = "other"  # ids mean other tokens
+
+
+@dataclass(frozen=True)
+class BasePair:
+    """Two bases whose adapters can be carried over. `key` is the evolution's blob, None where no linear changed."""
+
+    old: str
+    new: str
+    key: str | None
+    modules: tuple[ModuleEnergy, ...]
+    tokenizer: TokenizerChange
+    num_new_tokens: int
+
+
+class BasePairs:
+    """The pairs of one target: each judged, and its evolution extracted, at most once in all campaigns together."""
+
+    def __init__(
+        self, fleet: Fleet, registry: Registry, blobs: BlobStore, target: str, say: Callable[[str], None] = print
+    ):
+        self._fleet, self._registry, self._blobs = fleet, registry, blobs
+        self._target, self._say = target, say
+        self._found: dict[str, BasePair | ReloraError] = {}
+        self._evolution = lru_cache(maxsize=1)(lambda key: load_adapter(blobs.fetch_folder(key)))
+
+    def of(self, old: str) -> BasePair:
+        """The pair of that base and the target.
+
+        InvalidCheckpointError where adapters cannot be carried over, a tensor is not finite or a file is missing;
+        ConflictError where the weights under the old name are not those that its adapters were registered for.
+        """
+        if old not in self._found:
+            try:
+                self._found[old] = self._find(old)
+            except ReloraError as error:
+                self._found[old] = error  # hashing or comparing two large bases once is enough
+        found = self._found[old]
+        if isinstance(found, ReloraError):
+            raise found
+        return found
+
+    def evolution(self, old: str) -> Adapter:
+        """The evolution from that base to the target, as a low-rank adapter; empty where no linear changed."""
+        key = self.of(old).key
+        return Adapter({}) if key is None else self._evolution(key)
+
+    def _find(self, old: str) -> BasePair:
+        before, after = (open_checkpoint(self._fleet.base(name).path) for name in (old, self._target))
+        check_same_shape(before, after)
+        change, num_new_tokens = self._tokenizer_change(before, after)
+        search = self._fleet.readapt.search
+        identity = {
+            "old": register_base(self._fleet, self._registry, old).fingerprint,
+            "new": register_base(self._fleet, self._registry, self._target).fingerprint,
+            "rank": search.evolution_rank,
+            "energy": search.evolution_energy,
+        }
+        details = self._extracted(identity) or self._extract(before, after, identity)
+        modules = tuple(ModuleEnergy(**module) for module in details["modules"])
+        return BasePair(old, self._target, details["key"], modules, change, num_new_tokens)
+
+    def _tokenizer_change(self, before: Checkpoint, after: Checkpoint) -> tuple[TokenizerChange, int]:
+        """Raises where ids mean other tokens, unless nothing of the old adapters is to be used."""
+        try:
+            change, num_new_tokens = tokenizer_change(before, after)
+        except InvalidCheckpointError:
+            if self._fleet.readapt.ladder.rungs != ("scratch",):
+                raise
+            return TokenizerChange.OTHER, 0
+        if change is TokenizerChange.COMPATIBLE:
+            self._say(
+                f"{self._target} has a tokenizer of its own: {num_new_tokens} tokens more, the old ids as they were"
+            )
+        return change, num_new_tokens
+
+    def _extracted(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What an earlier campaign has found out, as long as the store has it."""
+        for event in self._registry.events(kind=EVOLUTION):
+            key = event.details["key"]
+            if identity.items() <= event.details.items() and (key is None or self._blobs.exists(key)):
+                return event.details
+        return None
+
+    def _extract(self, before: Checkpoint, after: Checkpoint, identity: Mapping[str, Any]) -> dict[str, Any]:
+        started = time.perf_counter()
+        check_finite(after)
+        evolution, energies = base_evolution(before, after, rank=identity["rank"], energy=identity["energy"])
+        key = self._store(evolution) if evolution.factors else None
+        seconds = time.perf_counter() - started
+        details: dict[str, Any] = {"key": key, "seconds": seconds, "modules": [asdict(energy) for energy in energies]}
+        self._registry.log(EVOLUTION, **identity, **details)
+        changed = f"{len(evolution.factors)} modules changed"
+        self._say(f"evolution {before.folder.name} -> {after.folder.name}: {changed}, {seconds:.1f} s")
+        return details
+
+    def _store(self, evolution: Adapter) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapter(evolution, Path(folder) / "evolution")
+            return self._blobs.put_folder(Path(folder) / "evolution")
+
+
+def tokenizer_change(old: Checkpoint, new: Checkpoint) -> tuple[TokenizerChange, int]:
+    """How the tokenizer has changed, and how many tokens there are more.
+
+    InvalidCheckpointError where ids mean other tokens: what the adapters have learnt is then about other text. Special
+    tokens may change their names, as reserved ones do when they are put to use.
+    """
+    if old.tokenizer_fingerprint() == new.tokenizer_fingerprint():
+        return TokenizerChange.SAME, 0
+    before, after = (encoder_for(checkpoint.folder, 1).tokenizer for checkpoint in (old, new))
+    special = set(before.get_added_vocab()) | set(before.all_special_tokens)
+    ordinary = {token: id for token, id in before.get_vocab().items() if token not in special}
+    now = after.get_vocab()
+    moved = sorted(token for token, id in ordinary.items() if now.get(token) != id)
+    if moved:
+        raise InvalidCheckpointError(
+            f"{new.folder}: {len(moved)} of {len(ordinary)} tokens of {old.folder} have other ids or are gone, such as "
+            f"{moved[0]!r} ({ordinary[moved[0]]}, now {now.get(moved[0], 'none')}): adapters cannot be carried over, "
+            f"{ADVICE}"
+        )
+    return TokenizerChange.COMPATIBLE, max(0, len(now) - len(before.get_vocab()))

@@ -1,0 +1,1 @@
+"""The fused start: old adapter plus base evolution, with coefficients found by search."""

@@ -1,0 +1,1 @@
+"""Low-rank algebra: truncated SVD, rank rules, and the difference of two checkpoints."""

@@ -1,0 +1,130 @@
+"""The base model's own evolution E = W2 - W1 as a low-rank adapter, read tensor by tensor.
+
+Computed once per base update and shared by all adapters of the fleet. Shape letters: D in, F out, R rank.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.adapter_files import Adapter, LoraFactors
+from cluster.checkpoints import Checkpoint
+from cluster.errors import InvalidCheckpointError
+from readapt.lowrank.spectra import EnergyShare
+from readapt.lowrank.svd import decompose, squared_norm
+
+# What config.json says of a model's shape; heads may change while every matrix keeps its size.
+SHAPE_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+MAX_NAMED = 4  # an error about every module of 80 layers helps nobody
+ADVICE = "train them from scratch on the new base, or distil the old service into new ones"
+
+
+@dataclass(frozen=True)
+class ModuleEnergy:
+    """One module's share in the evolution.
+
+    `energy` is the part of the squared Frobenius norm of E that the kept rank holds (1 where E is zero) and
+    `relative_norm` is |E| / |W1|. Rank 0 means that the weight is the same in both versions.
+    """
+
+    module: str
+    rank: int
+    energy: float
+    relative_norm: float
+
+
+def base_evolution(
+    old: Checkpoint, new: Checkpoint, rank: int, energy: float, modules: Collection[str] | None = None
+) -> tuple[Adapter, list[ModuleEnergy]]:
+    """Truncated SVD of W2 - W1 per linear module: the smallest rank that holds `energy`, at most `rank`.
+
+    Factors are balanced (A = sqrt(S) V^T, B = U sqrt(S), scaling 1); unchanged modules are absent from the adapter.
+    `modules` are kinds such as "q_proj" (None: all). Deterministic. Memory: a few times the largest matrix.
+    InvalidCheckpointError where the two have different modules or shapes, or a weight is not finite.
+    """
+    factors, report = {}, []
+    check_same_shape(old, new)
+    for module in (m for m in sorted(linears(old)) if modules is None or m.rsplit(".", 1)[-1] in modules):
+        w_FD = _weight(old, module)
+        e_FD = _weight(new, module) - w_FD
+        found, module_energy = _truncate(e_FD, rank, energy)
+        if found is not None:
+            factors[module] = found
+        found_rank = 0 if found is None else found.rank
+        report.append(
+            ModuleEnergy(module, found_rank, module_energy, float(e_FD.norm() / w_FD.norm().clamp(min=1e-30)))
+        )
+    return Adapter(factors=factors, base_model=str(new.folder)), report
+
+
+def cosine(old_model: Any, new_model: Any, modules: Collection[str]) -> float:
+    """Cosine between all of W1 and all of W2 in these linears of two loaded models.
+
+    Near 1 after an ordinary update, well above 0 after a severe one, and 0 between independent trainings: their units
+    have nothing to do with each other, whatever the shapes.
+    """
+    pairs = [(old_model.get_submodule(name).weight, new_model.get_submodule(name).weight) for name in modules]
+    inner = sum(float((old.detach() * new.detach()).sum(dtype=torch.float64)) for old, new in pairs)
+    norms = [math.sqrt(sum(squared_norm(weight.detach()) for weight in side)) for side in zip(*pairs, strict=True)]
+    return inner / math.prod(norms) if all(norms) else 0.0
+
+
+def check_same_shape(old: Checkpoint, new: Checkpoint) -> None:
+    """InvalidCheckpointError unless both have the same depth, width and heads, by their config and by their weights.
+
+    Reads no weights. The vocabulary may differ: embeddings and head are no linear modules of a layer.
+    """
+    said = [key for key in SHAPE_KEYS if key in old.config and key in new.config]  # what is left out is derived
+    before, after = ({**{key: c.config[key] for key in said}, **linears(c)} for c in (old, new))
+    differing = [key for key in (*said, *sorted(linears(old) | linears(new))) if before.get(key) != after.get(key)]
+    if differing:
+        raise InvalidCheckpointError(
+            f"{new.folder} has another shape than {old.folder}: {_named(after, differing)}, "
+            f"instead of {_named(before, differing)}. Adapters cannot be carried over: {ADVICE}"
+        )
+
+
+def linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """The checkpoint's `linear_shapes`; InvalidCheckpointError where there are none."""
+    shapes = checkpoint.linear_shapes()
+    if not shapes:
+        raise InvalidCheckpointError(f"{checkpoint.folder}: has no linear modules that ReLoRA knows")
+    return shapes
+
+
+def _named(shape: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key} {shape.get(key, 'none')}" for key in keys[:MAX_NAMED])
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """InvalidCheckpointError naming the first tensor with a NaN or an infinity, of all that the checkpoint has."""
+    for name in checkpoint.names():
+        if not torch.isfinite(checkpoint.load(name)).all():
+            raise InvalidCheckpointError(f"{checkpoint.folder}: {name} has values that are not finite")
+
+
+def _weight(checkpoint: Checkpoint, module: str) -> Tensor:
+    weight_FD = checkpoint.load(f"{module}.weight").float()
+    if not torch.isfinite(weight_FD).all():
+        raise InvalidCheckpointError(f"{checkpoint.folder}: {module}.weight has values that are not finite")
+    return weight_FD
+
+
+def _truncate(e_FD: Tensor, max_rank: int, energy: float) -> tuple[LoraFactors | None, float]:
+    if squared_norm(e_FD) == 0.0:
+        return None, 1.0
+    found = decompose(e_FD, max_rank)
+    rank = EnergyShare(energy).rank(found.spectrum())
+    a_RD, b_FR = found.factors(rank)
+    return LoraFactors(a_RD.contiguous(), b_FR.contiguous(), 1.0), found.spectrum().energy(rank)

@@ -1,0 +1,298 @@
+"""Which adapters are where: on the host, packed and ready to copy; on the device, in pages of the arena.
+
+There is no fixed number of slots and no padding to a largest rank: an adapter takes as many pages as its rows fill, and
+idle ones give way to other adapters and to KV cache alike (S-LoRA, arXiv 2311.03285, section 5), in the order of
+`serving.memory.eviction`.
+
+Shape letters: M target modules of the whole model, N rows of an adapter over all modules, P pages, E elements of a
+page.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
+from serving.adapters.device_copy import Arrival, PageCopier
+from serving.adapters.packing import PackedAdapter
+from serving.adapters.residency import Residency, Tier
+from serving.memory.eviction import EvictionQueue
+from serving.memory.pages import PageArena
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentAdapter:
+    """An adapter in the arena: what a batch needs to know of it. Offsets are in elements of the whole arena.
+
+    `number` is a new one each time that an adapter is copied in. ranks_M: int32; scalings_M: float32; table_starts_M:
+    int64; is_dora_M: bool; all on the host. a_rows_N, b_rows_N: int64, on the arena's device. `arrival` is None where
+    the rows themselves were there from the beginning.
+    """
+
+    key: str
+    number: int
+    pages: tuple[int, ...]
+    ranks_M: NDArray[np.int32]
+    scalings_M: NDArray[np.float32]
+    table_starts_M: NDArray[np.int64]
+    is_dora_M: NDArray[np.bool_]
+    a_rows_N: Tensor
+    b_rows_N: Tensor
+    arrival: Arrival | None = None
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One adapter's books; owned by AdapterCache."""
+
+    packed: PackedAdapter
+    num_holds: int = 0  # requests accepted for it: it stays on the host
+    num_pins: int = 0  # sequences running with it: it stays on the device
+    num_uses: int = 0  # sequences that ever ran with it
+    num_requests: int = 0  # that found it on the host
+    load_s: float = 0.0
+    resident: ResidentAdapter | None = None
+    is_removed: bool = False
+
+
+class AdapterCache:
+    """The one owner of what is on the host, what is resident and what is pinned. Keys are content hashes.
+
+    `hold` and `drop` bracket a request's life and keep the adapter on the host; `acquire` and `release` bracket the
+    time in which a sequence runs and pin the adapter's pages. What is resident is always on the host as well.
+    `num_resident` adapters are on the device and take `num_pages_used` pages there.
+    """
+
+    def __init__(self, arena: PageArena, evictions: EvictionQueue, memory_PE: Tensor, host_cache_bytes: int):
+        self._arena = arena
+        self._evictions = evictions
+        self._memory_PE = memory_PE
+        self._copier = PageCopier(memory_PE)
+        self._host_cache_bytes = host_cache_bytes
+        self._host_bytes = 0
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._num_copied = 0
+        self.num_resident = 0
+        self.num_pages_used = 0
+        self.num_evictions = 0
+
+    def add(self, key: str, packed: PackedAdapter, load_s: float = 0.0) -> None:
+        """Put an adapter that took so long to load on the host, or find it there; idle ones leave as the bytes demand.
+
+        Raises InvalidAdapterError where it can never fit, OverloadedError where all others are in use.
+        """
+        if key not in self._entries:
+            self._make_host_room(packed)
+            self._entries[key] = _Entry(packed, load_s=load_s)
+            self._host_bytes += packed.num_bytes
+        self._entries[key].is_removed = False
+        self._entries.move_to_end(key)
+
+    def replace(self, key: str, packed: PackedAdapter) -> None:
+        """Keep another copy of an adapter instead of the one on the host, if it is still there."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._host_bytes += packed.num_bytes - entry.packed.num_bytes
+            entry.packed = packed
+
+    def has(self, key: str) -> bool:
+        """Whether new requests may name it."""
+        entry = self._entries.get(key)
+        return entry is not None and not entry.is_removed
+
+    def remove(self, key: str) -> None:
+        """Refuse new requests; the memory comes back at once, or with the last request that was accepted before."""
+        if key in self._entries:
+            self._entries[key].is_removed = True
+            self._forget_if_unused(key)
+
+    def is_resident(self, key: str) -> bool:
+        """Whether it is on the device."""
+        return self._entries[key].resident is not None
+
+    def mapped(self, key: str) -> PackedAdapter | None:
+        """The adapter if its next copy reads a mapped file, of which the system may have dropped memory; any thread."""
+        entry = self._entries.get(key)
+        return entry.packed if entry is not None and entry.resident is None and entry.packed.is_mapped else None
+
+    def num_pages(self, key: str) -> int:
+        """Pages that the adapter takes when resident."""
+        return self._entries[key].packed.num_pages
+
+    def num_pages_missing(self, key: str) -> int:
+        """Pages to allocate before it is resident: 0 where it is."""
+        return 0 if self._entries[key].resident else self.num_pages(key)
+
+    def hold(self, key: str) -> None:
+        """Keep it on the host until `drop`; raises NotFoundError where it is not there."""
+        if not self.has(key):
+            raise NotFoundError(f"adapter {key} is not loaded")
+        self._entries[key].num_holds += 1
+        self._entries[key].num_requests += 1
+        self._entries.move_to_end(key)
+
+    def drop(self, key: str) -> bool:
+        """End one `hold`; False if the adapter was removed and this was the last."""
+        entry = self._entries[key]
+        assert entry.num_holds > 0, f"adapter {key} is dropped more often than held"
+        entry.num_holds -= 1
+        self._forget_if_unused(key)
+        return key in self._entries
+
+    def acquire(self, key: str) -> ResidentAdapter:
+        """Pin it, copied into the arena if it is not there; the caller holds it. Raises OutOfPages."""
+        entry = self._entries[key]
+        assert entry.num_holds > entry.num_pins, f"adapter {key} is acquired without a hold"
+        if entry.resident is None:
+            entry.resident = self._copy_in(key, entry.packed)
+        entry.num_pins += 1
+        entry.num_uses += 1
+        self._evictions.discard(key)
+        return entry.resident
+
+    def prefetch(self, key: str) -> None:
+        """Copy it into the arena for who comes next; it gives way like any idle one. Raises OutOfPages."""
+        entry = self._entries[key]
+        assert entry.resident is None, f"adapter {key} is resident already"
+        entry.resident = self._copy_in(key, entry.packed)
+        self._evictions.add(key, entry.packed.num_pages, float(entry.num_uses), self._evict)
+
+    def release(self, key: str) -> None:
+        """End one `acquire`; without pins it stays resident until the room is needed."""
+        entry = self._entries[key]
+        assert entry.num_pins > 0, f"adapter {key} is released more often than acquired"
+        assert entry.resident is not None, f"adapter {key} is pinned but not resident"
+        entry.num_pins -= 1
+        if entry.num_pins == 0:
+            self._evictions.add(key, len(entry.resident.pages), float(entry.num_uses), self._evict)
+
+    @property
+    def num_holds(self) -> int:
+        """`hold` calls without their `drop` yet."""
+        return sum(entry.num_holds for entry in self._entries.values())
+
+    @property
+    def num_pins(self) -> int:
+        """`acquire` calls without their `release` yet."""
+        return sum(entry.num_pins for entry in self._entries.values())
+
+    @property
+    def num_on_host(self) -> int:
+        """Adapters on the host, the resident ones included."""
+        return len(self._entries)
+
+    @property
+    def num_host_bytes(self) -> int:
+        """Host memory that they take."""
+        return self._host_bytes
+
+    def residencies(self) -> list[Residency]:
+        """Where each adapter is, and how much it is used."""
+        return [
+            Residency(
+                key,
+                Tier.DEVICE if entry.resident else Tier.HOST,
+                num_bytes=entry.packed.num_bytes,
+                num_hits=entry.num_requests,
+                num_running=entry.num_pins,
+                load_s=entry.load_s,
+            )
+            for key, entry in self._entries.items()
+        ]
+
+    def residents(self) -> list[ResidentAdapter]:
+        """The adapters on the device."""
+        return [entry.resident for entry in self._entries.values() if entry.resident]
+
+    def owned_pages(self) -> list[tuple[int, ...]]:
+        """Pages of each resident adapter."""
+        return [resident.pages for resident in self.residents()]
+
+    def check_integrity(self) -> None:
+        """Assert that pins, holds, the eviction queue and the byte count agree."""
+        for key, entry in self._entries.items():
+            assert entry.num_holds >= entry.num_pins >= 0, f"adapter {key} has more pins than holds"
+            is_idle = entry.resident is not None and entry.num_pins == 0
+            assert is_idle == self._evictions.has(key), f"{key} is misfiled"
+            assert not (entry.is_removed and entry.num_holds == 0), f"removed adapter {key} is still here"
+        sizes = [len(pages) for pages in self.owned_pages()]
+        assert (self.num_resident, self.num_pages_used) == (len(sizes), sum(sizes)), "counts of residents drifted"
+        assert self._host_bytes == sum(entry.packed.num_bytes for entry in self._entries.values()), "host bytes drifted"
+
+    def check_size(self, packed: PackedAdapter) -> None:
+        """Raise InvalidAdapterError where an adapter can never fit; any thread may ask."""
+        if packed.num_pages > self._arena.num_pages:
+            raise InvalidAdapterError(
+                f"the adapter needs {packed.num_pages} pages of memory, the arena has {self._arena.num_pages}: "
+                "raise serving.memory_bytes"
+            )
+        if packed.num_bytes > self._host_cache_bytes:
+            raise InvalidAdapterError(
+                f"the adapter takes {packed.num_bytes} bytes of host memory, more than serving.host_cache_bytes "
+                f"({self._host_cache_bytes})"
+            )
+
+    def _make_host_room(self, packed: PackedAdapter) -> None:
+        self.check_size(packed)
+        limit = self._host_cache_bytes - packed.num_bytes
+        in_use = sum(entry.packed.num_bytes for entry in self._entries.values() if entry.num_holds)
+        if in_use > limit:
+            raise OverloadedError(f"adapters in use fill serving.host_cache_bytes ({in_use} bytes)")
+        for key in [key for key, entry in self._entries.items() if not entry.num_holds]:
+            if self._host_bytes <= limit:
+                return
+            self._forget(key)
+
+    def _copy_in(self, key: str, packed: PackedAdapter) -> ResidentAdapter:
+        device, page_elements = self._memory_PE.device, self._memory_PE.shape[1]
+        pages = sorted(self._arena.allocate(packed.num_pages))  # those side by side are one copy
+        pages_P = torch.tensor(pages, dtype=torch.int64)
+        arrival = self._copier.copy(packed, pages)
+        self._num_copied += 1
+        self.num_resident += 1
+        self.num_pages_used += len(pages)
+
+        def moved(rows_N: Tensor) -> Tensor:
+            return (pages_P[rows_N // page_elements] * page_elements + rows_N % page_elements).to(device)
+
+        return ResidentAdapter(
+            key=key,
+            number=self._num_copied,
+            pages=tuple(pages),
+            ranks_M=np.array(packed.ranks, np.int32),
+            scalings_M=np.array(packed.scalings, np.float32),
+            table_starts_M=np.array(packed.table_starts, np.int64),
+            is_dora_M=np.array(packed.is_dora, np.bool_),
+            a_rows_N=moved(packed.a_rows_N),
+            b_rows_N=moved(packed.b_rows_N),
+            arrival=arrival,
+        )
+
+    def _evict(self, key: str) -> None:
+        self._free_pages(key)
+        self.num_evictions += 1
+
+    def _free_pages(self, key: str) -> None:
+        entry = self._entries[key]
+        assert entry.resident is not None, f"adapter {key} is evicted but not resident"
+        assert entry.num_pins == 0, f"adapter {key} is evicted but pinned"
+        if entry.resident.arrival is not None:
+            entry.resident.arrival.wait()  # or it would overwrite what comes after it
+        self._arena.free(entry.resident.pages)
+        self.num_resident -= 1
+        self.num_pages_used -= len(entry.resident.pages)
+        entry.resident = None
+
+    def _forget_if_unused(self, key: str) -> None:
+        if self._entries[key].is_removed and self._entries[key].num_holds == 0:
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        if self._entries[key].resident is not None:
+            self._evictions.discard(key)
+            self._free_pages(key)
+        self._host_bytes -= self._entries.pop(key).packed.num_bytes

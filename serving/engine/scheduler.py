@@ -1,0 +1,281 @@
+"""Who runs in the next step, and who waits: continuous batching with chunked prefill over a paged memory.
+
+A step's budget of tokens goes to decodes first, then to prefills under way, then to those that wait: first the ones
+that were preempted, then newcomers as `serving.engine.waiting` chooses. Memory is never promised twice and never runs
+out:
+when a decode finds no page, the least urgent and youngest sequence gives its pages back; later they are copied back
+from the host, or computed anew (`serving.memory.swap`). The first of those that run can always go on, since all others
+can be made to give way and a request that could not run alone is refused at `submit`: no deadlock.
+"""
+
+from bisect import insort
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+from cluster.config import ServingConfig
+from cluster.errors import InvalidRequestError
+from serving.adapters.cache import AdapterCache
+from serving.engine.running import Plan, RunningTable
+from serving.engine.sequence import Sequence
+from serving.engine.waiting import WaitingQueue
+from serving.memory.eviction import EvictionQueue
+from serving.memory.pages import PageArena
+from serving.memory.prefixes import PrefixCache
+from serving.memory.swap import SwapSpace
+
+# How many of those who are next may have their adapters copied in ahead: one copy a step, none that undoes another.
+_PREFETCH_FLOWS = 4
+
+
+class Scheduler:
+    """The owner of all sequences and of the pages of their KV. Those that run are in the order of their `rank`."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        arena: PageArena,
+        adapters: AdapterCache,
+        prefixes: PrefixCache,
+        evictions: EvictionQueue,
+        swaps: SwapSpace,
+    ):
+        self._swaps = swaps
+        self._arena = arena
+        self._adapters = adapters
+        self._prefixes = prefixes
+        self._evictions = evictions
+        self._page_tokens = config.page_tokens
+        self._max_batch_tokens = config.max_batch_tokens
+        # Each running sequence is sure of one token a step.
+        self._max_running = min(config.max_sequences, config.max_batch_tokens)
+        self._waiting = WaitingQueue(
+            adapters.is_resident,
+            max_waiting=config.max_queue,
+            max_per_tenant=config.max_queue_per_tenant or None,
+            max_overtakes=config.max_overtakes,
+        )
+        self._preempted: list[Sequence] = []  # by rank
+        self._running: list[Sequence] = []
+        self._table = RunningTable(self._max_running, config.page_tokens)
+        self._num_admitted = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold pages."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for their first step, or for their next one after a preemption."""
+        return len(self._waiting) + len(self._preempted)
+
+    @property
+    def num_slack_tokens(self) -> int:
+        """Tokens for which pages of running sequences have room beyond the tokens that these have so far."""
+        return self._table.num_slack_tokens
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises InvalidRequestError if it could never run, OverloadedError if the queue is full, and NotFoundError if its
+        adapter is not on the host.
+        """
+        self._waiting.check_room(sequence.request.terms.tenant)
+        key = sequence.adapter_key
+        if key is not None:
+            self._adapters.hold(key)
+        try:
+            self._check_fits(sequence)
+        except InvalidRequestError:
+            self._drop_adapter(sequence)
+            raise
+        self._waiting.add(sequence)
+
+    def overdue(self, now: float) -> list[Sequence]:
+        """Those who still wait though their first token was due; each is told once, and `finish` is the caller's."""
+        return list(self._waiting.overdue(now))
+
+    def schedule(self) -> Plan:
+        """The next step."""
+        self._secure_pages()
+        decodes = self._table.decodes()
+        prefills: list[tuple[Sequence, int]] = []
+        budget = self._max_batch_tokens - len(decodes)
+        coming = self._prefills()
+        while budget and (sequence := next(coming, None)):
+            num_tokens = min(budget, self._table.num_pending(sequence))
+            prefills.append((sequence, num_tokens))
+            budget -= num_tokens
+        if len(self._running) == self._max_running:
+            self._prefetch()
+        return self._table.plan(decodes, prefills)
+
+    def commit(self, plan: Plan, tokens: Seq[int]) -> None:
+        """Book a step whose KV is stored, with the tokens that were sampled, one for each sequence that samples."""
+        self._table.commit(plan, tokens)
+        for sequence, first, last in self._table.uncached():
+            self._cache_pages(sequence, first, last)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Let a sequence go, wherever it is: the one place where all that it holds is given back."""
+        if sequence.rank is None:
+            self._waiting.remove(sequence)
+        elif sequence.row is not None:
+            self._running.remove(sequence)
+            self._vacate(sequence)
+        else:
+            self._preempted.remove(sequence)
+            self._drop_swapped(sequence)
+        if sequence.rank is not None:
+            self._waiting.charge(sequence, len(sequence.tokens) - sequence.num_given)
+        self._drop_adapter(sequence)
+
+    def check_integrity(self) -> None:
+        """Assert that every page has the owners that it should, and that pins and holds are those of the sequences."""
+        owned = [*self._adapters.owned_pages(), *map(self._table.pages, self._running), self._prefixes.owned_pages()]
+        self._arena.check_integrity(owned)
+        self._table.check_integrity(self._running)
+        self._adapters.check_integrity()
+        self._prefixes.check_integrity()
+        self._evictions.check_integrity()
+        self._waiting.check_integrity()
+        self._swaps.check_integrity(s.swapped for s in self._preempted if s.swapped is not None)
+        for sequence in (*self._waiting, *self._preempted):
+            assert sequence.row is None, "a waiting sequence has a row"
+            assert sequence.resident is None, "a waiting sequence holds a pin"
+        assert self._adapters.num_pins == sum(s.resident is not None for s in self._running), "pins drifted"
+        assert all(s.swapped is None for s in (*self._running, *self._waiting)), "a copy of KV is out of place"
+        everyone = [*self._running, *self._preempted, *self._waiting]
+        assert self._adapters.num_holds == sum(s.adapter_key is not None for s in everyone), "holds drifted"
+
+    def _secure_pages(self) -> None:
+        """A page for each next token that needs one, the last ones' if need be; who gets none sits the step out."""
+        short = self._table.short_of_pages()
+        while not self._evictions.make_room(len(short)):
+            last = self._running[-1]
+            if last in short:
+                short.remove(last)
+            else:
+                self._preempt(last)
+        if short:
+            self._table.append_pages(short, self._arena.allocate(len(short)))
+
+    def _prefills(self) -> Iterator[Sequence]:
+        yield from sorted(self._table.prefills(), key=_rank)
+        while len(self._running) < self._max_running:
+            sequence = self._preempted[0] if self._preempted else self._waiting.choose()
+            if sequence is None or not self._admit(sequence):
+                return
+            yield sequence
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its adapter and pages for all tokens that it has so far, or leave it where it is."""
+        key, num_tokens = sequence.adapter_key, len(sequence.tokens)
+        known = self._known_pages(sequence)
+        num_missing = self._num_pages(num_tokens) - len(known)
+        num_adapter_pages = self._adapters.num_pages_missing(key) if key is not None else 0
+        if not self._evictions.make_room(num_missing + num_adapter_pages, keep=(key,)):
+            self._prefixes.release(known)
+            return False
+        if key is not None:
+            sequence.resident = self._adapters.acquire(key)
+        if sequence.prefix_keys is not None:
+            self._prefixes.count(known, num_tokens)
+        pages = known + self._arena.allocate(num_missing)
+        self._table.add(sequence, pages, self._swap_in(sequence, pages, len(known)), len(known))
+        self._move_to_running(sequence)
+        return True
+
+    def _prefetch(self) -> None:
+        """While the batch is full, copy in an adapter of those who are next, so that they need not wait for it then."""
+        upcoming = self._waiting.upcoming(_PREFETCH_FLOWS)
+        for key in upcoming:
+            num_pages = self._adapters.num_pages_missing(key)
+            if num_pages and self._evictions.make_room(num_pages, keep=upcoming):
+                self._adapters.prefetch(key)
+                return
+
+    def _known_pages(self, sequence: Sequence) -> list[int]:
+        """Pages of its longest known prefix; the last token is always computed, since its logits are wanted."""
+        if sequence.prefix_keys is None:
+            return []
+        num_pages = (len(sequence.tokens) - 1) // self._page_tokens
+        return self._prefixes.take(sequence.prefix_keys.up_to(sequence.tokens, num_pages))
+
+    def _move_to_running(self, sequence: Sequence) -> None:
+        if sequence.rank is None:
+            self._num_admitted += 1
+            sequence.rank = (sequence.request.terms.priority, self._num_admitted)
+            sequence.num_given = len(sequence.tokens)
+            self._waiting.admit(sequence, self._table.num_pending(sequence))
+        else:
+            self._preempted.remove(sequence)
+        insort(self._running, sequence, key=_rank)
+
+    def _cache_pages(self, sequence: Sequence, first: int, last: int) -> None:
+        keys = sequence.prefix_keys
+        assert keys is not None, "a sequence that is not cached"
+        names, pages = keys.up_to(sequence.tokens, last)[first:], self._table.pages(sequence)[first:last]
+        put = [self._prefixes.put(name, page, keys.owner) for name, page in zip(names, pages, strict=True)]
+        self._table.cache_pages(sequence, first, put)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send the last one back to those who are next."""
+        assert self._running.pop() is sequence, "only the last is preempted"
+        # Others hold some of its first pages, and nobody but it and the prefix cache any of the rest.
+        pages, num_cached = self._table.pages(sequence), self._table.num_cached(sequence)
+        num_shared = sum(self._arena.num_owners(page) > 2 for page in pages[:num_cached])
+        sequence.swapped = self._swaps.save(pages, num_shared, self._table.num_stored(sequence))
+        self._vacate(sequence)
+        insort(self._preempted, sequence, key=_rank)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _swap_in(self, sequence: Sequence, pages: Seq[int], num_known: int) -> int:
+        """Copy back what the prefix cache has not kept, and for how many tokens KV is stored now.
+
+        All for nothing where pages are missing before it.
+        """
+        swapped, num_stored = sequence.swapped, num_known * self._page_tokens
+        if swapped is not None and swapped.first_page <= num_known and num_stored < swapped.num_stored:
+            self._swaps.load(swapped, num_known, pages[num_known:])
+            num_stored = swapped.num_stored
+        self._drop_swapped(sequence)
+        return num_stored
+
+    def _drop_swapped(self, sequence: Sequence) -> None:
+        if sequence.swapped is not None:
+            self._swaps.drop(sequence.swapped)
+            sequence.swapped = None
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self._prefixes.release(self._table.pages(sequence))
+        self._table.remove(sequence)
+        if sequence.resident is not None:
+            self._adapters.release(sequence.resident.key)
+            sequence.resident = None
+
+    def _drop_adapter(self, sequence: Sequence) -> None:
+        key = sequence.adapter_key
+        if key is not None and not self._adapters.drop(key):
+            self._prefixes.forget(key)
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_tokens)
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        # The last token is never fed back, so no KV is stored for it.
+        num_kv_pages = self._num_pages(max(sequence.limit_tokens - 1, len(sequence.tokens)))
+        num_adapter_pages = self._adapters.num_pages(sequence.adapter_key) if sequence.adapter_key is not None else 0
+        if num_kv_pages + num_adapter_pages > self._arena.num_pages:
+            raise InvalidRequestError(
+                f"the request needs up to {num_kv_pages} pages of memory for {sequence.limit_tokens} tokens and "
+                f"{num_adapter_pages} for its adapter, the engine has {self._arena.num_pages}: ask for fewer tokens, "
+                "or raise serving.memory_bytes"
+            )
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    assert sequence.rank is not None, "it never ran"
+    return sequence.rank

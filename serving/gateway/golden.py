@@ -1,0 +1,53 @@
+"""Whether a version on its engine says what it said when it was made: the readiness check of a rollout."""
+
+from uuid import uuid4
+
+from cluster.errors import ReloraError
+from cluster.registry import Version
+from serving.engine.request import Request, SamplingParams
+from serving.gateway.backend import Backend
+from serving.gateway.gateway import raise_error_of
+from serving.gateway.prompts import Prompter
+from serving.gateway.routing import Target
+
+
+async def check_golden(version: Version, prompter: Prompter, backend: Backend) -> None:
+    """Sends the version's golden prompts and compares the greedy answers with `version.details["golden"]`.
+
+    Raises ReloraError that names the first difference, and whatever the engine raises. No more tokens are asked for
+    than the stored answer has, so that an answer that was cut at a length limit can be compared too.
+    """
+    for index, golden in enumerate(version.details.get("golden", [])):
+        request = _request(version, prompter, golden["prompt"], golden["completion"])
+        text = await _answer(backend, request)
+        if not _agrees(text, golden["completion"]):
+            raise ReloraError(
+                f"{version.label} on {version.base}: golden prompt {index} ({golden['prompt'][:80]!r}) was answered "
+                f"{text[:80]!r} instead of {golden['completion'][:80]!r}."
+            )
+
+
+def _request(version: Version, prompter: Prompter, prompt: str, completion: str) -> Request:
+    num_tokens = max(1, prompter.num_text_tokens(completion))
+    return Request(
+        id=f"golden-{uuid4().hex}",
+        prompt_tokens=prompter.encode(prompt),
+        sampling=SamplingParams(temperature=0.0, max_tokens=num_tokens),
+        adapter=Target(version.base, version).adapter,
+    )
+
+
+async def _answer(backend: Backend, request: Request) -> str:
+    text = ""
+    async for events in backend.generate(request):
+        for event in events:
+            raise_error_of(event)
+            text += event.text
+    return text
+
+
+def _agrees(text: str, golden: str) -> bool:
+    """Equal as far as both go: a text may have another number of tokens when generated than when tokenised again."""
+    if not text or not golden:
+        return text == golden
+    return text.startswith(golden) or golden.startswith(text)

@@ -1,0 +1,1 @@
+"""The HTTP interface: OpenAI routes, request bodies, replies, and Prometheus metrics."""

@@ -1,0 +1,1 @@
+"""The paged memory that KV cache and adapters share: pages, cached prefixes, eviction and swap."""

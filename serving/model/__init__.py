@@ -1,0 +1,1 @@
+"""The forward pass of the Llama family over one flat batch."""

@@ -1,0 +1,154 @@
+"""One step's work as flat tensors: all that the model and the kernels ever see.
+
+Shape letters: T tokens in the batch, N sequences, B blocks (pages of KV) of the longest sequence, S adapter segments,
+M target modules of the whole model, O rows whose logits are wanted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kernels.segments import LoraGroup, LoraSegments
+from serving.adapters.device_copy import Arrival
+
+
+@dataclass(frozen=True)
+class LoraLayout:
+    """The target modules of a model by index: those of the layers, then the embedding, then the head.
+
+    `widths` has the out features of layers' modules that read the same input, by the index of the first of them. Rows
+    of vocabulary size are cut into `num_pieces` pieces of `piece_width` elements, the last one shorter, so that each
+    fits a page.
+    """
+
+    widths: Mapping[int, tuple[int, ...]]
+    embedding: int
+    hidden_size: int
+    vocab_size: int
+    piece_width: int
+
+    @property
+    def head(self) -> int:
+        """The index of the head."""
+        return self.embedding + 1
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All modules in the order in which a forward pass reads them."""
+        return (self.embedding, *range(self.embedding), self.head)
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of a row of vocabulary size."""
+        return -(-self.vocab_size // self.piece_width)
+
+    @property
+    def piece_widths(self) -> tuple[int, ...]:
+        """The width of each piece."""
+        last = self.vocab_size - (self.num_pieces - 1) * self.piece_width
+        return (*(self.piece_width,) * (self.num_pieces - 1), last)
+
+
+@dataclass(frozen=True)
+class LoraBatch:
+    """The adapters of a batch, for every target module at once.
+
+    Column m of the [S, M] tables gives the segments of module m. The row table is the same for all modules, and so are
+    the token ranges, but for the head, which sees only the rows whose logits are wanted. `serving.adapters.packing` says
+    how an adapter's entries lie in the table, and `kernels.segments.LoraSegments` what the rest means. `arrivals` are of
+    those adapters whose rows are still coming: whoever reads a module's rows calls `wait_for` first.
+    """
+
+    layout: LoraLayout
+    token_starts: Tensor  # int32 [S + 1]
+    sample_starts: Tensor  # int32 [S + 1]; the same in rows of O
+    ranks_SM: Tensor  # int32
+    scalings_SM: Tensor  # float32
+    table_starts_SM: Tensor  # int64
+    is_dora_SM: Tensor  # bool
+    a_rows: Tensor  # int64
+    b_rows: Tensor  # int64
+    max_ranks: tuple[int, ...]  # per module, on the host; 0 means that no adapter of the batch touches the module
+    has_dora: tuple[bool, ...]  # per module, on the host
+    max_tokens: int
+    max_samples: int
+    arrivals: tuple[Arrival, ...] = ()
+
+    def wait_for(self, module: int, num_modules: int = 1) -> None:
+        """Let the work that is queued from now on wait for some modules' rows."""
+        for arrival in self.arrivals:
+            for index in range(module, module + num_modules):
+                arrival.wait_for(index)
+
+    @cached_property
+    def groups(self) -> dict[int, LoraGroup]:
+        """The layers' modules that read the same input, by the index of the first, where any adapter touches any."""
+        return {
+            first: LoraGroup.of([self._module(first + i) for i in range(len(widths))], widths)
+            for first, widths in self.layout.widths.items()
+            if any(self.max_ranks[first : first + len(widths)])
+        }
+
+    @cached_property
+    def embedding(self) -> LoraGroup | None:
+        """The embedding alone."""
+        if not self.max_ranks[self.layout.embedding]:
+            return None
+        return LoraGroup.of([self._module(self.layout.embedding)], [self.layout.hidden_size])
+
+    @cached_property
+    def head(self) -> LoraGroup | None:
+        """The pieces of the head, which all read the same columns of h."""
+        if not self.max_ranks[self.layout.head] or not self.max_samples:
+            return None
+        pieces = tuple(self._module(self.layout.head, piece) for piece in range(self.layout.num_pieces))
+        return LoraGroup(pieces, self.layout.piece_widths, (0,) * len(pieces))
+
+    def _module(self, index: int, piece: int = 0) -> LoraSegments:
+        is_head = index == self.layout.head
+        ranks, starts = self.ranks_SM[:, index], self.table_starts_SM[:, index]
+        return LoraSegments(
+            token_starts=self.sample_starts if is_head else self.token_starts,
+            ranks=ranks,
+            scalings=self.scalings_SM[:, index],
+            table_starts=starts + piece * ranks if piece else starts,
+            a_rows=self.a_rows,
+            b_rows=self.b_rows,
+            max_rank=self.max_ranks[index],
+            max_tokens=self.max_samples if is_head else self.max_tokens,
+            gain_rows=self._gain_rows(index, piece) if self.has_dora[index] else None,
+        )
+
+    def _gain_rows(self, index: int, piece: int) -> Tensor:
+        num_pieces = self.layout.num_pieces if index == self.layout.head else 1
+        entries = self.table_starts_SM[:, index] + num_pieces * self.ranks_SM[:, index] + piece
+        rows = self.b_rows[entries.clamp(max=len(self.b_rows) - 1)]
+        return torch.where(self.is_dora_SM[:, index], rows, -1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass: sequences ordered by adapter (base-only last), each one's tokens adjacent.
+
+    tokens_T, positions_T: int64
+    slots_T:       int64; where each token's KV goes: page * page_tokens + offset in the page
+    query_starts:  int32 [N + 1]; tokens of sequence n are `query_starts[n]:query_starts[n + 1]`
+    context_lens:  int32 [N]; tokens of KV that sequence n has once this step's are stored
+    block_tables_NB: int32; pages of each sequence's KV in order, padded with 0
+    logit_rows_O:  int64; rows of T whose logits are wanted: the last token of each sequence that samples, in order of n
+    max_query_tokens, max_context_tokens: largest of each, known on the host
+    """
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables_NB: Tensor
+    logit_rows_O: Tensor
+    max_query_tokens: int
+    max_context_tokens: int
+    lora: LoraBatch | None = None

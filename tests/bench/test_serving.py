@@ -1,0 +1,241 @@
+"""The serving benchmark: its workloads, that all engines do the same work, its figures, and (with a kit) all of it."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+import relora
+from bench.serving import run as serving
+from bench.serving.ours import Ours, config, replay_live, running, visit_all
+from bench.serving.parts import compare, summary
+from bench.serving.peft import Peft
+from bench.serving.run import TARGETS, Rivals, headline, run
+from bench.serving.shapes import QUICK, SHAPES, Dtype, Shape, Subject
+from bench.serving.workloads import Answer, Ask, Lengths, Trace, batch, slora, zipf
+from bench.serving.world import ATTENTION, World, make_world, write_random_model
+from cluster.config import MIB, ServingConfig
+from cluster.errors import ConfigError
+from tests.worlds.serving import make_checkpoint
+
+PAIR = {"ours": {"tokens_per_s": 6.0}, "peft one adapter at a time": {"tokens_per_s": 2.0}}
+LENGTHS = Lengths((3, 9), (2, 7))
+KIT = Subject(SHAPES["stories3m-v1"])
+TINY = Shape(
+    "tiny",
+    {
+        "vocab_size": 71,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    },
+    memory_bytes=4 * MIB,
+    kv_bytes=MIB,
+    many=ATTENTION,
+    num_files=3,
+)
+
+
+def small(world: World) -> ServingConfig:
+    return config(world, 4 * MIB, 4 * MIB)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(make_checkpoint(tmp_path_factory.mktemp("serving") / "base", std=0.08), 6, (4, 2), ATTENTION)
+
+
+def test_synthetic_workload_draws_what_slora_draws():
+    """The published generator's draws, in its order, from numpy's global state."""
+    np.random.seed(42)
+    adapters = (np.random.power(0.7, 40) * 9).astype(int)
+    prompts, outputs = np.random.randint(3, 9, 40), np.random.randint(2, 7, 40)
+    gaps = np.random.gamma(1 / 2.0**2, 2.0**2 / 20, 40)
+    asks = slora(9, 20, 2.0, LENGTHS, 100, alpha=0.7, cv=2.0)
+    assert [ask.adapter for ask in asks] == adapters.tolist()
+    assert [(len(ask.prompt), ask.max_tokens) for ask in asks] == list(zip(prompts, outputs, strict=True))
+    assert [ask.arrival_s for ask in asks] == pytest.approx(np.cumsum(gaps))
+
+
+def test_zipf_prefers_the_first_adapters_and_keeps_the_rate():
+    asks = zipf(100, 4000, 50.0, LENGTHS, 100)
+    first = sum(ask.adapter == 0 for ask in asks) / len(asks)
+    assert first == pytest.approx(1 / sum(1 / rank for rank in range(1, 101)), abs=0.03)
+    assert asks[-1].arrival_s == pytest.approx(80, rel=0.1)
+
+
+def test_trace_is_scaled_to_rate_and_model():
+    trace = Trace(((10.0, 800, 80), (12.0, 16, 9000), (20.0, 1, 1)), (9, 1))
+    asks = trace.asks(3, 2, rate=3.0, shrink=8, max_tokens=50, vocab_size=100)
+    assert [ask.arrival_s for ask in asks] == pytest.approx([0.0, 0.2, 1.0])
+    assert [(len(ask.prompt), ask.max_tokens) for ask in asks] == [(50, 10), (2, 50), (1, 1)]
+    assert {ask.adapter for ask in asks} <= {0, 1}
+
+
+def test_ours_and_peft_give_the_same_answers(world: World):
+    ours, peft = Ours(world, 6, small(world)), Peft(world, 6)
+    asks = [*slora(6, 200, 0.1, LENGTHS, world.vocab_size), Ask(0.1, None, (5, 6, 7), 4)]
+    found = compare({"ours": ours.replay, "mixed": peft.replay_mixed, "one": peft.replay_by_adapter}, asks, 1)
+    assert [run["same_answers"] for run in found.values()] == [1.0, 1.0, 1.0]
+    assert found["ours"]["first_token_p50_s"] > 0
+    alone = {answer.tokens for answer in ours.replay(batch(range(6), 5, 6, world.vocab_size))}
+    assert len(alone) > 1, "the adapters change nothing"
+
+
+def test_live_clients_get_what_replayed_ones_get_and_packed_files_serve_a_tight_engine(world: World, tmp_path: Path):
+    asks = zipf(6, 20, 400.0, LENGTHS, world.vocab_size)
+    with running(world, small(world), tmp_path) as loop:
+        visit_all(loop, world)
+        answers = replay_live(loop, world, asks)
+    assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, small(world)).replay(asks)]
+
+
+def test_summary_refuses_an_engine_that_did_less():
+    asks = [Ask(0.5, None, (1,), 3)]
+    done = summary(asks, [Answer(1.0, 2.0, (7, 8, 9))])
+    assert (done["tokens_per_s"], done["latency_mean_s"], done["first_token_p50_s"]) == (2.0, 1.5, 0.5)
+    with pytest.raises(AssertionError, match="has not generated"):
+        summary(asks, [Answer(1.0, 2.0, (7,))])
+
+
+def test_missing_rivals_leave_null():
+    rate = {"tokens_per_s": 6.0}
+    report = {
+        "adapters": {
+            "1": {"ours": rate},
+            "2": {"ours": rate, "same requests": PAIR},
+            "4": {"ours": {"tokens_per_s": 3.0}},
+        },
+        "mixed": dict.fromkeys(("ours", "peft mixed", "ours beside base only", "ours base only"), rate),
+        "vllm": None,
+        "llamacpp": {"rows": {"2": {"ours": {"tokens_per_s": 5.0}, "llamacpp": {"tokens_per_s": 4.0}}}},
+        "cold": {"ratio": 1.1},
+        "trace": {"loads": {"0.5": {"slo_attainment": 1.0}}},
+        "waste": {"memory_waste_fraction": 0.1},
+        "overhead": {"8": 0.3},
+        "chaos": {"max_wait_bound_violations": 0, "wrong_adapter_tokens": 0},
+    }
+    found = headline(report, QUICK)
+    assert found["throughput_ratio_4_vs_2_adapters"] == 0.5
+    assert found["throughput_vs_peft_2"] == 3.0
+    assert found["throughput_vs_vllm_mixed_32"] is None
+    assert found["decode_vs_llamacpp_single"] == 1.25
+
+
+def test_a_rival_that_comes_later_gets_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rate, runs = {"tokens_per_s": 6.0}, iter([None, {"ours": {"tokens_per_s": 6.0}, "vllm": {"tokens_per_s": 2.0}}])
+    found = {
+        "adapters": {"1": {"ours": rate}, "2": {"ours": rate, "same requests": PAIR}, "4": {"ours": rate}},
+        "mixed": dict.fromkeys(("ours", "peft mixed", "ours beside base only", "ours base only"), rate),
+        "llamacpp": None,
+        "cold": {"ratio": 1.1},
+        "trace": {"loads": {"0.5": {"slo_attainment": 1.0}}},
+        "waste": {"memory_waste_fraction": 0.1},
+        "overhead": {"8": 0.3},
+        "chaos": {"max_wait_bound_violations": 0, "wrong_adapter_tokens": 0},
+    }
+    parts = {name: partial(found.get, name) for name in found} | {"vllm": lambda: next(runs)}
+    monkeypatch.setattr(serving, "_parts", lambda *_: parts)
+    monkeypatch.setattr(serving, "plot_all", lambda *_: None)
+    reports = [
+        run(tmp_path, tmp_path / "s.json", KIT, Rivals(), is_quick=True, console=Console(quiet=True)) for _ in range(2)
+    ]
+    assert [report["throughput_vs_vllm_mixed_32"] for report in reports] == [None, 3.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_random_shape_is_measured_by_the_same_parts(tmp_path: Path, dtype: Dtype):
+    out, console = tmp_path / "tiny.json", Console(quiet=True)
+    parts = ("mixed", "adapters", "decode", "cold", "waste")
+    subject = Subject(TINY, dtype=dtype)
+    report = run(tmp_path / "no kit", out, subject, Rivals(), is_quick=True, only=parts, console=console)
+    assert report["throughput_ratio_4_vs_2_adapters"] > 0
+    assert report["throughput_vs_peft_mixed_32"] > 0
+    assert report["ttft_p99_ratio_cold_vs_resident_12_zipf"] > 0
+    assert report["shape"]["num_files"] == 3
+    assert set(TARGETS) & set(report) == {
+        "throughput_vs_peft_mixed_32",
+        "throughput_vs_base_only_32_distinct",
+        "memory_waste_fraction",
+    }
+    made = tmp_path / "tiny.work" / subject.folder
+    assert World(made, ()).dtype == dtype
+    assert len(list((made.parent / f"{made.name}-rank-8-on-4-modules").iterdir())) == 3
+    if dtype == "float32":  # rounding to bfloat16 may turn a greedy choice
+        assert report["mixed"]["peft mixed"]["same_answers"] == 1.0
+    wider = replace(TINY, sizes={**TINY.sizes, "vocab_size": 72})
+    found = run(tmp_path, out, Subject(wider, dtype=dtype), Rivals(), is_quick=True, only=["waste"], console=console)
+    assert "mixed" not in found, "the figures of another shape are not taken over"
+    assert World(made.with_name(Subject(wider, dtype=dtype).folder), ()).vocab_size == 72, "nor is its model"
+
+
+def test_adapters_that_share_files_are_each_their_own_to_the_engine(tmp_path: Path):
+    write_random_model(TINY.sizes, tmp_path / "tiny", "float32", "cpu")
+    world = make_world(tmp_path / "tiny", 5, num_files=2)
+    assert [folder.name for folder in world.adapters] == ["00000", "00001", "00000", "00001", "00000"]
+    ours = Ours(world, 5, small(world))
+    answers = ours.replay(batch(range(5), 6, 5, world.vocab_size))
+    assert ours.engine.stats()["adapters_resident"] == 5
+    assert len(answers) == 5
+
+
+def test_peft_computes_in_the_type_of_the_base(tmp_path: Path):
+    write_random_model(TINY.sizes, tmp_path / "tiny", "bfloat16", "cpu")
+    peft = Peft(make_world(tmp_path / "tiny", 2), 2)
+    assert {parameter.dtype for parameter in peft.model.parameters()} == {torch.bfloat16}
+
+
+def test_shapes_are_what_they_are_called_and_their_memory_holds_what_runs():
+    millions = {}
+    for shape in SHAPES.values():
+        if shape.sizes is None:
+            continue
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**shape.sizes))
+        millions[shape.name] = round(sum(p.numel() for p in model.parameters()) / 1e6)
+        config = model.config
+        token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+        token_bytes *= 4 if shape.name == "125m" else 2
+        longest = shape.size.lengths.prompt[1] + shape.size.lengths.output[1]
+        assert 32 * longest * token_bytes <= shape.kv_bytes < shape.memory_bytes
+        assert 16 * token_bytes // 4 >= config.intermediate_size, "a row of an adapter does not fit a page"
+    assert millions == {"125m": 124, "llama-7b": 6738, "llama-3-8b": 8030}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_told_before_anything_starts(tmp_path: Path):
+    command = ["bench", "serving", "--kit", str(tmp_path), "--out", str(tmp_path / "o.json"), "--device", "cuda"]
+    result = CliRunner().invoke(relora.app, command)
+    assert result.exit_code == 2
+    assert "no CUDA device" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_there_is_not_is_named(tmp_path: Path):
+    command = ["bench", "serving", "--kit", str(tmp_path), "--out", str(tmp_path / "o.json"), "--parts", "mixt"]
+    error = CliRunner().invoke(relora.app, command).exception
+    assert isinstance(error, ConfigError)
+    assert "no mixt; there are mixed, adapters" in str(error)
+
+
+@pytest.mark.timeout(300)
+def test_quick_run_writes_every_figure(kit: Path, tmp_path: Path):
+    out = tmp_path / "serving.json"
+    run(kit, out, KIT, Rivals(), is_quick=True, console=Console(quiet=True))
+    report = json.loads(out.read_text())
+    sized = ("_2000_vs_5_", "_peft_5", "_peft_100", "_1024", "_1000_zipf")
+    assert {key for key in TARGETS if not any(part in key for part in sized)} <= set(report)
+    assert (report["wrong_adapter_tokens"], report["max_wait_bound_violations"]) == (0, 0)
+    assert report["throughput_vs_vllm_mixed_32"] is None
+    assert (tmp_path / "serving-load.png").stat().st_size > 10_000

@@ -1,0 +1,156 @@
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from cluster.config import (
+    Fleet,
+    GateConfig,
+    RolloutConfig,
+    SearchConfig,
+    ServingConfig,
+    TrainConfig,
+    WorkersConfig,
+    load_fleet,
+)
+from cluster.errors import ConfigError, NotFoundError
+
+EXAMPLE = Path(__file__).parents[2] / "fleet.toml"
+BASES = '[[bases]]\nname = "v1"\npath = "models/v1"\n'
+ADAPTER = '[[adapters]]\nname = "intent"\npath = "adapters/intent"\nbase = "v1"\ndata = "/data/intent"\n'
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "fleet.toml"
+    file.write_text(text)
+    return file
+
+
+def complaint(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load_fleet(write(tmp_path, text))
+    return str(raised.value)
+
+
+def test_the_example_has_every_key_with_its_default():
+    fleet = load_fleet(EXAMPLE)
+    defaults = Fleet(name="example", folder=EXAMPLE.parent)
+    assert (fleet.serving, fleet.readapt, fleet.rollout) == (defaults.serving, defaults.readapt, defaults.rollout)
+    assert fleet.registry == f"sqlite:///{EXAMPLE.parent}/registry.db"
+    assert fleet.blobs == str(EXAMPLE.parent / "blobs")
+    assert fleet.packed == str(EXAMPLE.parent / ".cache" / "packed")
+    assert [adapter.base for adapter in fleet.adapters] == ["v1"]
+    keys = {line.split(" = ")[0] for line in EXAMPLE.read_text().splitlines() if " = " in line}
+    for section in (ServingConfig, SearchConfig, TrainConfig, GateConfig, WorkersConfig, RolloutConfig):
+        assert set(section.__dataclass_fields__) <= keys
+
+
+def test_a_fleet_file_needs_little_and_its_paths_become_absolute(tmp_path: Path):
+    fleet = load_fleet(write(tmp_path, f'name = "f"\n{BASES}{ADAPTER}'))
+    assert fleet.folder == tmp_path
+    assert fleet.base("v1").path == tmp_path / "models/v1"
+    assert fleet.adapters[0].path == tmp_path / "adapters/intent"
+    assert fleet.adapters[0].data == Path("/data/intent")
+    assert fleet.adapters[0].metric == "exact_match"
+    assert fleet.registry == f"sqlite:///{tmp_path}/registry.db"
+    assert fleet.serving.memory_bytes == 256 * 1024**2
+
+
+def test_relative_to_the_file_and_not_to_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path, f'name = "f"\n{BASES}')
+    monkeypatch.chdir(tmp_path)
+    assert load_fleet(Path("fleet.toml")).base("v1").path == tmp_path / "models/v1"
+
+
+def test_urls_of_other_machines_stay_as_they_are(tmp_path: Path):
+    text = 'name = "f"\nregistry = "postgresql+psycopg://u:p@db/relora"\nblobs = "s3://bucket/fleet"\n'
+    fleet = load_fleet(write(tmp_path, text))
+    assert (fleet.registry, fleet.blobs) == ("postgresql+psycopg://u:p@db/relora", "s3://bucket/fleet")
+
+
+def test_an_unknown_base_is_not_found_with_the_known_ones_listed(tmp_path: Path):
+    fleet = load_fleet(write(tmp_path, f'name = "f"\n{BASES}'))
+    with pytest.raises(NotFoundError, match=r"'v7'.*v1"):
+        fleet.base("v7")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[readapt.search]\ntrials = 0", "fleet.toml: readapt.search.trials: Input should be greater than 0"),
+        ("[readapt.search]\ntrails = 3", "fleet.toml: readapt.search.trails: Unexpected"),
+        ("[servng]\nport = 1", "fleet.toml: servng: Unexpected"),
+        ('[serving]\nport = "8000"', "serving.port: Input should be a valid integer"),
+        ("[serving]\nport = 70000", "serving.port: "),
+        ("[serving]\nthreads = true", "serving.threads: "),
+        ("[serving]\nmemory_bytes = 1.5", "serving.memory_bytes: "),
+        ('[serving]\ndtype = "float64"', "serving.dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
+        ("[serving]\nmin_replicas = 3\nmax_replicas = 2", "serving.max_replicas: "),
+        ("[readapt.search]\nbeta_min = 2.0", "readapt.search.beta_max: "),
+        ("[readapt.search]\nbeta_min = 0.0\nbeta_max = 0.0", "readapt.search.beta_max: Input should be greater"),
+        ("[readapt.ladder]\nrungs = []", "readapt.ladder.rungs: Input should have at least one rung"),
+        ('[readapt.ladder]\nrungs = ["copy", "copy"]', "readapt.ladder.rungs: Input should name no rung twice"),
+        ('[readapt.ladder]\nrungs = ["train", "scratch"]', "readapt.ladder.rungs: 'train' should come after a start"),
+        ('[readapt.ladder]\nrungs = ["train", "copy"]', "readapt.ladder.rungs: 'train' should come after a start"),
+        (
+            "[serving]\nmax_rank = 16\n[readapt.transplant]\nrank = 17",
+            "readapt.transplant.rank: Input should be at most",
+        ),
+        (
+            "[readapt.transplant]\nwide_rank = 256",
+            "readapt.transplant.wide_rank: Input should be at most serving.max_rank",
+        ),
+        ("[serving]\nmax_rank = 16\n[readapt]\ntransplant = 3", "readapt.transplant: "),
+        ("[readapt.train]\nlearning_rate = nan", "readapt.train.learning_rate: "),
+        ("[rollout]\ncanary_share = 1.5", "rollout.canary_share: "),
+        ("serving = 3", "serving: "),
+        ('folder = "x"', "folder: Unexpected"),
+        ('registry = "registry.db"', "registry: Not a database URL"),
+        (f'{BASES}[[bases]]\nname = "../v2"\npath = "x"', "bases[1].name: Bad name '../v2'"),
+        (BASES + BASES, "bases[1].name: 'v1' is already the name of bases[0]"),
+        (BASES + ADAPTER + ADAPTER, "adapters[1].name: 'intent' is already the name of adapters[0]"),
+        (BASES + ADAPTER.replace("intent", "v1"), "adapters[0].name: 'v1' is already the name of bases[0]"),
+        (BASES + ADAPTER.replace('"v1"', '"v9"'), "adapters[0].base: no base 'v9' among: v1"),
+        (BASES + ADAPTER + 'metric = "bleu"', "adapters[0].metric: "),
+        (BASES + ADAPTER + "traffic = -1", "adapters[0].traffic: "),
+    ],
+)
+def test_a_bad_value_is_named_by_its_key(tmp_path: Path, text: str, words: str):
+    assert words in complaint(tmp_path, f'name = "f"\n{text}\n')
+
+
+def test_a_ladder_without_a_transplant_does_not_ask_for_its_rank(tmp_path: Path):
+    text = 'name = "f"\n[serving]\nmax_rank = 16\n[readapt.ladder]\nrungs = ["fused", "train"]\n'
+    assert load_fleet(write(tmp_path, text)).readapt.ladder.rungs == ("fused", "train")
+
+
+@pytest.mark.parametrize(("limit", "ranks"), [(16, (16, 16)), (100, (64, 100)), (512, (64, 128))])
+def test_ranks_of_a_transplant_that_are_not_given_are_what_the_engines_take(
+    tmp_path: Path, limit: int, ranks: tuple[int, int]
+):
+    fleet = load_fleet(write(tmp_path, f'name = "f"\n[serving]\nmax_rank = {limit}\n'))
+    assert (fleet.readapt.transplant.rank, fleet.readapt.transplant.wide_rank) == ranks
+
+
+def test_all_faults_are_told_at_once_one_on_a_line(tmp_path: Path):
+    lines = complaint(tmp_path, "[serving]\nport = -1\nspeed = 9\n[rollout]\npoll_s = 0\n").splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["name", "serving.port", "serving.speed", "rollout.poll_s"]
+
+
+def test_malformed_toml_is_told_with_its_line(tmp_path: Path):
+    assert "line 3" in complaint(tmp_path, 'name = "f"\n\nblobs = = 3\n')
+    with pytest.raises(ConfigError, match=r"absent\.toml"):
+        load_fleet(tmp_path / "absent.toml")
+
+
+def test_a_fleet_is_frozen_and_travels_between_processes(tmp_path: Path):
+    fleet = load_fleet(EXAMPLE)
+    assert pickle.loads(pickle.dumps(fleet)) == fleet
+    with pytest.raises(AttributeError):
+        fleet.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("section", [ServingConfig, TrainConfig, SearchConfig])
+def test_code_may_build_sections_of_its_own(section: type):
+    assert TypeAdapter(section).validate_python(section()) == section()

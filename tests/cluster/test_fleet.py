@@ -1,0 +1,101 @@
+"""A fleet file made known to the registry, and what is not read twice for it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.checkpoints import Checkpoint, open_checkpoint
+from cluster.config import AdapterSpec, BaseSpec, Fleet
+from cluster.errors import ConflictError
+from cluster.fleet import has_registry, open_blobs, open_registry, register_adapters, register_base
+from tests.worlds.serving import make_adapter, make_checkpoint
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    make_checkpoint(tmp_path / "v1")
+    url = f"sqlite:///{tmp_path}/registry.db"
+    return Fleet(name="f", folder=tmp_path, registry=url, bases=(BaseSpec(name="v1", path=tmp_path / "v1"),))
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints whose weights were read for a fingerprint."""
+    folders: list[Path] = []
+    fingerprint = Checkpoint.fingerprint
+    monkeypatch.setattr(Checkpoint, "fingerprint", lambda self: folders.append(self.folder) or fingerprint(self))
+    return folders
+
+
+def test_weights_are_read_once_as_long_as_their_files_are_the_same(fleet: Fleet, read: list[Path]):
+    registry = open_registry(fleet)
+    first = register_base(fleet, registry, "v1")
+    assert register_base(fleet, registry, "v1") == first
+    assert len(read) == 1
+    assert first.fingerprint == open_checkpoint(fleet.base("v1").path).fingerprint()
+    registry.close()
+
+
+def test_files_that_were_only_touched_are_read_again_and_found_the_same(fleet: Fleet, read: list[Path]):
+    registry = open_registry(fleet)
+    first = register_base(fleet, registry, "v1")
+    os.utime(fleet.base("v1").path / "model.safetensors", ns=(1, 1))
+    again = register_base(fleet, registry, "v1")
+    assert (again.fingerprint, len(read)) == (first.fingerprint, 2)
+    assert again.stamp != first.stamp
+    assert register_base(fleet, registry, "v1") == again
+    assert len(read) == 2, "the new stamp is kept"
+    registry.close()
+
+
+def test_exchanged_weights_are_found_out_however_often_the_old_ones_were_seen(fleet: Fleet):
+    registry = open_registry(fleet)
+    register_base(fleet, registry, "v1")
+    make_checkpoint(fleet.base("v1").path, seed=5)
+    for _ in range(2):
+        with pytest.raises(ConflictError, match="other weights"):
+            register_base(fleet, registry, "v1")
+    registry.close()
+
+
+def with_adapter(fleet: Fleet) -> Fleet:
+    base = fleet.base("v1").path
+    spec = AdapterSpec(name="intent", path=make_adapter(fleet.folder / "intent", base), base="v1", data=fleet.folder)
+    return replace(fleet, blobs=str(fleet.folder / "blobs"), adapters=(spec,))
+
+
+def test_files_that_replace_those_of_a_registered_adapter_are_not_left_unsaid(fleet: Fleet):
+    """Else a person would think that the new ones are served, while the old ones are."""
+    fleet = with_adapter(fleet)
+    registry, blobs = open_registry(fleet), open_blobs(fleet)
+    (first,) = register_adapters(fleet, registry, blobs)
+    assert register_adapters(fleet, registry, blobs) == []
+    (fleet.folder / "intent" / "adapter_config.json").unlink()
+    make_adapter(fleet.folder / "intent", fleet.base("v1").path, seed=5)
+    with pytest.raises(ConflictError, match=r"not those that intent@1 is registered with.*Put the old files back"):
+        register_adapters(fleet, registry, blobs)
+    assert registry.versions() == [first]
+    registry.close()
+
+
+def test_another_base_for_a_registered_adapter_is_not_left_unsaid(fleet: Fleet):
+    fleet = with_adapter(fleet)
+    registry, blobs = open_registry(fleet), open_blobs(fleet)
+    register_adapters(fleet, registry, blobs)
+    make_checkpoint(fleet.folder / "v2", seed=1)
+    moved = replace(fleet.adapters[0], base="v2", traffic=7.0)
+    bases = (*fleet.bases, BaseSpec(name="v2", path=fleet.folder / "v2"))
+    with pytest.raises(ConflictError, match=r"says base 'v2', intent@1 is registered on 'v1'.*relora upgrade --to v2"):
+        register_adapters(replace(fleet, bases=bases, adapters=(moved,)), registry, blobs)
+    assert registry.adapter("intent").traffic == 1.0, "nothing is written"
+    registry.close()
+
+
+def test_a_registry_is_looked_for_without_being_made(fleet: Fleet):
+    assert not has_registry(fleet)
+    assert not (fleet.folder / "registry.db").exists()
+    open_registry(fleet).close()
+    assert has_registry(fleet)
+    assert has_registry(replace(fleet, registry="postgresql://host/fleet"))

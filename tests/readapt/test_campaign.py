@@ -1,0 +1,416 @@
+"""The campaign's state machine on a real registry, blob store and ladder; only Ray is away."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.adapter_files import load_adapter
+from cluster.blobs import BlobStore, content_hash
+from cluster.config import Fleet
+from cluster.errors import ConflictError, NotFoundError, StorageError
+from cluster.fleet import open_blobs, register_base
+from cluster.records import jsonable
+from cluster.registry import Registry, Status
+from readapt.campaign.base_pair import EVOLUTION
+from readapt.campaign.campaign import Campaign, in_background
+from readapt.campaign.worker import AdapterJob, Climbed, JobFailed, LocalExecutor, Report, Reports
+from readapt.fusion.points import CORNERS
+from readapt.ladder.ladder import Outcome
+from tests.worlds.fleets import copy_of, make_fleet, registered
+from tests.worlds.readapt import try_points
+from tests.worlds.serving import make_adapter, make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its ladder has the search, at which a test can stop the time."""
+    folder = make_fleet(tmp_path_factory.mktemp("world")).folder
+    with (folder / "fleet.toml").open("a") as file:
+        file.write('\n[readapt.ladder]\nrungs = ["copy", "fused", "train", "scratch"]\n')
+    return folder
+
+
+@pytest.fixture
+def fleet(world: Path, tmp_path: Path) -> Fleet:
+    return copy_of(world, tmp_path)
+
+
+@pytest.fixture
+def registry(fleet: Fleet) -> Iterator[Registry]:
+    with closing(registered(fleet)) as opened:
+        yield opened
+
+
+def corners(objective):
+    return try_points(objective, CORNERS)
+
+
+class Scripted:
+    """An executor that does no work: `answer` gives each job's last report."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.jobs: list[str] = []
+
+    def run(self, jobs: Iterator[AdapterJob]) -> Reports:
+        for job in jobs:
+            self.jobs.append(job.adapter)
+            yield job, self.answer(job)
+
+
+def climbed(fleet: Fleet, job: AdapterJob, accepted: bool = True) -> Climbed:
+    adapter = load_adapter(open_blobs(fleet).fetch_folder(job.task_key))
+    outcome = Outcome("copy", adapter, 1.0, 0.0, 50.0, 50.0, 90.0, (), accepted, None, ())
+    return Climbed(outcome, None, {"reference": 0.0, "climb": 0.0})
+
+
+def campaign(fleet: Fleet, registry: Registry, executor=None, target: str = "v2", lease_s: float = 10.0, say=None):
+    executor = executor or LocalExecutor(fleet, corners)
+    say = say or (lambda line: None)
+    return Campaign(fleet, registry, open_blobs(fleet), target, executor, lease_s=lease_s, say=say)
+
+
+def test_every_adapter_is_carried_over_busiest_first(fleet: Fleet, registry: Registry):
+    lines: list[str] = []
+    settled = campaign(fleet, registry, say=lines.append).run()
+    assert [version.label for version in settled] == ["busy@2", "usual@2", "calm@2"]
+    blobs = open_blobs(fleet)
+    for version in settled:
+        assert (version.status, version.base) == (Status.CANDIDATE, "v2")
+        assert registry.version(version.parent_id).label == f"{version.adapter}@1"
+        assert version.content_hash == content_hash(blobs.fetch_folder(version.blob_key))
+        shipped = load_adapter(blobs.fetch_folder(version.blob_key))
+        assert shipped.max_rank > 0
+        assert shipped.base_model == str(fleet.base("v2").path), "its files name the base that it is for now"
+        details = version.details
+        assert details["rung"] in ("fused", "short", "full", "scratch"), "the copy was to fail in this world"
+        assert details["copy_quality"] < version.quality
+        assert version.quality >= details["reference_quality"] - 5.0
+        assert len(details["golden"]) == fleet.rollout.golden_prompts
+        assert len(details["search"]) == len(CORNERS)
+        assert details["seconds"]["total"] >= details["seconds"]["climb"] > 0
+        rungs = registry.events(kind="rung", version_id=version.id)
+        assert [event.details["rung"] for event in rungs][:2] == ["copy", "fused"]
+        assert registry.routes()[version.adapter].live.number == 1, "the old version stays live"
+    assert any("busy@2: candidate" in line for line in lines)
+
+
+def test_a_second_campaign_finds_nothing_to_do(fleet: Fleet, registry: Registry):
+    campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job))).run()
+    again = Scripted(lambda job: climbed(fleet, job))
+    assert campaign(fleet, registry, again).run() == []
+    assert again.jobs == []
+    assert len(registry.events(kind=EVOLUTION)) == 1
+
+
+def test_one_bad_adapter_does_not_stop_the_others_and_is_tried_again_later(fleet: Fleet, registry: Registry):
+    valid = fleet.folder / "usual" / "data" / "valid.jsonl"
+    good = valid.read_text()
+    valid.write_text("{oops\n")
+    by_name = {version.adapter: version for version in campaign(fleet, registry).run()}
+    assert by_name["usual"].status is Status.FAILED
+    assert "valid.jsonl:1" in by_name["usual"].details["error"]
+    assert by_name["busy"].status is by_name["calm"].status is Status.CANDIDATE
+    valid.write_text(good)
+    (again,) = campaign(fleet, registry).run()
+    assert (again.label, again.status) == ("usual@2", Status.CANDIDATE)
+    assert len(registry.events(kind=EVOLUTION)) == 1, "the evolution was kept"
+
+
+def test_an_adapter_of_another_shape_fails_with_both_shapes(fleet: Fleet, registry: Registry):
+    wide = make_checkpoint(fleet.folder / "wide", hidden_size=72, num_attention_heads=6, head_dim=12)
+    fleet = replace(fleet, bases=(*fleet.bases, replace(fleet.bases[0], name="wide", path=wide)))
+    register_base(fleet, registry, "wide")
+    registry.add_adapter("stranger", data="rows", traffic=100.0)
+    key = open_blobs(fleet).put_folder(make_adapter(fleet.folder / "stranger", wide))
+    registry.add_version("stranger", "wide", Status.LIVE, blob_key=key)
+    executor = Scripted(lambda job: climbed(fleet, job))
+    first = campaign(fleet, registry, executor).run()[0]
+    assert (first.label, first.status) == ("stranger@2", Status.FAILED)
+    assert "hidden_size 60" in first.details["error"]
+    assert "hidden_size 72" in first.details["error"]
+    assert "from scratch" in first.details["error"]
+    assert executor.jobs == ["busy", "usual", "calm"]
+
+
+def test_an_adapter_without_rows_fails_in_words(fleet: Fleet, registry: Registry):
+    """One that a client brought over HTTP, say. Rows that lie in the current folder are none of its business."""
+    key = registry.routes()["busy"].live.blob_key
+    registry.add_adapter("brought", traffic=100.0)
+    registry.add_version("brought", "v1", Status.LIVE, blob_key=key)
+    executor = Scripted(lambda job: climbed(fleet, job))
+    first = campaign(fleet, registry, executor).run()[0]
+    assert (first.label, first.status) == ("brought@2", Status.FAILED)
+    assert "no rows to judge it by" in first.details["error"]
+    assert executor.jobs == ["busy", "usual", "calm"]
+
+
+def test_what_its_owner_has_replaced_is_not_carried_over_but_the_new_one_is(fleet: Fleet, registry: Registry):
+    def fail(job: AdapterJob) -> Report:
+        return JobFailed("the first campaign gets nowhere")
+
+    campaign(fleet, registry, Scripted(fail)).run()
+    old = registry.routes()["busy"].live
+    new = registry.add_version("busy", "v1", Status.RETIRED, blob_key=registry.routes()["calm"].live.blob_key)
+    registry.promote(new.id)
+    jobs: list[AdapterJob] = []
+
+    def keep(job: AdapterJob) -> Report:
+        jobs.append(job)
+        return climbed(fleet, job)
+
+    campaign(fleet, registry, Scripted(keep)).run()
+    assert [job.task_key for job in jobs if job.adapter == "busy"] == [new.blob_key]
+    stale, fresh = registry.versions(adapter="busy", base="v2")
+    assert (stale.parent_id, stale.status) == (old.id, Status.FAILED)
+    assert (fresh.parent_id, fresh.status) == (new.id, Status.CANDIDATE)
+    assert campaign(fleet, registry, Scripted(keep)).run() == []
+
+
+def test_to_the_base_where_all_are_already_there_is_nothing_to_do(fleet: Fleet, registry: Registry):
+    executor = Scripted(lambda job: climbed(fleet, job))
+    assert campaign(fleet, registry, executor, target="v1").run() == []
+    assert executor.jobs == []
+
+
+def test_a_store_that_refuses_one_adapter_fails_that_one_only(
+    fleet: Fleet, registry: Registry, monkeypatch: pytest.MonkeyPatch
+):
+    store = BlobStore.put_folder
+    puts: list[Path] = []
+
+    def refuse_the_second(self: BlobStore, folder: Path) -> str:
+        puts.append(folder)
+        if len(puts) == 3:  # after the evolution and the first adapter
+            raise StorageError("no space left")
+        return store(self, folder)
+
+    monkeypatch.setattr(BlobStore, "put_folder", refuse_the_second)
+    settled = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job))).run()
+    assert {version.adapter: version.status for version in settled} == {
+        "busy": Status.CANDIDATE,
+        "usual": Status.FAILED,
+        "calm": Status.CANDIDATE,
+    }
+    assert "no space left" in registry.versions(adapter="usual", base="v2")[0].details["error"]
+
+
+def test_another_tokenizer_is_told(fleet: Fleet, registry: Registry):
+    file = fleet.base("v2").path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    lines: list[str] = []
+    campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job)), say=lines.append).run()
+    assert any("a tokenizer of its own: 0 tokens more" in line for line in lines)
+
+
+def test_what_passes_no_gate_is_rejected_and_not_tried_again(fleet: Fleet, registry: Registry):
+    settled = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=job.adapter != "busy"))).run()
+    assert {v.adapter: v.status for v in settled} == {
+        "busy": Status.REJECTED,
+        "usual": Status.CANDIDATE,
+        "calm": Status.CANDIDATE,
+    }
+    assert settled[0].blob_key is None
+    assert registry.routes()["busy"].live.number == 1
+    assert campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job))).run() == []
+
+
+def test_changed_weights_under_an_old_name_are_refused(fleet: Fleet, registry: Registry):
+    register_base(fleet, registry, "v2")
+    make_checkpoint(fleet.folder / "v2", seed=7)
+    with pytest.raises(ConflictError, match="other weights"):
+        campaign(fleet, registry).run()
+    with pytest.raises(NotFoundError, match="v9"):
+        campaign(fleet, registry, target="v9").run()
+    assert registry.versions(base="v2") == []
+
+
+def test_an_interrupted_campaign_puts_its_adapters_back(fleet: Fleet, registry: Registry):
+    def interrupt(job: AdapterJob) -> Report:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        campaign(fleet, registry, Scripted(interrupt)).run()
+    assert {version.status for version in registry.versions(base="v2")} == {Status.PLANNED}
+
+
+def test_campaigns_at_once_share_the_work(fleet: Fleet, registry: Registry):
+    def slowly(job: AdapterJob) -> Report:
+        time.sleep(0.3)
+        return climbed(fleet, job)
+
+    executors = [Scripted(slowly) for _ in range(3)]
+    threads = [threading.Thread(target=campaign(fleet, registry, e, lease_s=4.0).run) for e in executors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(name for e in executors for name in e.jobs) == ["busy", "calm", "usual"]
+    done = registry.versions(base="v2", statuses=[Status.CANDIDATE])
+    assert sorted(version.adapter for version in done) == ["busy", "calm", "usual"]
+
+
+def test_a_silent_owner_loses_its_adapter_and_a_living_one_does_not(fleet: Fleet, registry: Registry):
+    campaign(fleet, registry, Scripted(lambda job: JobFailed("made the versions"))).run()
+    busy, usual, _ = sorted(registry.versions(base="v2"), key=lambda version: version.adapter)[:3]
+    for version, owner in ((busy, "dead"), (usual, "alive")):
+        registry.move(version.id, Status.FAILED, Status.PLANNED)
+        registry.move(version.id, Status.PLANNED, Status.ADAPTING, details={"campaign": owner})
+    registry.beat("dead")
+    registry.beat("alive")
+    over = threading.Event()
+
+    def live_for_a_while() -> None:
+        for _ in range(20):
+            registry.beat("alive")
+            time.sleep(0.1)
+        registry.move(usual.id, Status.ADAPTING, Status.FAILED, details={"error": "by its owner"})
+        over.set()
+
+    threading.Thread(target=live_for_a_while).start()
+    executor = Scripted(lambda job: climbed(fleet, job))
+    campaign(fleet, registry, executor, lease_s=0.6).run()
+    assert over.is_set(), "it waited for the living owner to settle its adapter"
+    assert registry.version(busy.id).status is Status.CANDIDATE
+    assert executor.jobs.count(busy.adapter) == 1
+
+
+VICTIM = """
+import sys, time
+from pathlib import Path
+from cluster.config import load_fleet
+from cluster.fleet import open_blobs, open_registry
+from readapt.campaign.campaign import Campaign
+from readapt.fusion.points import CORNERS
+from readapt.campaign.worker import LocalExecutor
+from tests.worlds.readapt import try_points
+
+fleet = load_fleet(Path(sys.argv[1]))
+searches = []
+
+def search(objective):
+    searches.append(objective)
+    if len(searches) == 2:
+        print("IN THE AIR", flush=True)
+        time.sleep(600)
+    return try_points(objective, CORNERS)
+
+executor = LocalExecutor(fleet, search)
+Campaign(fleet, open_registry(fleet), open_blobs(fleet), "v2", executor, lease_s=0.5).run()
+"""
+
+
+def test_a_campaign_killed_in_the_air_is_resumed_without_doing_anything_twice(fleet: Fleet, registry: Registry):
+    command = [sys.executable, "-c", VICTIM, str(fleet.folder / "fleet.toml")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as victim:
+        assert victim.stdout is not None
+        assert any("IN THE AIR" in line for line in victim.stdout)
+        os.kill(victim.pid, signal.SIGKILL)
+    before = {version.adapter: version for version in registry.versions(base="v2")}
+    assert {name: version.status for name, version in before.items()} == {
+        "busy": Status.CANDIDATE,
+        "usual": Status.ADAPTING,
+        "calm": Status.PLANNED,
+    }
+    settled = campaign(fleet, registry, lease_s=0.5).run()
+    assert [version.adapter for version in settled] == ["calm", "usual"]
+    after = {version.adapter: version for version in registry.versions(base="v2")}
+    assert len(registry.versions(base="v2")) == 3, "no duplicates"
+    assert after["busy"] == before["busy"], "what was done is not touched"
+    assert {version.status for version in after.values()} == {Status.CANDIDATE}
+    assert after["usual"].id == before["usual"].id
+    assert len(registry.events(kind=EVOLUTION)) == 1
+    moves = [(e.adapter, e.details["target"]) for e in registry.events(kind="moved")]
+    assert moves.count(("usual", "adapting")) == 2
+    assert moves.count(("busy", "adapting")) == 1
+
+
+def with_stage(fleet: Fleet, registry: Registry, adapter: str, learned: str) -> Path:
+    """A live version that has learned the classes of another's task, as `relora continual` writes it down."""
+    first = registry.routes()[adapter].live
+    stages = [
+        {"name": name, "data": str(fleet.folder / of / "data")} for name, of in (("start", adapter), ("more", learned))
+    ]
+    files = {"blob_key": first.blob_key, "content_hash": first.content_hash}
+    version = registry.add_version(
+        adapter, "v1", Status.RETIRED, **files, parent_id=first.id, details={"stages": stages}
+    )
+    registry.promote(version.id)
+    return fleet.folder / learned / "data"
+
+
+def test_what_an_adapter_has_learned_in_stages_is_carried_over_with_it(fleet: Fleet, registry: Registry):
+    """Judged on the rows of all, it needs the classes of all; by its first task alone it would lose those of later."""
+    more = with_stage(fleet, registry, "usual", learned="calm")
+    jobs: list[AdapterJob] = []
+
+    def answer(job: AdapterJob) -> Report:
+        jobs.append(job)
+        return climbed(fleet, job)
+
+    campaign(fleet, registry, Scripted(answer)).run()
+    by_name = {job.adapter: job.data for job in jobs}
+    assert by_name["usual"] == (fleet.folder / "usual" / "data", more)
+    assert by_name["busy"] == (fleet.folder / "busy" / "data",)
+    carried = {version.adapter: version.details for version in registry.versions(base="v2")}
+    assert [stage["name"] for stage in carried["usual"]["stages"]] == ["start", "more"], "for the next upgrade or stage"
+    assert "stages" not in carried["busy"]
+
+
+def test_rows_of_a_stage_that_are_gone_or_malformed_fail_the_adapter_by_name(fleet: Fleet, registry: Registry):
+    more = with_stage(fleet, registry, "usual", learned="calm")
+    (more / "valid.jsonl").write_text("{oops\n")
+    only_usual = {"busy", "calm"}
+    for version in [route.live for name, route in registry.routes().items() if name in only_usual]:
+        registry.move(version.id, Status.LIVE, Status.RETIRED)
+    (malformed,) = campaign(fleet, registry).run()
+    assert f"{more / 'valid.jsonl'}:1" in malformed.details["error"]
+    shutil.rmtree(more)
+    (gone,) = campaign(fleet, registry).run()
+    assert gone.status is Status.FAILED
+    assert f"InvalidDataError: {more}: no such folder; usual@2 was trained on its rows" in gone.details["error"]
+
+
+def test_a_campaign_that_is_stopped_puts_back_what_is_in_the_air(fleet: Fleet, registry: Registry):
+    begun = threading.Event()
+
+    class Endless(Scripted):
+        def run(self, jobs: Iterator[AdapterJob]) -> Reports:
+            next(jobs)
+            begun.set()
+            while True:
+                time.sleep(0.05)
+                yield None
+
+    started = campaign(fleet, registry, Endless(None))
+    with pytest.raises(StorageError, match="no engine"), in_background(started) as settled:  # noqa: PT012
+        assert begun.wait(20)
+        assert not settled.done()
+        raise StorageError("no engine")
+    assert settled.result() == []
+    assert {version.status for version in registry.versions(base="v2")} == {Status.PLANNED}
+    assert registry.beats() == {}
+    assert registry.events(kind="campaign_finished") == []
+
+
+def test_what_is_rejected_says_why(fleet: Fleet, registry: Registry):
+    version, *_ = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=False))).run()
+    assert version.setback == "at rung copy it reached 50.0 points, 90.0 less the gate's tolerance were asked"
+
+
+def test_details_hold_no_infinity():
+    details = jsonable({"loss": float("inf"), "trials": ({"loss": float("nan")}, {"loss": 0.5})})
+    assert json.dumps(details, allow_nan=False) == '{"loss": null, "trials": [{"loss": null}, {"loss": 0.5}]}'

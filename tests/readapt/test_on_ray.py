@@ -1,0 +1,323 @@
+"""The search by Ray Tune and the workers by Ray Train, on one small local cluster."""
+
+import asyncio
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.adapter_files import load_adapter
+from cluster.checkpoints import open_checkpoint
+from cluster.config import Fleet, LadderConfig, ReadaptConfig, SearchConfig, WorkersConfig
+from cluster.errors import ConfigError, TrainingError
+from cluster.fleet import open_blobs
+from cluster.on_ray import LocalCluster, connect
+from cluster.registry import Status, Version
+from readapt.campaign.campaign import Campaign
+from readapt.campaign.job_queue import MAX_CRASHES_PER_JOB, JobQueue
+from readapt.campaign.worker import AdapterJob, JobFailed, RungReached
+from readapt.fusion.search import FusionObjective, SearchResult, find, split_valid
+from readapt.lowrank.delta import base_evolution
+from readapt.on_ray import FleetSearch, RayExecutor, _Service, check_room
+from readapt.training.data import encoder_for, load_task
+from readapt.training.lora import load_base
+from readapt.training.train import CurvePoint
+from tests.worlds.fleets import make_fleet, registered
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with LocalCluster(num_cpus=4) as running:
+        connect(running.address)
+        yield running
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    """Whose ladder searches: the rungs of the paper's method."""
+    fleet = make_fleet(tmp_path)
+    ladder = replace(fleet.readapt.ladder, rungs=("copy", "fused", "train", "scratch"))
+    return replace(fleet, readapt=replace(fleet.readapt, ladder=ladder))
+
+
+def make_job(version_id: int) -> AdapterJob:
+    return AdapterJob(version_id, f"a{version_id}", (), "exact_match", "", None, Path(), Path())
+
+
+@pytest.mark.ray
+def test_a_campaign_on_ray_end_to_end_while_a_worker_is_killed(cluster: LocalCluster, fleet: Fleet):
+    valid = fleet.folder / "usual" / "data" / "valid.jsonl"
+    valid.write_text((valid.read_text() + "\n") * 150)  # a second for each evaluation: time to be killed in
+    registry = registered(fleet)
+    killed = threading.Event()
+    lines = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("usual@2: copy") and not killed.is_set():
+            killed.set()
+            for worker in _train_workers(cluster):
+                worker.kill()
+
+    started = time.monotonic()
+    settled = Campaign(fleet, registry, open_blobs(fleet), "v2", RayExecutor(fleet), say=say).run()
+    print("\n".join(lines), f"\n{time.monotonic() - started:.1f} s")
+    assert killed.is_set()
+    assert sorted(version.label for version in settled) == ["busy@2", "calm@2", "usual@2"]
+    assert {version.status for version in settled} == {Status.CANDIDATE}
+    for version in settled:
+        _check_search(fleet, version)
+    begun = [e.adapter for e in registry.events(kind="rung") if e.details["rung"] == "copy"]
+    assert begun.count("busy") == 1
+    assert begun.count("usual") == 2, "the job in the air was done again"
+    registry.close()
+
+
+def _train_workers(cluster: LocalCluster) -> list[psutil.Process]:
+    found = [p for p in cluster.processes() if "TrainWorker" in " ".join(p.cmdline())]
+    assert found
+    return found
+
+
+def _check_search(fleet: Fleet, version: Version) -> None:
+    """The trials are those of a search in this process, with the losses that they have here; the best was taken."""
+    config = fleet.readapt.search
+    losses = {(t["point"]["alpha"], t["point"]["beta"]): t["loss"] for t in version.details["search"]}
+    assert len(losses) == config.trials
+    here = _search_here(fleet, version)
+    assert losses == pytest.approx({(t.point.alpha, t.point.beta): t.loss for t in here.trials}, rel=1e-4)
+    assert losses[version.details["alpha"], version.details["beta"]] == min(losses.values())
+    assert all(0 <= alpha <= config.alpha_max and config.beta_min <= beta <= config.beta_max for alpha, beta in losses)
+
+
+def _search_here(fleet: Fleet, version: Version) -> SearchResult:
+    model, encoder = load_base(fleet.base("v2").path), encoder_for(fleet.base("v2").path, 32)
+    spec = next(spec for spec in fleet.adapters if spec.name == version.adapter)
+    bases = [open_checkpoint(fleet.base(name).path) for name in ("v1", "v2")]
+    evolution, _ = base_evolution(*bases, rank=fleet.readapt.search.evolution_rank, energy=0.95)
+    task, rows = load_adapter(spec.path), split_valid(load_task(spec.data).valid, fleet.readapt.search)[0]
+    return find(FusionObjective(model, task, evolution, rows, encoder, fleet.readapt.search))
+
+
+def test_a_service_that_ends_while_it_is_needed_is_an_error():
+    """Else the campaign would wait for ever for what it was to deliver."""
+    ended = _Service("the search", lambda: None)
+    ended.join()
+    with pytest.raises(TrainingError, match="the search ended before"):
+        ended.check_alive()
+    died = _Service("the search", lambda: {}["lost"])
+    with pytest.raises(TrainingError, match="could not go on: 'lost'"):
+        died.join()
+    goes_on = threading.Event()
+    alive = _Service("the search", goes_on.wait)
+    alive.check_alive()
+    goes_on.set()
+    alive.join()
+
+
+@pytest.mark.parametrize(
+    ("rungs", "cluster", "words"),
+    [
+        (("copy", "fused"), {"CPU": 9.0, "GPU": 2.0}, "need 3 GPUs, the cluster has 2"),
+        (("copy", "fused"), {"CPU": 2.0, "GPU": 3.0}, "need 2.5 CPUs, the cluster has 2"),
+        (("copy", "train"), {"CPU": 2.0}, "need 2 GPUs, the cluster has 0"),
+        (("copy", "train"), {"CPU": 2.0, "GPU": 2.0}, None),
+        (("copy", "fused"), {"CPU": 2.5, "GPU": 3.0}, None),
+    ],
+)
+def test_a_cluster_that_cannot_hold_workers_and_search_is_told_at_once(
+    rungs: tuple[str, ...], cluster: dict[str, float], words: str | None
+):
+    """Else the search would wait for ever for the GPU of a worker that waits for the search."""
+    config = ReadaptConfig(ladder=LadderConfig(rungs=rungs), workers=WorkersConfig(num_workers=2, gpus_per_worker=1.0))
+    if words is None:
+        check_room(config, cluster)
+        return
+    with pytest.raises(ConfigError, match=words):
+        check_room(config, cluster)
+
+
+# The queue and the fleet's search need no Ray to be tested.
+
+
+async def taken(queue: JobQueue, worker: int, life: int) -> int | None:
+    job = await asyncio.wait_for(queue.take(worker, life), timeout=5)
+    return None if job is None else job.version_id
+
+
+async def waiting_for(queue: JobQueue, worker: int, life: int) -> asyncio.Task:
+    task = asyncio.create_task(queue.take(worker, life))
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    return task
+
+
+async def filled(*version_ids: int) -> JobQueue:
+    queue = JobQueue()
+    for version_id in version_ids:
+        await queue.add(make_job(version_id))
+    return queue
+
+
+async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothing_can_come_back():
+    queue = await filled(7, 5)
+    await queue.close()
+    lives = [await queue.enter(0), await queue.enter(1)]
+    assert (await taken(queue, 0, lives[0]), await taken(queue, 1, lives[1])) == (7, 5)
+    await queue.report(0, 7, JobFailed("its own fault"))
+    idle = await waiting_for(queue, 0, lives[0])  # worker 1 may yet die with job 5
+    await queue.report(1, 5, JobFailed("its own fault"))
+    assert await idle is None
+    assert [version_id for version_id, _ in await queue.reports(1.0)] == [7, 5]
+    assert await queue.reports(0.01) == []
+
+
+async def test_a_dead_workers_job_goes_to_its_successor_until_it_has_killed_too_many():
+    queue = await filled(7, 8)
+    for _ in range(MAX_CRASHES_PER_JOB):
+        assert await taken(queue, 0, await queue.enter(0)) == 7
+    assert await taken(queue, 0, await queue.enter(0)) == 8
+    ((version_id, report),) = await queue.reports(1.0)
+    assert version_id == 7
+    assert isinstance(report, JobFailed)
+    assert "died" in report.error
+
+
+async def test_a_dead_worker_that_was_waiting_gets_no_job():
+    queue = JobQueue()
+    first = await queue.enter(0)
+    dead = await waiting_for(queue, 0, first)
+    second = await queue.enter(0)
+    successor = await waiting_for(queue, 0, second)
+    await queue.add(make_job(7))
+    assert await dead is None
+    assert (await successor).version_id == 7
+    await queue.add(make_job(8))
+    assert await taken(queue, 0, first) is None, "a call that was on its way when its worker died"
+
+
+async def test_the_late_last_word_of_a_dead_worker_does_not_end_its_successors_job():
+    queue = await filled(7, 8)
+    await taken(queue, 0, await queue.enter(0))
+    for expected in (7, 8):
+        life = await queue.enter(0)
+        assert await taken(queue, 0, life) == expected
+        await queue.report(0, 7, JobFailed("by the first, then by the second, late"))
+    assert await taken(queue, 0, await queue.enter(0)) == 8, "it was still held, so it comes back"
+
+
+async def test_jobs_that_a_worker_died_with_are_tried_alone_and_only_the_guilty_one_is_given_up():
+    """Job 8 kills any worker; 7 and 9 only shared one with it, and go with others again once they are through."""
+    queue = await filled(7, 8, 9, 5, 6)
+    life = await queue.enter(0)
+    assert [await taken(queue, 0, life) for _ in range(3)] == [7, 8, 9]
+    life = await queue.enter(0)
+    assert await taken(queue, 0, life) == 7
+    another = await waiting_for(queue, 0, life)
+    await queue.report(0, 7, JobFailed("its own fault"))
+    assert (await another).version_id == 8
+    for _ in range(MAX_CRASHES_PER_JOB - 1):
+        assert await taken(queue, 0, await queue.enter(0)) == 8
+    life = await queue.enter(0)
+    assert await taken(queue, 0, life) == 9
+    await queue.report(0, 9, JobFailed("its own fault"))
+    assert [await taken(queue, 0, life) for _ in range(2)] == [5, 6]
+    failed = {version_id: report.error for version_id, report in await queue.reports(1.0)}
+    assert {version_id for version_id, error in failed.items() if "died" in error} == {8}
+
+
+async def test_a_suspect_waits_for_a_worker_without_jobs_and_who_takes_it_clears_the_way_for_the_others():
+    queue = await filled(7, 8, 9)
+    lives = [await queue.enter(0), await queue.enter(1)]
+    assert [await taken(queue, worker, lives[worker]) for worker in (0, 1)] == [7, 8]
+    lives[1] = await queue.enter(1)
+    full = await waiting_for(queue, 0, lives[0])
+    assert await taken(queue, 1, lives[1]) == 8
+    assert (await full).version_id == 9
+
+
+async def test_workers_that_ask_for_one_job_at_a_time_share_them_out():
+    queue = JobQueue()
+    lives = [await queue.enter(0), await queue.enter(1)]
+    asked = [await waiting_for(queue, worker, lives[worker]) for worker in (0, 1)]
+    for first in (5, 7):
+        for version_id in (first, first + 1):
+            await queue.add(make_job(version_id))
+        assert [(await task).version_id for task in asked] == [first, first + 1]
+        asked = [asyncio.create_task(queue.take(worker, lives[worker])) for worker in (0, 1)]
+    for task in asked:
+        task.cancel()
+
+
+async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_job():
+    queue = await filled(7)
+    await queue.close()
+    await taken(queue, 0, await queue.enter(0))
+    await queue.report(0, 7, RungReached("copy", CurvePoint(0, 0.0, 1.0, 50.0), 0.1))
+    waiting = asyncio.create_task(queue.found(7, ("mlp",)))
+    await queue.set_found(8, "another's")
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    assert await queue.wanted() == [(7, ("mlp",))]
+    await queue.set_found(7, "nothing found")
+    assert await waiting == await queue.found(7, ("mlp",)) == "nothing found"
+    assert await queue.wanted() == [], "it is searched once"
+    assert await taken(queue, 0, await queue.enter(0)) == 7, "still held, so it is taken up again"
+
+
+def play(search: FleetSearch, *names: str) -> list[tuple[int, int] | None]:
+    """Plays Tune, which asks for trials: whose round each is, and how many candidates it has."""
+    asked = [search.suggest(name) for name in names]
+    return [(found["version_id"], len(found["points"])) if isinstance(found, dict) else None for found in asked]
+
+
+def end(search: FleetSearch, **num_points: int) -> None:
+    for name, number in num_points.items():
+        search.on_trial_complete(name, {"losses": [1.0] * number})
+
+
+def test_the_search_serves_adapters_in_turn_when_they_are_wanted():
+    results: dict[int, SearchResult | str] = {}
+    search = FleetSearch(SearchConfig(trials=12, batch=8), results.__setitem__)
+    assert play(search, "idle") == [None]
+    search.add(3)
+    search.add(2)
+    for name, expected in zip("abcd", [(3, 8), (3, 4), (2, 8), (2, 4)], strict=True):
+        assert play(search, name) == [expected]
+        end(search, **{name: expected[1]})
+    assert play(search, "idle") == [None]
+    assert list(results) == [3, 2]
+    assert all(isinstance(found, SearchResult) and len(found.trials) == 12 for found in results.values())
+    search.close()
+    assert search.suggest("over") == "FINISHED"
+
+
+def test_the_actors_begin_with_an_empty_round_for_the_first_adapter():
+    search = FleetSearch(SearchConfig(concurrency=2), lambda version_id, found: None)
+    search.warm_up(7)
+    search.warm_up(8)
+    assert play(search, "a", "b", "c") == [(7, 0), (7, 0), None]
+    end(search, a=0, b=0)
+    assert play(search, "d") == [None]
+
+
+def test_rounds_side_by_side_are_of_different_adapters_where_there_are_some():
+    search = FleetSearch(SearchConfig(trials=24, batch=8, concurrency=3), lambda version_id, found: None)
+    search.add(3)
+    search.add(2)
+    assert play(search, *"abcd") == [(3, 8), (2, 8), (3, 8), None]
+    search.drop(3)
+    end(search, a=8)
+    assert play(search, "e") == [(2, 8)]
+
+
+def test_a_search_without_any_result_says_so():
+    results: dict[int, SearchResult | str] = {}
+    search = FleetSearch(SearchConfig(trials=3), results.__setitem__)
+    search.add(3)
+    assert play(search, "a") == [(3, 3)]
+    search.on_trial_complete("a", None, error=True)
+    assert "no trial" in results[3]

@@ -1,0 +1,231 @@
+"""Many adapters in one pass: the layout of batches, AdamW by rows, and that no adapter notices the others."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.adapter_files import Adapter
+from cluster.errors import InvalidAdapterError, InvalidDataError
+from readapt.training.adamw import adamw_, clip_
+from readapt.training.data import Encoded, EncodedRows, Row, collate
+from readapt.training.evaluate import Evaluation, Evaluator, Verdict, judge, label_logits
+from readapt.training.lora import blank, linear_shapes, load_base, row_norms
+from readapt.training.lora_stack import layout_of
+from readapt.training.packed_batch import pack
+from readapt.training.train import BrokenRunError, Plan, TrainingPack, TrainJob, TrainResult, fine_tune, mean_losses
+from tests.worlds.readapt import World, logits, make_world, random_factors, ready_when
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("packing"))
+
+
+@pytest.fixture
+def model(world: World) -> Any:
+    return load_base(world.base)
+
+
+def random_rows(num_rows: int, seed: int, longest: int = 60) -> list[Encoded]:
+    rng = random.Random(seed)
+    lengths = [rng.randint(2, longest) for _ in range(num_rows)]
+    return [Encoded(tuple(rng.choices(range(256), k=n)), rng.randint(1, n - 1)) for n in lengths]
+
+
+def test_packed_losses_are_those_of_padded_batches(model: Any) -> None:
+    groups = [[random_rows(7, 0), random_rows(7, 1)], [random_rows(1, 2, longest=5)], [random_rows(5, 3, longest=200)]]
+    batch = pack(groups)
+    jobs = [rows for group in groups for rows in group]
+    with torch.no_grad():
+        packed = mean_losses(model, batch, num_adapters=4)
+        for loss, rows in zip(packed, jobs, strict=True):
+            logits_LV, labels_L, _ = label_logits(model, collate(rows))
+            torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits_LV, labels_L))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_rows_hold_each_sequence_once_in_rows_of_its_adapter(seed: int) -> None:
+    groups = [[random_rows(9, 10 * seed + k) for k in range(3)], [random_rows(2, 99 + seed)]]
+    batch = pack(groups)
+    assert [rows.start for rows in batch.group_rows] == [0, batch.group_rows[0].stop]
+    assert batch.group_rows[-1].stop == len(batch.input_ids_BT)
+    num_tokens = sum(len(s.input_ids) for group in groups for rows in group for s in rows)
+    is_start_BT = torch.nn.functional.pad(batch.position_ids_BT, (1, 0), value=-1).diff(dim=1) != 1
+    assert num_tokens <= batch.input_ids_BT.numel()
+    assert int(is_start_BT.sum()) >= 29 - len(batch.input_ids_BT)  # the first of a row goes on from the -1 before it
+    for owner, rows in enumerate(rows for group in groups for rows in group):
+        labels = sorted(t for s in rows for t in s.input_ids[s.num_prompt_tokens :])
+        assert sorted(batch.labels_L[batch.owners_L == owner].tolist()) == labels
+
+
+def test_few_cells_of_a_batch_are_padding() -> None:
+    rows = random_rows(16, 4)
+    batch = pack([[rows]])
+    assert batch.input_ids_BT.numel() <= 1.15 * sum(len(row.input_ids) for row in rows)
+
+
+def test_adamw_by_rows_is_torchs_with_each_rows_own_count_and_rate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, first, second = (torch.zeros(3, 50, dtype=torch.float64) for _ in range(3))
+    values.normal_(generator=generator)
+    theirs = [torch.nn.Parameter(row.clone()) for row in values]
+    rates = [1e-2, 3e-3, 1e-1]
+    optimizers = [torch.optim.AdamW([p], lr=r, weight_decay=0.0) for p, r in zip(theirs, rates, strict=True)]
+    counts = [0, 0, 0]
+    for step in range(12):
+        gradients = torch.randn(3, 50, dtype=torch.float64, generator=generator) * torch.tensor([[9.0], [0.1], [1.0]])
+        joined = 3 if step >= 4 else 2  # the third joins later
+        for parameter, gradient, optimizer in list(zip(theirs, gradients, optimizers, strict=True))[:joined]:
+            parameter.grad = gradient.clone()
+            torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+            optimizer.step()
+        counts = [count + (row < joined) for row, count in enumerate(counts)]
+        mine = [t[:joined] for t in (values, gradients, first, second)]
+        clip_(mine[1], 1.0)
+        adamw_(*mine, counts[:joined], rates[:joined])
+    torch.testing.assert_close(values, torch.stack([p.detach() for p in theirs]), rtol=1e-6, atol=1e-9)
+
+
+def jobs_of_many_kinds(world: World, model: Any) -> list[TrainJob]:
+    """Other layouts, kinds, rates, batch sizes, pulls and lengths of runs; the first two share a stack."""
+    shapes = linear_shapes(model)
+    starts = [
+        world.specialist,
+        blank(shapes, 8, 16.0, seed=1),
+        blank(shapes, 3, 6.0, rslora=True, modules=("q_proj", "v_proj"), seed=2),
+        blank(shapes, 4, 8.0, seed=3, norms=row_norms(model, shapes)),
+    ]
+    plans = [
+        Plan(12, 1e-3, pull_strong=0.1, pull_weak=0.01, strong_fraction=0.5, eval_every=5),
+        Plan(20, 5e-3, seed=1, eval_every=7, averaging=0.7),
+        Plan(9, 1e-2, batch_rows=6, seed=2, warmup_steps=3),
+        Plan(15, 5e-3, seed=3),
+    ]
+    rows = world.encoder.encode_all(world.task.train)
+    evaluate = Evaluator(model, world.encoder, world.task.valid[:20], "exact_match")
+    return [TrainJob(start, rows, plan, evaluate) for start, plan in zip(starts, plans, strict=True)]
+
+
+def run_all(training: TrainingPack, jobs: Sequence[TrainJob], join_at: Sequence[int]) -> dict[Any, Any]:
+    ends: dict[Any, Any] = {}
+    step = 0
+    while len(ends) < len(jobs):
+        for key, job in enumerate(jobs):
+            if join_at[key] == step:
+                training.add(key, job)
+        ends.update(training.step())
+        step += 1
+    return ends
+
+
+def assert_same_run(one: TrainResult, other: TrainResult) -> None:
+    assert [p.step for p in one.curve] == [p.step for p in other.curve]
+    for mine, theirs in zip(one.curve, other.curve, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+    assert (one.steps_done, one.verdict) == (other.steps_done, other.verdict)
+    assert_same_weights(one.last, other.last)
+
+
+def assert_same_weights(one: Adapter, other: Adapter) -> None:
+    assert layout_of(one) == layout_of(other)
+    for name, factors in one.factors.items():
+        torch.testing.assert_close(factors.delta(), other.factors[name].delta(), rtol=1e-3, atol=1e-4)
+        if factors.magnitude_F is not None:
+            torch.testing.assert_close(factors.magnitude_F, other.factors[name].magnitude_F, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("join_at", [(0, 0, 0, 0), (3, 0, 6, 1)])
+def test_each_adapter_goes_as_it_would_alone(world: World, model: Any, join_at: tuple[int, ...]) -> None:
+    jobs = jobs_of_many_kinds(world, model)
+    bare = logits(model)
+    together = run_all(TrainingPack(model), jobs, join_at)
+    assert torch.equal(logits(model), bare)
+    for key, job in enumerate(jobs):
+        assert_same_run(together[key], fine_tune(model, job))
+
+
+def test_an_adapter_leaves_at_once_when_it_is_ready_or_dropped(world: World, model: Any) -> None:
+    stays, other, *_ = jobs_of_many_kinds(world, model)
+    leaves = replace(other, watch=ready_when(lambda evaluation: True))
+    dropped = replace(other, watch=lambda evaluation: Verdict.DROP)
+    training = TrainingPack(model)
+    for key, job in (("leaves", leaves), ("stays", stays), ("dropped", dropped)):
+        training.add(key, job)
+    ends = {key: end for key, end in training.step() if isinstance(end, TrainResult)}
+    assert {key: (end.verdict, end.steps_done) for key, end in ends.items()} == {
+        "leaves": (Verdict.READY, 0),
+        "dropped": (Verdict.DROP, 0),
+    }
+    [(_, end)] = [end for _ in range(20) for end in training.step()]
+    assert isinstance(end, TrainResult)
+    assert_same_run(end, fine_tune(model, stays))
+
+
+def test_a_poisoned_adapter_harms_itself_alone(world: World, model: Any) -> None:
+    """It shares a stack and the batch's rows with the sound one, and a batch with the others."""
+    jobs = jobs_of_many_kinds(world, model)
+    first, factors = next(iter(world.specialist.factors.items()))
+    sick = Adapter({**world.specialist.factors, first: replace(factors, a_RD=factors.a_RD * torch.inf)})
+    ends = run_all(TrainingPack(model), [*jobs, replace(jobs[0], start=sick)], (0, 0, 0, 0, 2))
+    assert isinstance(ends[4], BrokenRunError)
+    assert "step 0" in str(ends[4])
+    for key, job in enumerate(jobs):
+        assert_same_run(ends[key], fine_tune(model, job))
+
+
+def test_an_evaluation_meets_its_own_adapter_alone(world: World, model: Any) -> None:
+    jobs = jobs_of_many_kinds(world, model)
+    ends = run_all(TrainingPack(model), jobs, (0, 0, 0, 0))
+    for end in ends.values():
+        alone = judge(model, end.last, world.encoder, world.task.valid[:20], "exact_match")
+        assert end.curve[-1].loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_others_go_on(world: World, model: Any) -> None:
+    job = jobs_of_many_kinds(world, model)[0]
+    training = TrainingPack(model)
+    training.add("sound", job)
+    name = next(iter(world.specialist.factors))
+    with pytest.raises(InvalidAdapterError):
+        training.add("misfit", replace(job, start=Adapter({name: random_factors(5, 7, 2, 1.0, seed=0)})))
+    assert training.step() == []
+    training.close()
+    training.add("sound", job)  # its name is free again
+    training.close()
+
+
+def test_an_evaluation_that_raises_leaves_the_model_bare(world: World, model: Any) -> None:
+    bare = logits(model)
+
+    def evaluate() -> Evaluation:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fine_tune(model, replace(jobs_of_many_kinds(world, model)[0], evaluate=evaluate))
+    assert torch.equal(logits(model), bare)
+
+
+def test_a_row_that_cannot_be_encoded_ends_its_own_run_and_no_other(world: World, model: Any) -> None:
+    """It is met in the middle of a run, for rows are encoded when they are first asked for."""
+    jobs = jobs_of_many_kinds(world, model)
+    rows = EncodedRows(world.encoder, [*world.task.train[:80], Row("too long", "x" * world.encoder.max_tokens)])
+    ends = run_all(TrainingPack(model), [*jobs, replace(jobs[1], rows=rows)], (0, 0, 0, 0, 1))
+    assert isinstance(ends[4], InvalidDataError)
+    assert "leaves no room" in str(ends[4])
+    for key, job in enumerate(jobs):
+        assert_same_run(ends[key], fine_tune(model, job))
+
+
+def test_an_evaluation_that_fails_ends_its_own_run_and_no_other(world: World, model: Any) -> None:
+    stays, other, *_ = jobs_of_many_kinds(world, model)
+
+    def evaluate() -> Evaluation:
+        raise torch.OutOfMemoryError("no room for these answers")
+
+    ends = run_all(TrainingPack(model), [replace(other, evaluate=evaluate), stays], (0, 0))
+    assert isinstance(ends[0], torch.OutOfMemoryError)
+    assert_same_run(ends[1], fine_tune(model, stays))

@@ -1,0 +1,207 @@
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.adapter_files import Adapter
+from cluster.config import TrainConfig
+from readapt.ladder.runs import warm_plan
+from readapt.training.evaluate import Evaluation, Evaluator, Verdict
+from readapt.training.lora import blank, blank_like, linear_shapes, load_base, row_norms
+from readapt.training.schedule import learning_rate, pull
+from readapt.training.train import BrokenRunError, CurvePoint, Plan, TrainJob, TrainResult, fine_tune
+from tests.worlds.readapt import World, make_world, ready_when
+
+PLAN = Plan(steps=30, learning_rate=1e-2, eval_every=10)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture
+def model(world: World) -> Any:
+    return load_base(world.base)
+
+
+def run(world: World, start: Adapter, model: Any, plan: Plan, **more: Any) -> TrainResult:
+    evaluate = more.pop("evaluate", Evaluator(model, world.encoder, world.task.valid[:40], "exact_match"))
+    return fine_tune(model, TrainJob(start, world.encoder.encode_all(world.task.train), plan, evaluate, **more))
+
+
+def drop_at(evaluation_number: int) -> Callable[[Evaluation], Verdict]:
+    verdicts = iter([Verdict.GO_ON] * (evaluation_number - 1) + [Verdict.DROP])
+    return lambda evaluation: next(verdicts)
+
+
+def distance(one: Adapter, other: Adapter) -> float:
+    pairs = [(f, other.factors[name]) for name, f in one.factors.items()]
+    return max(float((f.a_RD - g.a_RD).abs().max() + (f.b_FR - g.b_FR).abs().max()) for f, g in pairs)
+
+
+def test_training_from_nothing_lowers_the_loss(world: World, model: Any) -> None:
+    seen: list[CurvePoint] = []
+    result = run(world, blank_like(world.specialist, 0), model, PLAN, report=seen.append)
+    assert [p.step for p in result.curve] == [0, 10, 20, 30]
+    assert result.curve == seen
+    assert result.curve[-1].loss < 0.5 * result.curve[0].loss
+    assert [p.seconds for p in seen] == sorted(p.seconds for p in seen)
+    assert (result.steps_done, result.is_ready) == (30, False)
+
+
+def test_same_seed_same_result_other_seed_another(world: World) -> None:
+    def trained(seed: int) -> Adapter:
+        plan = replace(PLAN, steps=5, seed=seed)
+        return run(world, blank_like(world.specialist, 0), load_base(world.base), plan).last
+
+    assert distance(trained(0), trained(0)) == 0.0
+    assert distance(trained(0), trained(1)) > 0.0
+
+
+def test_stops_at_the_first_accepted_evaluation(world: World, model: Any) -> None:
+    start_loss = Evaluator(model, world.encoder, world.task.valid[:40], "exact_match").loss()
+    result = run(world, blank_like(world.specialist, 0), model, PLAN, watch=ready_when(lambda e: e.loss < start_loss))
+    assert (result.steps_done, result.is_ready, len(result.curve)) == (10, True, 2)
+
+
+def test_good_start_is_accepted_without_a_step(world: World, model: Any) -> None:
+    result = run(world, world.specialist, model, PLAN, watch=ready_when(lambda e: e.quality >= 95))
+    assert (result.steps_done, result.is_ready) == (0, True)
+    assert distance(result.best, world.specialist) == 0.0
+
+
+def test_never_returns_worse_than_its_start(world: World, model: Any) -> None:
+    result = run(world, world.specialist, model, replace(PLAN, learning_rate=0.3))
+    assert result.curve[-1].quality < result.curve[0].quality, "the run was meant to go wrong"
+    assert result.best_quality == result.curve[0].quality
+    assert distance(result.best, world.specialist) == 0.0
+
+
+def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any) -> None:
+    losses = iter([3.0, 1.0, 2.0, float("nan")])
+    start, rows = blank_like(world.specialist, 0), world.encoder.encode_all(world.task.train)
+    kept = fine_tune(model, TrainJob(start, rows, PLAN, lambda: Evaluation(next(losses), 50.0)))
+    short = fine_tune(model, TrainJob(start, rows, PLAN, lambda: Evaluation(1.0, 50.0), drop_at(2)))
+    assert kept.best_step == 10
+    assert distance(kept.best, short.last) == 0.0
+
+
+def test_a_good_start_is_not_lost_on_the_way(world: World, model: Any) -> None:
+    """The warm plan as it is by default: neither the best nor the last checkpoint is worse than the start."""
+    result = run(world, world.specialist, model, warm_plan(TrainConfig(), anchor=None))
+    start, last = result.curve[0], result.curve[-1]
+    assert start.quality >= 95, "the start was meant to be good"
+    assert (result.best_quality, result.steps_done) == (max(p.quality for p in result.curve), TrainConfig().full_steps)
+    assert min(point.quality for point in result.curve) >= start.quality - 2.5, "one of 40 rows"
+    assert max(point.loss for point in result.curve) <= start.loss + 0.02
+    assert last.loss <= start.loss
+
+
+def test_a_dora_learns_its_magnitudes_too_and_is_pulled_by_them(world: World, model: Any) -> None:
+    shapes = linear_shapes(model)
+    start = blank(shapes, 4, 8.0, norms=row_norms(model, shapes))
+    free = run(world, start, model, PLAN)
+    held = run(world, start, model, replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0))
+    assert free.curve[-1].loss < 0.5 * free.curve[0].loss
+    name = next(iter(start.factors))
+    assert not torch.equal(magnitude(free.last, name), magnitude(start, name))
+    assert torch.equal(magnitude(held.last, name), magnitude(start, name))
+
+
+def magnitude(adapter: Adapter, module: str) -> torch.Tensor:
+    magnitude_F = adapter.factors[module].magnitude_F
+    assert magnitude_F is not None
+    return magnitude_F
+
+
+def test_averaging_evaluates_and_keeps_the_moving_average_of_the_weights(world: World, model: Any) -> None:
+    """Against the average of what runs of one to five steps without averaging end with."""
+    start, plan = blank_like(world.specialist, 0), replace(PLAN, eval_every=1, learning_rate=1e-3)
+    rows = world.encoder.encode_all(world.task.train)
+
+    def until(steps: int, averaging: float) -> TrainResult:
+        watch = drop_at(steps + 1)
+        return fine_tune(
+            model, TrainJob(start, rows, replace(plan, averaging=averaging), lambda: Evaluation(1.0, 1.0), watch)
+        )
+
+    weights = [until(steps, 0.0).last for steps in range(6)]
+    name = next(iter(start.factors))
+    average_FR = weights[0].factors[name].b_FR
+    for adapter in weights[1:]:
+        average_FR = 0.7 * average_FR + 0.3 * adapter.factors[name].b_FR
+    torch.testing.assert_close(until(5, 0.7).last.factors[name].b_FR, average_FR)
+
+
+def test_full_pull_at_the_peak_rate_stays_at_the_start(world: World, model: Any) -> None:
+    result = run(world, world.specialist, model, replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0))
+    assert distance(result.last, world.specialist) == 0.0
+
+
+def test_pull_goes_to_the_given_anchor(world: World, model: Any) -> None:
+    anchor = blank_like(world.specialist, seed=5)
+    plan = replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0, anchor=anchor)
+    assert distance(run(world, world.specialist, model, plan).last, anchor) == 0.0
+
+
+def test_the_pull_fades_with_the_learning_rate(world: World, model: Any) -> None:
+    """With gradients that hardly move anything: what is left after all pulls is the product of what each leaves."""
+    nothing = Adapter(
+        {n: replace(f, a_RD=f.a_RD * 0, b_FR=f.b_FR * 0) for n, f in world.specialist.factors.items()},
+    )
+    plan = replace(PLAN, learning_rate=1e-12, anchor=nothing, pull_strong=0.2, pull_weak=0.1, strong_fraction=0.5)
+    last = run(world, world.specialist, model, plan).last
+    strengths = [0.2 if step < plan.steps / 2 else 0.1 for step in range(plan.steps)]
+    left = math.prod(1 - s * learning_rate(step, plan.steps, 1.0) for step, s in enumerate(strengths))
+    for name, factors in last.factors.items():
+        torch.testing.assert_close(factors.b_FR, left * world.specialist.factors[name].b_FR, rtol=1e-4, atol=1e-7)
+
+
+def test_stronger_pull_stays_nearer(world: World) -> None:
+    def moved(strength: float) -> float:
+        plan = replace(PLAN, pull_strong=strength, pull_weak=strength)
+        return distance(run(world, world.specialist, load_base(world.base), plan).last, world.specialist)
+
+    assert moved(0.2) < 0.7 * moved(0.0)
+
+
+def poisoned(adapter: Adapter) -> Adapter:
+    first = next(iter(adapter.factors))
+    return Adapter(
+        {**adapter.factors, first: replace(adapter.factors[first], a_RD=adapter.factors[first].a_RD * torch.inf)}
+    )
+
+
+def test_loss_that_is_not_finite_ends_the_run_with_what_it_had_reached(world: World, model: Any) -> None:
+    with pytest.raises(BrokenRunError, match="step 0") as broken:
+        run(world, poisoned(world.specialist), model, PLAN)
+    again = pickle.loads(pickle.dumps(broken.value))
+    assert (str(again), [point.step for point in again.kept.curve]) == (str(broken.value), [0])
+
+
+def test_cosine_has_no_warmup_for_warm_starts() -> None:
+    assert learning_rate(0, 100, 2.0) == 2.0
+    assert learning_rate(50, 100, 2.0) == pytest.approx(1.0)
+    assert 0.0 < learning_rate(99, 100, 2.0) < 0.001
+
+
+def test_warmup_climbs_to_the_peak() -> None:
+    rates = [learning_rate(step, 100, 2.0, warmup_steps=4) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_pull_is_strong_first_and_weak_later() -> None:
+    strengths = [pull(step, 10, 0.5, 0.1, 0.3) for step in range(10)]
+    assert strengths == [0.5] * 3 + [0.1] * 7
+
+
+def test_evaluations_become_rarer_in_long_runs() -> None:
+    due = [step for step in range(801) if Plan(steps=800, learning_rate=1.0, eval_every=10).is_due(step)]
+    assert due == [*range(0, 160, 10), *range(160, 320, 20), *range(320, 640, 40), 640, 720, 800]
+    assert Plan(steps=7, learning_rate=1.0, eval_every=10).is_due(7), "the last step always"

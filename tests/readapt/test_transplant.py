@@ -1,0 +1,250 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.adapter_files import Adapter
+from cluster.config import TransplantConfig
+from cluster.errors import InvalidCheckpointError, TrainingError
+from readapt.ladder.transplant import HeadMap, Regression, calibration_rows, check_walk, transplant
+from readapt.training.data import Encoded, by_length
+from readapt.training.evaluate import judge
+from readapt.training.lora import attach, attached, load_base, row_norms
+from tests.worlds.readapt import World, evolve, logits, make_world
+from tests.worlds.serving import make_checkpoint
+
+CONFIG = TransplantConfig(rank=8, energy=1.0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("transplant"))
+
+
+def rows_of(world: World, num_rows: int = 200) -> list[Encoded]:
+    return by_length(world.encoder.encode_all(world.task.train[:num_rows]))
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_map(x_ND, y_NF, ridge: float, centre_FD) -> torch.Tensor:
+    """The full-rank solution by the normal equations, in double."""
+    x_ND, y_NF = x_ND.double(), y_NF.double()
+    gram_DD = x_ND.T @ x_ND
+    penalty = ridge * gram_DD.diagonal().mean()
+    inner_DF = x_ND.T @ y_NF + penalty * centre_FD.double().T
+    return torch.linalg.solve(gram_DD + penalty * torch.eye(len(gram_DD)), inner_DF).T
+
+
+@pytest.mark.parametrize("has_centre", [False, True])
+def test_regression_solves_the_ridge_problem(has_centre: bool) -> None:
+    x_ND, y_NF = random(90, 13, seed=0), random(90, 7, seed=1)
+    centre_FD = random(7, 13, seed=3) if has_centre else torch.zeros(7, 13)
+    regression = Regression(x_ND, ridge=0.05)
+    a_RD, b_FR, energy = regression.solve(y_NF, 7, centre_FD if has_centre else None)
+    torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_ND, y_NF, 0.05, centre_FD), rtol=1e-4, atol=1e-5)
+    assert energy == pytest.approx(1.0, abs=1e-5)
+
+
+def test_no_cut_of_that_rank_is_nearer_in_the_metric_of_the_outputs() -> None:
+    """Eckart and Young, in the metric of G: random competitors and the plain SVD of the weights are all worse."""
+    scales_D = torch.logspace(0, -2, 13)
+    x_ND, y_NF = random(300, 13, seed=0) * scales_D, random(300, 9, seed=1)
+    regression = Regression(x_ND, ridge=1e-2)
+    full_FD = reference_map(x_ND, y_NF, 1e-2, torch.zeros(9, 13)).float()
+    gram_DD = x_ND.T @ x_ND
+    gram_DD.diagonal().add_(1e-2 * gram_DD.diagonal().mean())
+
+    def distance(cut_FD: torch.Tensor) -> float:
+        lost_FD = cut_FD - full_FD
+        return float((lost_FD @ gram_DD * lost_FD).sum())
+
+    a_RD, b_FR, energy = regression.solve(y_NF, 3)
+    found = distance(b_FR @ a_RD)
+    u_FK, s_K, v_KD = torch.linalg.svd(full_FD, full_matrices=False)
+    assert found < 0.9 * distance((u_FK[:, :3] * s_K[:3]) @ v_KD[:3])
+    nudged = [
+        distance((b_FR + 0.01 * random(9, 3, seed=s)) @ (a_RD + 0.01 * random(3, 13, seed=s + 50))) for s in range(20)
+    ]
+    assert found < min(nudged)
+    assert energy == pytest.approx(1 - found / float((full_FD @ gram_DD * full_FD).sum()), rel=1e-3)
+
+
+def test_an_unchanged_base_gets_its_own_adapter_back(world: World) -> None:
+    found = transplant(load_base(world.base), world.specialist, load_base(world.base), rows_of(world), CONFIG)
+    lora = attach(model := load_base(world.base), world.specialist)
+    expected = logits(model)
+    lora.load(found.adapter)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=6e-2)
+    assert min(found.energy.values()) > 0.999
+    for name, old in world.specialist.factors.items():
+        assert (found.adapter.factors[name].delta() - old.delta()).norm() < 2e-2 * old.delta().norm()
+
+
+def as_dora(world: World) -> Adapter:
+    """The specialist with magnitudes that are not those of the weights."""
+    norms = row_norms(load_base(world.base), world.specialist.factors)
+    factors = {n: replace(f, magnitude_F=1.1 * norms[n]) for n, f in world.specialist.factors.items()}
+    return replace(world.specialist, factors=factors)
+
+
+def test_all_that_a_dora_does_is_carried_over(world: World) -> None:
+    """Its magnitudes too, which are of full rank: with ranks to spare the plain adapter does the same."""
+    old = as_dora(world)
+    config = TransplantConfig(rank=256, energy=1.0)
+    found = transplant(load_base(world.base), old, load_base(world.base), rows_of(world, 50), config)
+    assert not found.adapter.is_dora
+    weights = load_base(world.base)
+    for name, like in old.factors.items():
+        weight_FD = weights.get_submodule(name).weight
+        expected_FD = like.adapted(weight_FD) - weight_FD
+        assert (found.adapter.factors[name].delta() - expected_FD).norm() < 1e-2 * expected_FD.norm()
+
+
+def test_inputs_that_are_not_finite_are_told() -> None:
+    x_ND, y_NF = random(30, 5, seed=0), random(30, 4, seed=1)
+    with pytest.raises(TrainingError, match="not finite"):
+        Regression(x_ND * torch.nan, 0.03)
+    with pytest.raises(TrainingError, match="not finite"):
+        Regression(x_ND, 0.03).solve(y_NF * torch.inf, 2)
+
+
+def test_equal_inputs_are_factored_with_a_larger_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gram matrix of rank one, and a Cholesky that fails at the first penalty."""
+    tried: list[torch.Tensor] = []
+    cholesky = torch.linalg.cholesky_ex
+
+    def fails_once(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tried.append(matrix)
+        return cholesky(matrix if len(tried) > 1 else -matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_once)
+    x_ND, y_NF = random(1, 6, seed=0).expand(30, 6), random(30, 4, seed=1)
+    a_RD, b_FR, _ = Regression(x_ND, 0.03).solve(y_NF, 4)
+    torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_ND, y_NF, 0.3, torch.zeros(4, 6)))
+
+
+def test_the_rank_is_the_least_that_holds_the_energy_within_its_bounds() -> None:
+    x_ND = random(200, 6, seed=0)
+    map_FD = torch.diag(torch.tensor([8.0, 4.0, 1.0, 0.1, 0.0, 0.0]))
+    regression, y_NF = Regression(x_ND, 1e-5), x_ND @ map_FD.T
+    for share, min_rank, max_rank, rank in ((0.97, 1, 6, 2), (0.97, 1, 1, 1), (0.97, 4, 6, 4), (0.999, 1, 6, 3)):
+        a_RD, b_FR, energy = regression.solve(y_NF, max_rank, min_rank=min_rank, energy=share)
+        assert a_RD.shape[0] == b_FR.shape[1] == rank
+        assert (energy >= share) == (max_rank > 1)
+
+
+def test_rows_are_taken_up_to_a_number_of_tokens_and_without_an_end_that_the_old_base_lacks() -> None:
+    rows = [Encoded((3, 4, 5, 9), 1), Encoded((3, 9, 5), 1), Encoded((3, 4, 5), 1)]
+    assert calibration_rows(rows, 9, 100) == [Encoded((3, 4, 5), 1), Encoded((3, 4, 5), 1)]
+    assert calibration_rows(rows, 10, 5) == [Encoded((3, 9, 5), 1), Encoded((3, 4, 5, 9), 1)]
+    assert calibration_rows(rows, 10, 4) == rows[:1]
+    assert calibration_rows(rows, 3, 100) == []
+
+
+def test_where_nothing_is_to_be_added_the_factors_can_still_be_trained() -> None:
+    a_RD, b_FR, energy = Regression(random(30, 5, seed=0), 0.03).solve(torch.zeros(30, 4), 2)
+    assert energy == 1.0
+    assert not a_RD.any()
+    assert b_FR.norm(dim=0).min() > 1e-3
+
+
+def test_decoders_of_another_family_are_refused(world: World) -> None:
+    """One whose layers compute something else by the same names, and one that has not even the names."""
+    model, rows = load_base(world.base), rows_of(world, 2)
+    check_walk(model, rows)
+    layer = model.base_model.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: output * 1.1)
+    with pytest.raises(InvalidCheckpointError, match="its layers differ"):
+        transplant(load_base(world.base), world.specialist, model, rows, CONFIG)
+    del layer.mlp.act_fn
+    with pytest.raises(InvalidCheckpointError, match="act_fn"):
+        check_walk(model, rows)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
+def test_with_ranks_to_spare_the_new_base_does_what_the_old_service_did(
+    world: World, tmp_path: Path, architecture: str
+) -> None:
+    """On the calibration rows, at full rank and hardly any ridge; biases, norms of heads and grouped heads and all."""
+    old_base = make_checkpoint(tmp_path / "old", architecture, std=0.08)
+    new_base = evolve(old_base, tmp_path / "new", rank=None, scale=0.3)
+    teacher, student, rows = load_base(old_base), load_base(new_base), rows_of(world, 40)
+    old = replace(world.specialist, base_model="")
+    config = TransplantConfig(rank=256, energy=1.0, ridge=1e-5)
+    found = transplant(teacher, old, student, rows, config)
+    inputs = torch.tensor([rows[-1].input_ids])
+    with torch.no_grad():
+        bare = student(input_ids=inputs).logits
+        with attached(teacher, old), attached(student, found.adapter):
+            expected, got = teacher(input_ids=inputs).logits, student(input_ids=inputs).logits
+    assert (got - expected).norm() < 0.05 * (bare - expected).norm()
+
+
+def test_a_head_that_did_not_change_asks_for_the_teachers_own_stream(world: World) -> None:
+    model, answers_L = load_base(world.base), torch.tensor([5, 6, 6])
+    stream_ND = random(7, model.config.hidden_size, seed=0)
+    torch.testing.assert_close(HeadMap(model, model, answers_L)(stream_ND), stream_ND, rtol=1e-4, atol=1e-4)
+
+
+def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
+    """A new head, and a new final norm, that read the stream in other coordinates."""
+    teacher, student = load_base(world.base), load_base(world.base)
+    width = teacher.config.hidden_size
+    q_DD, _ = torch.linalg.qr(random(width, width, seed=1))
+    student.get_output_embeddings().weight = torch.nn.Parameter(teacher.get_output_embeddings().weight @ q_DD)
+    student.base_model.norm.weight.data = random(width, seed=2).abs() + 0.5
+    stream_ND = random(7, width, seed=0)
+    turned_ND = HeadMap(teacher, student, torch.tensor([5, 6, 6]))(stream_ND)
+
+    def logits_of(model, stream_ND):
+        # The gain rescales the stream, and so its norm: heads that differ in it agree up to one factor a token.
+        logits_NV = model.get_output_embeddings()(model.base_model.norm(stream_ND))
+        return logits_NV / logits_NV.norm(dim=1, keepdim=True)
+
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(student, turned_ND), logits_of(teacher, stream_ND), rtol=1e-2, atol=1e-3)
+
+
+def test_what_the_new_head_cannot_see_is_left_as_it_is(world: World) -> None:
+    """A norm whose gain is zero somewhere: no division by it."""
+    teacher, student = load_base(world.base), load_base(world.base)
+    for model in (teacher, student):
+        model.base_model.norm.weight.data[3] = 0.0
+    stream_ND = random(7, teacher.config.hidden_size, seed=0)
+    answers_L = torch.tensor([teacher.config.vocab_size + 5])  # nothing that both know
+    torch.testing.assert_close(HeadMap(teacher, student, answers_L)(stream_ND), stream_ND, rtol=1e-3, atol=1e-3)
+
+
+def test_it_mends_what_fusion_cannot_reach_and_leaves_both_models_bare(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
+    teacher, student = load_base(world.base), load_base(new)
+    before = logits(teacher), logits(student)
+    found = transplant(teacher, world.specialist, student, rows_of(world), CONFIG)
+    assert torch.equal(logits(teacher), before[0])
+    assert torch.equal(logits(student), before[1])
+    assert found.adapter.factors.keys() == world.specialist.factors.keys()
+    quality = judge(student, found.adapter, world.encoder, world.task.valid, "exact_match").quality
+    copied = judge(student, world.specialist, world.encoder, world.task.valid, "exact_match").quality
+    assert quality > 90
+    assert copied < quality - 10
+
+
+def test_only_the_old_adapters_modules_are_adapted(world: World, tmp_path: Path) -> None:
+    new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.1)
+    some = {name: f for name, f in world.specialist.factors.items() if name.endswith(("q_proj", "down_proj"))}
+    found = transplant(load_base(world.base), Adapter(some), load_base(new), rows_of(world, 50), CONFIG)
+    assert found.adapter.factors.keys() == some.keys()
+
+
+def test_ranks_are_those_asked_for_but_never_below_the_old_ones(world: World) -> None:
+    bases = load_base(world.base), load_base(world.base)
+    low = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=2))
+    assert {f.rank for f in low.adapter.factors.values()} == {8}
+    high = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=20, energy=1.0))
+    assert max(f.rank for f in high.adapter.factors.values()) == 20

@@ -1,0 +1,32 @@
+import torch
+
+from readapt.lowrank.truncation import truncate
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    m_CKK = random(2, 6, 5).requires_grad_()
+    for rank in (1, 3, 5):
+        assert torch.autograd.gradcheck(lambda m, rank=rank: truncate(m, rank), m_CKK)
+
+
+def test_gradient_of_a_core_of_lower_rank_is_finite_and_right() -> None:
+    """Singular values that are zero, and equal ones on one side of the cut, as a copy has them."""
+    left, right = torch.linalg.qr(random(6, 6))[0], torch.linalg.qr(random(6, 6).T)[0]
+    values = torch.tensor([2.0, 2.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    m = (left * values) @ right
+    assert torch.autograd.gradcheck(lambda m: truncate(m, 3), m[None].requires_grad_())
+    zero = torch.zeros(1, 4, 4, requires_grad=True)
+    truncate(zero, 2).sum().backward()
+    assert torch.isfinite(zero.grad).all()
+
+
+def test_kept_part_is_the_nearest_of_its_rank() -> None:
+    m_CKK = random(3, 5, 4)
+    s_CK = torch.linalg.svdvals(m_CKK)
+    kept = truncate(m_CKK, 2)
+    assert torch.linalg.matrix_rank(kept).tolist() == [2, 2, 2]
+    torch.testing.assert_close((m_CKK - kept).square().sum((1, 2)), s_CK[:, 2:].square().sum(1))

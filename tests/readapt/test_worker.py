@@ -1,0 +1,178 @@
+"""Many jobs in one process: bases held apart, and packed jobs that go as they would alone, whatever ails the others."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from cluster.adapter_files import save_adapter
+from cluster.config import Fleet, load_fleet
+from cluster.fleet import open_blobs
+from readapt.campaign.worker import (
+    AdapterJob,
+    Climbed,
+    JobFailed,
+    LocalExecutor,
+    Report,
+    RungReached,
+    Shift,
+    Workbench,
+    has_labels,
+)
+from readapt.fusion.objective import FusionObjective, SearchResult
+from readapt.fusion.points import CORNERS
+from readapt.ladder.ladder import Outcome
+from readapt.training.data import Row, encoder_for
+from tests.worlds.readapt import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
+from tests.worlds.serving import make_checkpoint
+
+SETTINGS = f"""
+name = "two-old-bases"
+[readapt.train]
+full_steps = 60
+short_steps = 20
+scratch_steps = 40
+eval_every = 10
+learning_rate = 4e-3
+max_tokens = {MAX_TOKENS}
+[readapt.gate]
+tolerance_points = 2.0
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A fleet, and a job from each of two old bases; the new base is close to the second."""
+
+    fleet: Fleet
+    from_v1: AdapterJob
+    from_v2: AdapterJob
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("workbench")
+    (folder / "fleet.toml").write_text(SETTINGS)
+    fleet = load_fleet(folder / "fleet.toml")
+    v1 = make_checkpoint(folder / "v1", std=0.08)
+    v2 = evolve(v1, folder / "v2", rank=4, scale=1.0)
+    v3 = evolve(v2, folder / "v3", rank=1, scale=0.01, seed=8)
+    task, encoder = make_task(), encoder_for(v1, MAX_TOKENS)
+    data = write_task(folder / "data", task)
+    jobs = []
+    for version_id, old in enumerate((v1, v2)):
+        save_adapter(train_specialist(old, encoder, task), folder / f"adapter{version_id}")
+        key = open_blobs(fleet).put_folder(folder / f"adapter{version_id}")
+        jobs.append(AdapterJob(version_id, f"a{version_id}", (data,), "exact_match", key, None, old, v3))
+    return Place(fleet, *jobs)
+
+
+def configured(fleet: Fleet, rungs: tuple[str, ...], pack: int = 1) -> Fleet:
+    ladder = replace(fleet.readapt.ladder, rungs=rungs)
+    workers = replace(fleet.readapt.workers, pack=pack)
+    return replace(fleet, readapt=replace(fleet.readapt, ladder=ladder, workers=workers))
+
+
+def run(fleet: Fleet, jobs: Sequence[AdapterJob], rungs: tuple[str, ...], pack: int = 1) -> dict[int, list[Report]]:
+    fleet = configured(fleet, rungs, pack)
+    reports: dict[int, list[Report]] = {job.version_id: [] for job in jobs}
+
+    def refuse(objective: object) -> None:
+        raise AssertionError("no rung here is searched for")
+
+    for job, report in filter(None, LocalExecutor(fleet, refuse).run(iter(jobs))):
+        reports[job.version_id].append(report)
+    return reports
+
+
+def outcome(reports: Sequence[Report]) -> Outcome:
+    *reached, last = reports
+    assert all(isinstance(report, RungReached) for report in reached)
+    assert isinstance(last, Climbed), last
+    return last.outcome
+
+
+def assert_same_climb(one: Outcome, other: Outcome) -> None:
+    assert (one.rung, one.accepted, one.reference) == (other.rung, other.accepted, other.reference)
+    assert one.quality == pytest.approx(other.quality, abs=2.0)
+    for mine, theirs in zip(one.attempts, other.attempts, strict=True):
+        assert mine.rung == theirs.rung
+        assert [p.step for p in mine.curve] == [p.step for p in theirs.curve]
+        assert [p.loss for p in mine.curve] == pytest.approx([p.loss for p in theirs.curve], rel=1e-2)
+
+
+def test_adapters_of_two_old_bases_are_judged_on_the_model_that_they_are_trained_on(place: Place) -> None:
+    jobs = [place.from_v1, place.from_v2]
+    together = run(place.fleet, jobs, ("scratch",))
+    for job in jobs:
+        mine = outcome(together[job.version_id])
+        assert_same_climb(mine, outcome(run(place.fleet, [job], ("scratch",))[job.version_id]))
+        [attempt] = mine.attempts
+        assert attempt.curve[-1].loss < 0.7 * attempt.curve[0].loss, "what was trained is seen by its evaluations"
+
+
+def test_rows_of_all_folders_are_joined_and_prompts_alone_are_answered(place: Place, tmp_path: Path) -> None:
+    task = make_task()
+    more = write_task(tmp_path / "more", replace(task, train=[Row("zz=", "zed")], valid=[Row("z9=", "zed")]))
+    (more / "test.jsonl").unlink()  # a stage of `relora continual` has none
+    logged = tmp_path / "logged"
+    logged.mkdir()
+    prompts = [row.prompt for row in task.test[:20]]
+    (logged / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    job = replace(place.from_v2, data=(*place.from_v2.data, more, logged))
+    bench = Workbench(place.fleet)
+    found = bench._task(job)
+    assert found.train[:301] == [*task.train, Row("zz=", "zed")]
+    assert found.valid[:121] == [*task.valid, Row("z9=", "zed")]
+    answered = {row.prompt: row.completion for row in (*found.train[301:], *found.valid[121:])}
+    assert answered.keys() <= set(prompts)
+    assert len(answered) > 10
+    assert not has_labels(job)
+    assert has_labels(replace(job, data=job.data[:2]))
+
+
+def test_what_goes_between_processes_carries_one_adapter(place: Place) -> None:
+    done = outcome(run(place.fleet, [place.from_v2], ("copy",))[1])
+    assert done.accepted
+    assert done.ready is None
+
+
+def test_packed_jobs_go_as_they_would_alone_though_one_of_them_breaks(place: Place, tmp_path: Path) -> None:
+    """One trains, one passes as a copy, one has a row that cannot be encoded, which its training comes to late."""
+    task = make_task()
+    bad_rows = [*task.train[:80], Row("too long", "x" * MAX_TOKENS)]
+    data = write_task(tmp_path / "bad", replace(task, train=bad_rows))
+    jobs = [place.from_v1, place.from_v2, replace(place.from_v1, version_id=2, data=(data,))]
+    packed, alone = (run(place.fleet, jobs, ("copy", "train"), pack) for pack in (3, 1))
+    for reports in (packed, alone):
+        failed = reports[2][-1]
+        assert isinstance(failed, JobFailed)
+        assert "InvalidDataError: a completion leaves no room" in failed.error
+        assert any(isinstance(report, RungReached) for report in reports[2]), "it was on its way"
+    assert [outcome(packed[key]).rung for key in (0, 1)][1] == "copy"
+    assert outcome(packed[0]).rung in ("short", "full")
+    for key in (0, 1):
+        assert_same_climb(outcome(packed[key]), outcome(alone[key]))
+
+
+def test_while_one_job_waits_for_its_search_the_others_train(place: Place) -> None:
+    reached: dict[int, list[RungReached]] = {0: [], 1: []}
+    num_asked = 0
+
+    def search(job: AdapterJob, objective: FusionObjective) -> SearchResult | None:
+        nonlocal num_asked
+        num_asked += job.version_id
+        is_found = job.version_id == 0 or any(report.point.step == 20 for report in reached[0])
+        return try_points(objective, CORNERS) if is_found else None
+
+    shift = Shift(Workbench(configured(place.fleet, ("fused", "train"))), search)
+    ended = []
+    for job in (place.from_v2, place.from_v1):  # the search of the first takes its time
+        assert shift.begin(job, reached[job.version_id].append) == []
+    while shift.num_jobs:
+        ended += shift.step()
+    assert num_asked > 20
+    assert all(isinstance(end, Climbed) and end.search is not None for _, end in ended)
+    assert len(ended) == 2

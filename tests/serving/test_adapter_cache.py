@@ -1,0 +1,362 @@
+"""The adapter cache: what is packed comes back bit for bit, pins and holds are exact, memory always returns."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cluster.adapter_files import Adapter, LoraFactors
+from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
+from serving.adapters.cache import AdapterCache, ResidentAdapter
+from serving.adapters.packing import PackedAdapter, dora_factors, pack_adapter, piece_width
+from serving.memory.eviction import EvictionQueue
+from serving.memory.pages import OutOfPages, PageArena
+
+SHAPES = {"a.q_proj": (60, 36), "a.v_proj": (20, 36), "a.down_proj": (36, 92)}  # (out, in)
+MODULES = tuple(SHAPES)
+PAGE = 200
+BIG = 1 << 40
+
+
+def make(ranks: dict[str, int], seed: int = 0, scaling: float = 2.0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(module: str, rank: int) -> LoraFactors:
+        num_out, num_in = SHAPES[module]
+        a_RD, b_FR = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
+        return LoraFactors(a_RD, b_FR, scaling)
+
+    return Adapter({module: factors(module, rank) for module, rank in sorted(ranks.items())})
+
+
+def packed(rank: int = 4, seed: int = 0) -> PackedAdapter:
+    return pack_adapter(make({"a.q_proj": rank, "a.down_proj": rank}, seed), MODULES, PAGE, torch.float32)
+
+
+class World:
+    def __init__(self, num_pages: int, host_cache_bytes: int = BIG, device: str = "cpu"):
+        self.arena = PageArena(num_pages)
+        self.evictions = EvictionQueue(self.arena)
+        self.memory_PE = torch.full((num_pages, PAGE), float("nan"), device=device)
+        self.cache = AdapterCache(self.arena, self.evictions, self.memory_PE, host_cache_bytes)
+
+    def rows(self, resident: ResidentAdapter, module: str) -> tuple[Tensor, Tensor]:
+        """lora_a and lora_b of a module as the kernels would read them from the arena."""
+        m = MODULES.index(module)
+        num_out, num_in = SHAPES[module]
+        table = slice(int(resident.table_starts_M[m]), int(resident.table_starts_M[m]) + int(resident.ranks_M[m]))
+        flat = self.memory_PE.view(-1)
+        a_RD = flat[resident.a_rows_N[table][:, None] + torch.arange(num_in)]
+        return a_RD, flat[resident.b_rows_N[table][:, None] + torch.arange(num_out)].T
+
+    def use(self, key: str) -> ResidentAdapter:
+        self.cache.hold(key)
+        return self.cache.acquire(key)
+
+    def unuse(self, key: str) -> None:
+        self.cache.release(key)
+        self.cache.drop(key)
+
+    def check(self, *other_owners: list[int]) -> None:
+        self.arena.check_integrity([*self.cache.owned_pages(), *other_owners])
+        self.cache.check_integrity()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(st.sampled_from(MODULES), st.integers(1, 17)), st.integers(92, 700))
+def test_packed_rows_never_straddle_or_overlap(ranks: dict[str, int], page_elements: int) -> None:
+    blob = pack_adapter(make(ranks), MODULES, page_elements, torch.float32)
+    taken = torch.zeros(blob.blob_PE.numel(), dtype=torch.int32)
+    for m, module in enumerate(MODULES):
+        table = slice(blob.table_starts[m], blob.table_starts[m] + blob.ranks[m])
+        for width, rows in zip(SHAPES[module], (blob.b_rows_N[table], blob.a_rows_N[table]), strict=True):
+            for offset in rows.tolist():
+                assert offset // page_elements == (offset + width - 1) // page_elements
+                taken[offset : offset + width] += 1
+        last = int(max(blob.a_rows_N[table].max(), blob.b_rows_N[table].max())) if blob.ranks[m] else -1
+        assert blob.page_ends[m] == last // page_elements + 1
+    assert blob.ranks == tuple(ranks.get(module, 0) for module in MODULES)
+    assert all(count <= 1 for count in taken.tolist())
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8, 16, 32, 64])
+def test_packing_wastes_little(rank: int) -> None:
+    """A Llama of width 4096 in small: rows of 1 to 7 widths, pages that hold 32 of the widest. See `packed` too."""
+    shapes = {"q": (32, 32), "k": (8, 32), "v": (8, 32), "o": (32, 32), "gate": (112, 32), "down": (32, 112)}
+    modules = [f"{layer}.{name}" for layer in range(16) for name in shapes]
+    factors = {
+        m: LoraFactors(torch.ones(rank, d), torch.ones(f, rank), 1.0)
+        for m in modules
+        for f, d in [shapes[m.split(".")[1]]]
+    }
+    blob = pack_adapter(Adapter(factors), modules, 1024, torch.float32)
+    num_elements = sum(rank * (f + d) for f, d in shapes.values()) * 16
+    assert blob.num_pages <= -(-num_elements // 1024) * 1.04
+    ends = pairwise(blob.page_ends)
+    assert all(later >= earlier - 1 for earlier, later in ends), "in the order of layers, but for filled gaps"
+
+
+def test_small_pages_waste_little_too() -> None:
+    blob = packed(rank=16)
+    num_elements = 16 * (60 + 36 + 36 + 92)
+    assert blob.num_pages <= 1.15 * num_elements / PAGE
+
+
+def test_rows_of_one_module_are_side_by_side() -> None:
+    blob = pack_adapter(make({"a.q_proj": 5}), MODULES, PAGE, torch.float32)
+    assert blob.a_rows_N.diff().tolist() == [36] * 4
+
+
+def test_resident_rows_are_the_adapter() -> None:
+    world, adapter = World(40), make({"a.q_proj": 3, "a.down_proj": 9})
+    scattered = world.arena.allocate(40)
+    world.arena.free(scattered[1::2])
+    world.cache.add("k", pack_adapter(adapter, MODULES, PAGE, torch.float32))
+    resident = world.use("k")
+    for module, factors in adapter.factors.items():
+        a_RD, b_FR = world.rows(resident, module)
+        assert torch.equal(a_RD, factors.a_RD)
+        assert torch.equal(b_FR, factors.b_FR)
+    assert resident.ranks_M.tolist() == [3, 0, 9]
+    assert resident.scalings_M.tolist() == [2.0, 0.0, 2.0]
+    world.check(scattered[0::2])
+
+
+@pytest.mark.parametrize("page_elements", [41, 60, 200])
+def test_rows_longer_than_a_page_are_cut_into_pieces(page_elements: int) -> None:
+    """A head of 130 outputs and an embedding of 130 inputs, as a module of rank 3 each; both are DoRA."""
+    generator = torch.Generator().manual_seed(1)
+    tall = LoraFactors(torch.randn(3, 36, generator=generator), torch.randn(130, 3, generator=generator), 2.0)
+    wide = LoraFactors(torch.randn(3, 130, generator=generator), torch.randn(36, 3, generator=generator), 0.5)
+    dora = {"head": torch.rand(130, generator=generator), "embedding": torch.rand(36, generator=generator)}
+    adapter = Adapter({"head": tall, "embedding": wide})
+    blob = pack_adapter(adapter, ("embedding", "head"), page_elements, torch.float32, dora)
+    width = piece_width(130, page_elements)
+    assert width <= page_elements
+    long_rows = {0: (wide.a_RD, blob.a_rows_N), 1: (tall.b_FR.T * dora["head"], blob.b_rows_N)}
+    for m, (rows, table) in long_rows.items():
+        for i, row in enumerate(rows):
+            entries = [blob.table_starts[m] + k * 3 + i for k in range(-(-130 // width))]
+            assert torch.equal(read(blob, table[entries], 130, width), row)
+    gains = blob.b_rows_N[blob.table_starts[1] + 3 * -(-130 // width) :]
+    torch.testing.assert_close(read(blob, gains, 130, width), dora["head"] - 1.0)
+    short_gains = blob.b_rows_N[blob.table_starts[0] + 3 : blob.table_starts[0] + 4]
+    torch.testing.assert_close(read(blob, short_gains, 36, 36), dora["embedding"] - 1.0)
+    assert blob.is_dora == (True, True)
+
+
+def read(blob: PackedAdapter, offsets: Tensor, num_elements: int, width: int) -> Tensor:
+    """A row from its pieces; each lies in one page."""
+    pieces = []
+    for start, offset in zip(range(0, num_elements, width), offsets.tolist(), strict=False):
+        length, page = min(width, num_elements - start), blob.blob_PE.shape[1]
+        assert offset // page == (offset + length - 1) // page
+        pieces.append(blob.blob_PE.view(-1)[offset : offset + length])
+    return torch.cat(pieces)
+
+
+def test_a_plain_adapter_has_no_room_for_gains() -> None:
+    blob = packed(rank=4)
+    assert blob.is_dora == (False,) * 3
+    assert len(blob.a_rows_N) == len(blob.b_rows_N) == 8
+
+
+def test_a_dora_of_a_row_without_length_is_refused() -> None:
+    factors = LoraFactors(torch.zeros(2, 36), torch.zeros(20, 2), 1.0, torch.ones(20))
+    adapter = Adapter({"a.v_proj": factors})
+    factor = dora_factors(adapter, {"a.v_proj": torch.zeros(20, 36)})
+    with pytest.raises(InvalidAdapterError, match="float32"):
+        pack_adapter(adapter, MODULES, PAGE, torch.float32, factor)
+
+
+def test_values_beyond_the_dtype_are_refused() -> None:
+    adapter = make({"a.q_proj": 2})
+    adapter.factors["a.q_proj"].a_RD[0, 0] = 1e6
+    with pytest.raises(InvalidAdapterError, match="float16"):
+        pack_adapter(adapter, MODULES, PAGE, torch.float16)
+
+
+def test_two_sequences_share_one_copy() -> None:
+    world = World(30)
+    world.cache.add("k", packed())
+    assert world.use("k") is world.use("k")
+    assert world.cache.num_resident == 1
+    world.check()
+
+
+def test_idle_adapter_stays_until_the_room_is_needed() -> None:
+    world = World(packed().num_pages)
+    world.cache.add("k", packed())
+    world.use("k")
+    assert not world.evictions.make_room(1)
+    world.unuse("k")
+    assert world.arena.num_free == 0
+    assert world.evictions.make_room(1)
+    assert world.arena.num_free == world.arena.num_pages
+    assert world.cache.num_evictions == 1
+    world.check()
+
+
+def test_least_recently_used_goes_first() -> None:
+    world = World(3 * packed().num_pages)
+    for key in "abc":
+        world.cache.add(key, packed())
+        world.use(key)
+    for key in "bac":
+        world.unuse(key)
+    world.use("b")
+    world.unuse("b")
+    assert world.evictions.make_room(1)
+    assert world.cache.num_pages_missing("a") > 0
+    assert world.cache.num_pages_missing("b") == world.cache.num_pages_missing("c") == 0
+
+
+def test_make_room_in_vain_evicts_nothing() -> None:
+    world = World(2 * packed().num_pages)
+    for key in "ab":
+        world.cache.add(key, packed())
+        world.use(key)
+    world.unuse("a")
+    assert not world.evictions.make_room(packed().num_pages + 1)
+    assert not world.evictions.make_room(1, keep=("a",))
+    assert world.cache.num_resident == 2
+
+
+def test_evicted_adapter_comes_back_the_same() -> None:
+    world, adapter = World(30), make({"a.v_proj": 4}, seed=3)
+    world.cache.add("k", pack_adapter(adapter, MODULES, PAGE, torch.float32))
+    world.use("k")
+    world.unuse("k")
+    assert world.evictions.make_room(30)
+    taken = world.arena.allocate(7)
+    a_RD, b_FR = world.rows(world.use("k"), "a.v_proj")
+    assert torch.equal(a_RD, adapter.factors["a.v_proj"].a_RD)
+    assert torch.equal(b_FR, adapter.factors["a.v_proj"].b_FR)
+    world.check(taken)
+
+
+def test_acquire_without_room_changes_nothing() -> None:
+    world = World(packed().num_pages)
+    world.cache.add("k", packed())
+    taken = world.arena.allocate(1)
+    world.cache.hold("k")
+    with pytest.raises(OutOfPages):
+        world.cache.acquire("k")
+    world.check(taken)
+    world.arena.free(taken)
+    assert world.cache.acquire("k").pages
+
+
+@pytest.mark.parametrize("end", ["release", "drop"])
+def test_unbalanced_end_is_our_bug(end: str) -> None:
+    world = World(30)
+    world.cache.add("k", packed())
+    with pytest.raises(AssertionError, match="more often"):
+        getattr(world.cache, end)("k")
+
+
+def test_removed_adapter_serves_what_was_accepted() -> None:
+    world = World(30)
+    world.cache.add("k", packed())
+    world.use("k")
+    world.cache.remove("k")
+    assert not world.cache.has("k")
+    with pytest.raises(NotFoundError):
+        world.cache.hold("k")
+    assert world.cache.num_resident == 1
+    world.unuse("k")
+    assert (world.arena.num_free, world.cache.num_host_bytes) == (30, 0)
+    world.check()
+
+
+def test_removed_and_added_again_stays() -> None:
+    world = World(30)
+    world.cache.add("k", packed())
+    world.use("k")
+    world.cache.remove("k")
+    world.cache.add("k", packed())
+    world.unuse("k")
+    assert world.cache.has("k")
+    assert world.cache.num_on_host == 1
+
+
+def test_remove_of_the_unknown_is_nothing() -> None:
+    world = World(3)
+    world.cache.remove("k")
+    assert not world.cache.has("k")
+
+
+def test_host_keeps_to_its_budget_and_forgets_the_oldest() -> None:
+    world = World(30, host_cache_bytes=2 * packed().num_bytes)
+    for key in "ab":
+        world.cache.add(key, packed())
+    world.use("a")
+    world.unuse("a")
+    world.cache.add("c", packed())
+    assert [world.cache.has(key) for key in "abc"] == [True, False, True]
+    world.check()
+
+
+def test_adapters_in_use_are_not_forgotten() -> None:
+    world = World(30, host_cache_bytes=packed().num_bytes)
+    world.cache.add("a", packed())
+    world.cache.hold("a")
+    with pytest.raises(OverloadedError, match="host_cache_bytes"):
+        world.cache.add("b", packed())
+    world.cache.drop("a")
+    world.cache.add("b", packed())
+    assert (world.cache.has("a"), world.cache.has("b")) == (False, True)
+
+
+def test_adapter_larger_than_any_budget_is_refused() -> None:
+    with pytest.raises(InvalidAdapterError, match="memory_bytes"):
+        World(packed().num_pages - 1).cache.add("k", packed())
+    with pytest.raises(InvalidAdapterError, match="host_cache_bytes"):
+        World(30, host_cache_bytes=packed().num_bytes - 1).cache.add("k", packed())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "map", "use", "unuse", "remove", "kv", "free"]), st.integers(0, 4)),
+        max_size=60,
+    )
+)
+def test_random_operations_keep_exact_books(operations: list[tuple[str, int]]) -> None:
+    world = World(25, host_cache_bytes=4 * packed(6).num_bytes)
+    blobs = [packed(rank, seed=rank) for rank in (1, 2, 3, 4, 6)]
+    used: list[str] = []
+    kv: list[list[int]] = []
+    for operation, i in operations:
+        key = f"k{i}"
+        if operation == "add":
+            try:
+                world.cache.add(key, blobs[i])
+            except OverloadedError:
+                assert used
+        elif operation == "map":
+            world.cache.replace(key, replace(blobs[i], is_mapped=True))
+        elif operation == "use" and world.cache.has(key):
+            if world.evictions.make_room(world.cache.num_pages_missing(key), keep=(key,)):
+                world.use(key)
+                used.append(key)
+        elif operation == "unuse" and used:
+            world.unuse(used.pop(i % len(used)))
+        elif operation == "remove":
+            world.cache.remove(key)
+        elif operation == "kv" and world.evictions.make_room(i):
+            kv.append(world.arena.allocate(i))
+        elif operation == "free" and kv:
+            world.arena.free(kv.pop())
+        world.check(*kv)
+        assert world.cache.num_host_bytes <= 4 * packed(6).num_bytes
+    for key in used:
+        world.unuse(key)
+    for i in range(5):
+        world.cache.remove(f"k{i}")
+    assert world.arena.num_free == 25 - sum(map(len, kv))
+    assert world.cache.num_host_bytes == 0

@@ -1,0 +1,91 @@
+"""Loads of adapters: what keeps failing is left alone for a while, and everything is forgotten once it comes."""
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+
+from cluster.errors import InvalidAdapterError, OverloadedError, ReloraError, StorageError
+from serving.engine.loads import Loads
+
+
+@dataclass
+class Store:
+    """Loads by a clock that stands still, of one adapter that comes, or does not."""
+
+    now: float = 0.0
+    error: ReloraError | None = None
+    num_tries: int = 0
+    loads: Loads = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loads = Loads(1, clock=lambda: self.now)
+
+    def ask(self) -> ReloraError | None:
+        """What went wrong."""
+        load: Future[None] = self.loads.ask("key", self._work)
+        error = load.exception(timeout=20)
+        assert error is None or isinstance(error, ReloraError)
+        return error
+
+    def _work(self) -> None:
+        self.num_tries += 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_what_keeps_failing_is_left_alone_ever_longer() -> None:
+    store = Store(error=InvalidAdapterError("no such luck"))
+    tried_at = []
+    while store.now < 200:
+        num_tries = store.num_tries
+        assert str(store.ask()) == "no such luck"
+        if store.num_tries > num_tries:
+            tried_at.append(store.now)
+        store.now += 0.5
+    pauses = [later - earlier for earlier, later in pairwise(tried_at)]
+    assert pauses[2:9] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    assert set(pauses[9:]) == {32.0}
+
+
+def test_chance_failures_cost_no_pause_and_a_success_ends_it_all() -> None:
+    store = Store()
+    for _ in range(5):
+        for error in (ReloraError("once"), ReloraError("twice"), None):
+            store.error = error
+            assert str(store.ask()) == str(error)
+    assert store.num_tries == 15
+
+
+def test_a_host_without_room_is_not_held_against_the_adapter() -> None:
+    store = Store(error=OverloadedError("full"))
+    for _ in range(5):
+        assert isinstance(store.ask(), OverloadedError)
+    assert store.num_tries == 5
+
+
+def test_a_load_that_never_had_its_turn_is_not_held_against_the_adapter() -> None:
+    store, is_open = Store(), threading.Event()
+    hanging = store.loads.ask("hanging", lambda: assert_set(is_open))
+    for _ in range(5):
+        queued = store.loads.ask("key", store._work)
+        store.loads.give_up("key", queued, 1.0)
+        assert isinstance(queued.exception(timeout=20), StorageError)
+    is_open.set()
+    assert hanging.exception(timeout=20) is None
+    assert store.ask() is None
+    assert store.num_tries == 1
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(20)
+
+
+def test_troubles_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.engine.loads._MAX_TROUBLES", 3)
+    store = Store(error=ReloraError("down"))
+    for number in range(9):
+        assert store.loads.ask(f"{number}", store._work).exception(timeout=20)
+    assert list(store.loads._troubles) == ["6", "7", "8"]

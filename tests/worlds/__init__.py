@@ -1,0 +1,1 @@
+"""Small models, adapters, tasks and fleets that several tests share."""

@@ -1,0 +1,137 @@
+"""A tiny world in which to re-adapt: a learnable task, its specialist, and new versions of its base model."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.adapter_files import Adapter, LoraFactors
+from readapt.fusion.objective import FusionObjective, SearchResult, Trial, best_of
+from readapt.fusion.points import Point
+from readapt.training.data import Encoder, Row, Task, encoder_for
+from readapt.training.evaluate import Evaluation, Evaluator, Verdict
+from readapt.training.lora import blank, linear_shapes, load_base
+from readapt.training.train import Plan, TrainJob, fine_tune
+from tests.worlds.serving import make_checkpoint
+
+LABELS = {"a": "red", "b": "green", "c": "blue", "d": "red"}
+MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class World:
+    """A base v1, a specialist trained on it, and its task."""
+
+    base: Path
+    encoder: Encoder
+    task: Task
+    specialist: Adapter
+
+
+def make_rows(num_rows: int, seed: int) -> list[Row]:
+    """Which colour a letter among digits stands for: a copy-free lookup that a tiny model learns within seconds."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(num_rows):
+        noise = "".join(rng.choices("0123456789", k=rng.randint(1, 6)))
+        letter = rng.choice(list(LABELS))
+        rows.append(Row(f"{noise}{letter}=", LABELS[letter]))
+    return rows
+
+
+def make_task() -> Task:
+    """The colour task, with disjoint splits."""
+    rows = list(dict.fromkeys(make_rows(700, seed=0)))
+    return Task(train=rows[:300], valid=rows[300:420], test=rows[420:460])
+
+
+def write_task(folder: Path, task: Task) -> Path:
+    """Writes a task's three files and returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", task.train), ("valid", task.valid), ("test", task.test)):
+        lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def make_world(folder: Path) -> World:
+    """Trains a rank-4 specialist (stored at rank 8) on a tiny random base: a few seconds."""
+    base = make_checkpoint(folder / "v1", std=0.08)
+    encoder, task = encoder_for(base, MAX_TOKENS), make_task()
+    return World(base, encoder, task, pad_ranks(train_specialist(base, encoder, task), 8))
+
+
+def train_specialist(base: Path, encoder: Encoder, task: Task) -> Adapter:
+    """A specialist that answers nearly all validation rows exactly."""
+    model = load_base(base)
+    start = blank(linear_shapes(model), rank=4, alpha=8.0)
+    evaluate = Evaluator(model, encoder, task.valid, "exact_match")
+    plan = Plan(steps=200, learning_rate=1e-2, eval_every=25, warmup_steps=4)
+    watch = ready_when(lambda evaluation: evaluation.quality >= 99.0)
+    result = fine_tune(model, TrainJob(start, encoder.encode_all(task.train), plan, evaluate, watch))
+    assert result.is_ready, result.curve
+    return result.best
+
+
+def ready_when(is_good: Callable[[Evaluation], bool]) -> Callable[[Evaluation], Verdict]:
+    """A watcher that ends a run at the first evaluation that is good enough."""
+    return lambda evaluation: Verdict.READY if is_good(evaluation) else Verdict.GO_ON
+
+
+def pad_ranks(adapter: Adapter, rank: int) -> Adapter:
+    """The same function with more ranks: the new ones are zero."""
+    factors = {}
+    for name, f in adapter.factors.items():
+        spare = rank - f.rank
+        a_RD = torch.cat([f.a_RD, torch.zeros(spare, f.a_RD.shape[1])])
+        factors[name] = LoraFactors(a_RD, torch.cat([f.b_FR, torch.zeros(f.b_FR.shape[0], spare)], dim=1), f.scaling)
+    return Adapter(factors)
+
+
+def try_points(objective: FusionObjective, points: Sequence[Point]) -> SearchResult:
+    """A search that tries these points and no others."""
+    return best_of([Trial(point, loss) for point, loss in zip(points, objective.losses(points), strict=True)])
+
+
+def evolve(
+    old: Path, folder: Path, *, rank: int | None, scale: float, kinds: Sequence[str] = (), seed: int = 7
+) -> Path:
+    """A new version of a checkpoint: its linears changed by a random matrix of the given rank (None: full)."""
+    shutil.copytree(old, folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    change = partial(_random_matrix, rank=rank, generator=generator)
+    for name, weight in sorted(tensors.items()):
+        kind = name.split(".")[-2]
+        if ".layers." in name and kind.endswith("_proj") and (not kinds or kind in kinds):
+            tensors[name] = weight + scale * weight.std() * change(weight.shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _random_matrix(shape: torch.Size, rank: int | None, generator: torch.Generator) -> torch.Tensor:
+    if rank is None:
+        return torch.randn(shape, generator=generator)
+    left, right = (torch.randn(n, rank, generator=generator) for n in shape)
+    return left @ right.T / rank**0.5
+
+
+def random_factors(num_out: int, num_in: int, rank: int, scaling: float, seed: int) -> LoraFactors:
+    """Random factors of one module."""
+    generator = torch.Generator().manual_seed(seed)
+    a_RD, b_FR = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
+    return LoraFactors(a_RD, b_FR, scaling)
+
+
+@torch.no_grad()
+def logits(model: Any, num_tokens: int = 23) -> torch.Tensor:
+    """Logits of a fixed batch of random tokens."""
+    tokens = torch.randint(0, 256, (3, num_tokens), generator=torch.Generator().manual_seed(5))
+    return model(input_ids=tokens, use_cache=False).logits
