@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 _OPERATIONS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
 
 
-def pack(weight_FD: Tensor) -> Tensor:
-    """The weight in oneDNN's layout where its device and dtype have one, else as it is. `unpack` undoes it exactly."""
+def to_blocked(weight_FD: Tensor) -> Tensor:
+    """The weight in oneDNN's layout where its device and dtype have one, else as it is. `from_blocked` undoes it exactly."""
     if weight_FD.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not _has_operations():
         return weight_FD
     is_known = weight_FD.dtype == torch.float32
@@ -30,13 +30,13 @@ def _has_operations() -> bool:
     return all(hasattr(torch.ops.mkldnn, name) for name in _OPERATIONS)
 
 
-def unpack(weight_FD: Tensor) -> Tensor:
-    """The weight as `pack` got it: a copy where it has another layout."""
+def from_blocked(weight_FD: Tensor) -> Tensor:
+    """The weight as `to_blocked` got it: a copy where it has another layout."""
     return weight_FD.to_dense() if weight_FD.is_mkldnn else weight_FD
 
 
 def linear(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """`x @ weight^T + bias` with a weight from `pack`."""
+    """`x @ weight^T + bias` with a weight from `to_blocked`."""
     if not weight_FD.is_mkldnn:
         return plain_linear(x_TD, weight_FD, bias_F)
     num_rows = x_TD.shape[0]

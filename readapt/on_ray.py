@@ -31,7 +31,7 @@ from ray.tune.search import Searcher
 from cluster.config import Fleet, ReadaptConfig, SearchConfig
 from cluster.errors import ConfigError, TrainingError
 from readapt.campaign.job_queue import JobQueue
-from readapt.campaign.worker import AdapterJob, Ended, Reports, RungReached, Shift, Workbench
+from readapt.campaign.worker import AdapterJob, Ended, Reports, RungReached, Shift, Worker
 from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.fusion.points import Point
 from readapt.fusion.refine import refine
@@ -218,7 +218,7 @@ def _work(config: dict[str, Any]) -> None:
             raise TrainingError(found)
         return refine(objective, found)
 
-    shift = Shift(Workbench(config["fleet"], _device(config["fleet"])), search)
+    shift = Shift(Worker(config["fleet"], _device(config["fleet"])), search)
     life = ray.get(queue.enter.remote(rank))
     asked: ray.ObjectRef | None = None
     is_over = False
@@ -243,7 +243,7 @@ class FusionTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], fleet: Fleet, queue: ActorHandle) -> None:
         """Called once for each actor."""
-        self._bench = Workbench(fleet, _device(fleet))
+        self._bench = Worker(fleet, _device(fleet))
         self._queue = queue
         self._version_id: int | None = None
         self.reset_config(config)

@@ -18,7 +18,7 @@ from cluster.adapter_files import Adapter
 from readapt.training.data import Encoded
 from readapt.training.evaluate import Evaluation
 from readapt.training.lora import blank, linear_shapes, load_base
-from readapt.training.train import Plan, TrainingPack, TrainJob
+from readapt.training.train import RunSettings, TrainingGroup, TrainingRun
 
 NUM_ROWS = 256
 COMPLETION_TOKENS = 4
@@ -68,17 +68,17 @@ def _random_rows(vocab_size: int, mean_tokens: int) -> list[Encoded]:
     return [Encoded(tuple(rng.choices(range(3, vocab_size), k=n)), n - COMPLETION_TOKENS) for n in lengths]
 
 
-def _training(model: Any, starts: Sequence[Adapter], rows: Sequence[Encoded], batch_rows: int) -> TrainingPack:
+def _training(model: Any, starts: Sequence[Adapter], rows: Sequence[Encoded], batch_rows: int) -> TrainingGroup:
     """A pack that trains on without end and evaluates only before its first step."""
-    training = TrainingPack(model)
+    training = TrainingGroup(model)
     for index, start in enumerate(starts):
-        plan = Plan(steps=10**9, learning_rate=1e-3, batch_rows=batch_rows, eval_every=10**9, seed=index)
-        training.add(index, TrainJob(start, rows, plan, lambda: Evaluation(loss=1.0, quality=0.0)))
+        plan = RunSettings(steps=10**9, learning_rate=1e-3, batch_rows=batch_rows, eval_every=10**9, seed=index)
+        training.add(index, TrainingRun(start, rows, plan, lambda: Evaluation(loss=1.0, quality=0.0)))
     return training
 
 
 def _rounds(
-    packed: TrainingPack, alone: Sequence[TrainingPack], rounds: int, device: str
+    packed: TrainingGroup, alone: Sequence[TrainingGroup], rounds: int, device: str
 ) -> Iterator[tuple[float, float]]:
     for index in range(WARMUP_ROUNDS + rounds):
         seconds = _timed([packed], device), _timed(alone, device)
@@ -86,7 +86,7 @@ def _rounds(
             yield seconds
 
 
-def _timed(trainings: Sequence[TrainingPack], device: str) -> float:
+def _timed(trainings: Sequence[TrainingGroup], device: str) -> float:
     started = time.perf_counter()
     for training in trainings:
         training.step()

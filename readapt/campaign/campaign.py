@@ -116,7 +116,7 @@ class Campaign:
                 if self._stopped.is_set():
                     return
 
-    # Plan
+    # RunSettings
 
     def _plan(self) -> None:
         """Gives every adapter that is live elsewhere a version here, unless it has one; FAILED ones get a new turn."""

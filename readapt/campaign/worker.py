@@ -19,7 +19,7 @@ from readapt.ladder.relabel import PROMPTS, is_data_free, load_prompts, relabell
 from readapt.training.data import Encoder, Task, encoder_for, joined, load_rows
 from readapt.training.evaluate import Gate, Metric, judge
 from readapt.training.lora import load_base
-from readapt.training.train import BrokenRunError, CurvePoint, End, Failure, TrainingPack, TrainJob
+from readapt.training.train import BrokenRunError, CurvePoint, End, Failure, TrainingGroup, TrainingRun
 
 NUM_OLD_BASES_HELD = 2  # beside the new one; adapters seldom come from more
 
@@ -90,7 +90,7 @@ class Executor(Protocol):
         """
 
 
-class Workbench:
+class Worker:
     """Holds the loaded base models: one new base, which is never exchanged for an old one. Not thread-safe."""
 
     def __init__(self, fleet: Fleet, device: str = "cpu"):
@@ -102,7 +102,7 @@ class Workbench:
 
     def climb(
         self, job: AdapterJob, search: Search, report: Callable[[RungReached], None]
-    ) -> Generator[TrainJob | None, End | None, Climbed]:
+    ) -> Generator[TrainingRun | None, End | None, Climbed]:
         """Carries one adapter over; see `Ladder.climb` for what it yields and is sent.
 
         Raises a ReloraError where the adapter's files, its rows or its training are at fault.
@@ -215,11 +215,11 @@ class Shift:
     All jobs are for one new base.
     """
 
-    def __init__(self, bench: Workbench, search: Search):
+    def __init__(self, bench: Worker, search: Search):
         self._bench, self._search = bench, search
-        self._climbs: dict[Hashable, Generator[TrainJob | None, End | None, Climbed]] = {}
+        self._climbs: dict[Hashable, Generator[TrainingRun | None, End | None, Climbed]] = {}
         self._searching: set[Hashable] = set()  # whose climbs wait for a search
-        self._training: TrainingPack | None = None
+        self._training: TrainingGroup | None = None
 
     @property
     def num_jobs(self) -> int:
@@ -228,7 +228,7 @@ class Shift:
 
     def begin(self, job: AdapterJob, report: Callable[[RungReached], None]) -> list[Ended]:
         """Takes a job up, as far as to its first training; returns it with its end if it needs none."""
-        self._training = self._training or TrainingPack(self._bench.new_base(job.new_base))
+        self._training = self._training or TrainingGroup(self._bench.new_base(job.new_base))
         assert self._training.model is self._bench.new_base(job.new_base), "a shift has one new base"
         self._climbs[job.version_id] = self._bench.climb(job, self._search, report)
         return self._advance(job.version_id)
@@ -272,7 +272,9 @@ class Shift:
         return [(version_id, end)]
 
 
-def _go_on(climb: Generator[TrainJob | None, End | None, Climbed], result: End | Failure | None) -> TrainJob | None:
+def _go_on(
+    climb: Generator[TrainingRun | None, End | None, Climbed], result: End | Failure | None
+) -> TrainingRun | None:
     """Goes on with a climb: a run that broke down is an end that it reckons with, any other error is thrown into it."""
     if isinstance(result, Exception) and not isinstance(result, BrokenRunError):
         return climb.throw(result)
@@ -287,7 +289,7 @@ class LocalExecutor:
     """Works in this process, on `workers.pack` jobs at a time; `search` is the whole search."""
 
     def __init__(self, fleet: Fleet, search: Callable[[FusionObjective], SearchResult]):
-        self._shift = Shift(Workbench(fleet), lambda job, objective: search(objective))
+        self._shift = Shift(Worker(fleet), lambda job, objective: search(objective))
         self._pack = fleet.readapt.workers.pack
 
     def run(self, jobs: Iterator[AdapterJob]) -> Reports:

@@ -22,7 +22,7 @@ from readapt.training.data import Encoded, collate, shuffled_batches
 from readapt.training.evaluate import Evaluation, Verdict, label_logits
 from readapt.training.lora import attached, blank
 from readapt.training.schedule import learning_rate
-from readapt.training.train import BrokenRunError, CurvePoint, Plan, TrainResult, go_on
+from readapt.training.train import BrokenRunError, CurvePoint, RunSettings, TrainingResult, go_on
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DecoupledJob:
     old: Adapter
     evolution: Adapter
     rows: Sequence[Encoded]
-    plan: Plan
+    plan: RunSettings
     evaluate: Callable[[], Evaluation]
     alpha: float = 1.0
     beta: float = 0.0
@@ -45,7 +45,7 @@ class DecoupledJob:
     report: Callable[[CurvePoint], None] = lambda point: None
 
 
-def train_decoupled(model: Any, job: DecoupledJob) -> TrainResult:
+def train_decoupled(model: Any, job: DecoupledJob) -> TrainingResult:
     """Trains magnitudes and fresh direction on a bare model, which is bare again afterwards.
 
     The result's `last` is the adapter of the last evaluation.
@@ -71,7 +71,7 @@ class _Run:
         self._last = job.old
         self._ready: tuple[CurvePoint, Adapter] | None = None
 
-    def to_its_end(self) -> TrainResult:
+    def to_its_end(self) -> TrainingResult:
         """Steps and evaluations in turn, as in `train.fine_tune`."""
         job, plan = self._job, self._job.plan
         groups = [
@@ -125,10 +125,10 @@ class _Run:
         logits_LV, labels_L, _ = label_logits(self._model, collate(rows))
         return cross_entropy(logits_LV, labels_L)
 
-    def _result(self, steps_done: int, verdict: Verdict) -> TrainResult:
+    def _result(self, steps_done: int, verdict: Verdict) -> TrainingResult:
         assert self._best is not None, "the start has been judged"
         evaluation, adapter, step = self._best
-        return TrainResult(self._curve, adapter, evaluation, step, self._last, steps_done, verdict, self._ready)
+        return TrainingResult(self._curve, adapter, evaluation, step, self._last, steps_done, verdict, self._ready)
 
 
 def decoupled_start(old: Adapter, evolution: Adapter, alpha: float = 1.0, beta: float = 0.0) -> Decoupled:

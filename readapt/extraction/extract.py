@@ -24,14 +24,14 @@ from cluster.checkpoints import Checkpoint
 from cluster.errors import ConfigError, ConflictError, InvalidCheckpointError, StorageError
 from readapt.extraction.anatomy import Anatomy, Kind, anatomy_of
 from readapt.extraction.files import Extraction, Part, Status, read_part, write_adapter, write_part, write_remainder
-from readapt.extraction.pairs import TensorJob, plan_jobs
+from readapt.extraction.pairs import TensorPair, pair_tensors
 from readapt.extraction.report import report_of, write_report
 from readapt.lowrank.spectra import EnergyShare, Rule
 from readapt.lowrank.svd import decompose, squared_norm
 
 REMAINDER_VALUES = 1 << 20  # a tensor that is no vector and larger than this is not carried
 PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # what is stored is what is meant
-Spread = Callable[[Callable[[TensorJob], None], Sequence[TensorJob]], Iterable[TensorJob]]
+Spread = Callable[[Callable[[TensorPair], None], Sequence[TensorPair]], Iterable[TensorPair]]
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Extractor:
     settings: Settings
     folder: Path
 
-    def __call__(self, job: TensorJob) -> None:
+    def __call__(self, job: TensorPair) -> None:
         """Work off one tensor. InvalidCheckpointError where a value is not finite, StorageError for a full disk."""
         start_s = time.perf_counter()
         part, tensors = self._extract(job)
         part.seconds = time.perf_counter() - start_s
         write_part(self.folder, part, tensors)
 
-    def _extract(self, job: TensorJob) -> tuple[Part, dict[str, Tensor]]:
+    def _extract(self, job: TensorPair) -> tuple[Part, dict[str, Tensor]]:
         tuned = self.tuned.load(job.tuned)
         part = Part(job.index, job.path, Status.EQUAL, tuple(tuned.shape), job.places)
         base = None if job.base is None else self.base.load(job.base)
@@ -111,7 +111,7 @@ class Extractor:
         return part, {"value": tuned.contiguous()}
 
     def _low_rank(
-        self, part: Part, job: TensorJob, delta: Tensor, tensors: dict[str, Tensor]
+        self, part: Part, job: TensorPair, delta: Tensor, tensors: dict[str, Tensor]
     ) -> tuple[Part, dict[str, Tensor]]:
         total = squared_norm(delta)
         self._check_finite(total, job)
@@ -129,7 +129,7 @@ class Extractor:
         a_RD, b_FR = found.factors(max(rank, 1))
         return part, {**tensors, "a": a_RD, "b": b_FR}
 
-    def _check_finite(self, norm: float, job: TensorJob) -> None:
+    def _check_finite(self, norm: float, job: TensorPair) -> None:
         if not math.isfinite(norm):
             tuned_is_fine = math.isfinite(squared_norm(self.tuned.load(job.tuned)))
             folder = self.base.folder if tuned_is_fine else self.tuned.folder
@@ -154,7 +154,7 @@ def extract(
     if out.exists():
         raise ConflictError(f"{out}: exists already; choose another folder, or remove it first.")
     anatomy = anatomy_of(base, tuned)
-    jobs = plan_jobs(base, tuned, anatomy)
+    jobs = pair_tensors(base, tuned, anatomy)
     aside = out.parent / f".{out.name}.partial"
     try:
         _prepare(aside, _identity(base, tuned, settings))
@@ -189,7 +189,7 @@ def _identity(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> str:
 
 
 def _work_off(
-    extractor: Extractor, jobs: Sequence[TensorJob], spread: Spread, report: Callable[[int, int], None]
+    extractor: Extractor, jobs: Sequence[TensorPair], spread: Spread, report: Callable[[int, int], None]
 ) -> list[Part]:
     waiting = [job for job in jobs if read_part(extractor.folder, job.index) is None]
     num_done = len(jobs) - len(waiting)
@@ -201,7 +201,7 @@ def _work_off(
     return [part for part in parts if part is not None]
 
 
-def _one_by_one(extractor: Callable[[TensorJob], None], jobs: Sequence[TensorJob]) -> Iterator[TensorJob]:
+def _one_by_one(extractor: Callable[[TensorPair], None], jobs: Sequence[TensorPair]) -> Iterator[TensorPair]:
     for job in jobs:
         extractor(job)
         yield job

@@ -10,7 +10,7 @@ _NO_MATRIX = "it is no weight matrix of a module that an adapter can change"
 
 
 @dataclass(frozen=True)
-class TensorJob:
+class TensorPair:
     """One tensor of the tuned checkpoint and its counterpart: stored names, and the modules that use it.
 
     `base` is None for a tensor that only the tuned checkpoint has. Without `places` the tensor can only be carried
@@ -25,7 +25,7 @@ class TensorJob:
     reason: str = ""
 
 
-def plan_jobs(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> list[TensorJob]:
+def pair_tensors(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> list[TensorPair]:
     """Pair up the tensors of both checkpoints, in order of their names.
 
     A tied weight that only one of the two stores on its own is compared with what it is tied to. Rows may be added to
@@ -44,7 +44,7 @@ def plan_jobs(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> list[Ten
         places, reason = _places(path, before, after, anatomy, ours, theirs)
         if before is not None:
             _check_shapes(path, base, before, tuned, after, places)
-        jobs.append(TensorJob(index, path, before, after, places, reason))
+        jobs.append(TensorPair(index, path, before, after, places, reason))
     if not any(job.base is not None and job.places for job in jobs):
         raise InvalidCheckpointError(f"{base.folder}: has no weight matrix that an adapter can change.")
     return jobs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from readapt.fusion.fuse import Rank, Stack
+from readapt.fusion.fuse import FusionTerms, Rank
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Deltas:
         return (y_CMF * self.scale_CF[:, None, :] + offset_F).view(y.shape)
 
 
-def deltas(stack: Stack, weight_FD: Tensor, pairs_C2: Tensor, rank: Rank) -> Deltas:
+def deltas(stack: FusionTerms, weight_FD: Tensor, pairs_C2: Tensor, rank: Rank) -> Deltas:
     """The sums at the candidates' (alpha, beta), cut to `rank` as `Fusion.at` cuts them; None is uncut.
 
     Differentiable in `pairs_C2`; DoRA's norm is taken as constant, as in its training. Where no gradient is wanted, the
@@ -54,7 +54,7 @@ def deltas(stack: Stack, weight_FD: Tensor, pairs_C2: Tensor, rank: Rank) -> Del
 
 
 @torch.no_grad()
-def _dora_scale(stack: Stack, weight_FD: Tensor, a_KD: Tensor, b_CFK: Tensor) -> Tensor | None:
+def _dora_scale(stack: FusionTerms, weight_FD: Tensor, a_KD: Tensor, b_CFK: Tensor) -> Tensor | None:
     if stack.task.magnitude_F is None:
         return None
     each_a_CKD = a_KD.expand(len(b_CFK), -1, -1)

@@ -23,7 +23,7 @@ from readapt.lowrank.truncation import truncate
 Rank = int | Literal["task"] | None
 
 
-class Stack:
+class FusionTerms:
     """One module's stacked factors, A = [A_T; A_E] and B = [B_T, B_E]: the same for all points, which only weigh terms.
 
     `labels` are what a point knows the module by.
@@ -89,7 +89,7 @@ class Fusion:
     def __init__(self, task: Adapter, evolution: Adapter):
         self._task = task
         self.stacks = {
-            name: Stack(task.factors[name], evolution.factors.get(name), names)
+            name: FusionTerms(task.factors[name], evolution.factors.get(name), names)
             for name, names in labels(task.factors).items()
         }
 
@@ -108,7 +108,7 @@ class Fusion:
         return {name: _lost(stack, point, rank) for name, stack in self.stacks.items()}
 
 
-def _fused(stack: Stack, point: Point, rank: Rank) -> LoraFactors:
+def _fused(stack: FusionTerms, point: Point, rank: Rank) -> LoraFactors:
     task = stack.task
     alpha, beta = point.of(stack.labels)
     is_cut = isinstance(rank, int) and rank < task.rank
@@ -120,7 +120,7 @@ def _fused(stack: Stack, point: Point, rank: Rank) -> LoraFactors:
     return replace(task, a_RD=a_CRD[0] * root, b_FR=b_CFR[0] * math.copysign(root, scaling), scaling=scaling)
 
 
-def _lost(stack: Stack, point: Point, rank: Rank) -> float:
+def _lost(stack: FusionTerms, point: Point, rank: Rank) -> float:
     energy_K = stack.singular_values(point).double().square()
     total = float(energy_K.sum())
     return float(energy_K[stack.num_terms(rank) :].sum()) / total if total else 0.0

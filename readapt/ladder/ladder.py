@@ -32,14 +32,14 @@ from readapt.lowrank.delta import cosine
 from readapt.training.data import EncodedRows, Encoder, Task
 from readapt.training.evaluate import Evaluation, Evaluator, Gate, Metric, Watcher, golden
 from readapt.training.lora import attached, blank_like, row_norms
-from readapt.training.train import BrokenRunError, CurvePoint, End, Plan, TrainJob, TrainResult, fine_tune
+from readapt.training.train import BrokenRunError, CurvePoint, End, RunSettings, TrainingResult, TrainingRun, fine_tune
 
 RUNGS = ("copy", "transplant", "wide", "fused", "short", "full", "scratch")
 FAR_POINTS = 3.0  # less than this a short training makes up for; measured: 8 points took it 440 steps
 REUSING = frozenset({"copy", "transplant", "fused", "train"})
 
 Search = Callable[[FusionObjective], SearchResult | None]  # None: not found yet, ask again
-Climb = Generator[TrainJob | None, End | None, "Outcome"]
+Climb = Generator[TrainingRun | None, End | None, "Outcome"]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Ladder:
             return iter(("scratch",))
         return iter(config.rungs if similarity >= config.copy_cosine else _transplant_first(config.rungs))
 
-    def _try(self, rung: str) -> Generator[TrainJob | None, End | None, None]:
+    def _try(self, rung: str) -> Generator[TrainingRun | None, End | None, None]:
         match rung:
             case "copy":
                 self._try_start("copy", lambda: _Start(self._old, 1.0, 0.0))
@@ -272,7 +272,7 @@ class Ladder:
 
     # Training
 
-    def _train(self) -> Generator[TrainJob | None, End | None, None]:
+    def _train(self) -> Generator[TrainingRun | None, End | None, None]:
         """Of a run that breaks down counts what it had reached before. Without a start there is nothing to train."""
         if not self._starts:
             return
@@ -286,7 +286,7 @@ class Ladder:
         self._candidates.append(_Candidate(rung, result.best, result.best_evaluation, start.alpha, start.beta))
         self._note_ready(result, self._warm_rung)
 
-    def _train_scratch(self) -> Generator[TrainJob | None, End | None, None]:
+    def _train_scratch(self) -> Generator[TrainingRun | None, End | None, None]:
         """A run that breaks down is no candidate: it does not tell what scratch training can reach."""
         norms = row_norms(self._model, self._old.factors) if self._old.is_dora else None
         start = blank_like(self._old, self._config.train.seed, norms)
@@ -299,7 +299,9 @@ class Ladder:
         self._candidates.append(_Candidate("scratch", end.best, end.best_evaluation, 0.0, 0.0))
         self._note_ready(end, lambda step: "scratch")
 
-    def _job(self, start: Adapter, plan: Plan, rung: Callable[[int], str], known: Evaluation | None = None) -> TrainJob:
+    def _job(
+        self, start: Adapter, plan: RunSettings, rung: Callable[[int], str], known: Evaluation | None = None
+    ) -> TrainingRun:
         """`known` is the evaluation of a start that is not blank.
 
         Training from such a one is on trial where it may end before its budget and scratch training could do better.
@@ -312,12 +314,12 @@ class Ladder:
         self._run_began = time.perf_counter()
         is_on_trial = known is not None and not self._runs_on and "scratch" in self._config.ladder.rungs
         trial = max(1, self._config.train.short_steps // plan.eval_every) if is_on_trial else None
-        return TrainJob(start, self._train_rows, plan, self._evaluate, Watcher(self._gate, trial), report, known)
+        return TrainingRun(start, self._train_rows, plan, self._evaluate, Watcher(self._gate, trial), report, known)
 
     def _warm_rung(self, step: int) -> str:
         return "short" if step <= self._config.train.short_steps else "full"
 
-    def _milestones(self, result: TrainResult) -> list[Attempt]:
+    def _milestones(self, result: TrainingResult) -> list[Attempt]:
         attempts, rung_started_s = [], 0.0
         for rung in ("short", "full"):
             points = tuple(p for p in result.curve if p.step > 0 and self._warm_rung(p.step) == rung)
@@ -329,7 +331,7 @@ class Ladder:
 
     # The end
 
-    def _note_ready(self, result: TrainResult, rung: Callable[[int], str]) -> None:
+    def _note_ready(self, result: TrainingResult, rung: Callable[[int], str]) -> None:
         if result.ready is not None:
             point, adapter = result.ready
             self._is_ready(rung(point.step), point, adapter, self._run_began + point.seconds)
@@ -391,7 +393,7 @@ def _transplant_first(rungs: Sequence[str]) -> list[str]:
     return [*others[:place], "copy", *others[place:]]
 
 
-def _trained(job: TrainJob) -> Generator[TrainJob, End | None, End]:
+def _trained(job: TrainingRun) -> Generator[TrainingRun, End | None, End]:
     end = yield job
     assert end is not None, "who drives the climb sends each training's end"
     return end

@@ -17,14 +17,14 @@ from readapt.lowrank.svd import decompose
 from readapt.training.data import Encoder, Row
 from readapt.training.evaluate import Evaluation, Verdict
 from readapt.training.lora import blank_like, row_norms
-from readapt.training.train import CurvePoint, Plan, TrainJob, TrainResult, fine_tune, go_on
+from readapt.training.train import CurvePoint, RunSettings, TrainingResult, TrainingRun, fine_tune, go_on
 
 SCRATCH_WARMUP_SHARE = 0.02
 
 
-def warm_plan(config: TrainConfig, anchor: Adapter | None, *, runs_on: bool = False) -> Plan:
+def warm_plan(config: TrainConfig, anchor: Adapter | None, *, runs_on: bool = False) -> RunSettings:
     """The run from a start that is not blank."""
-    return Plan(
+    return RunSettings(
         steps=config.full_steps,
         learning_rate=config.learning_rate,
         batch_rows=config.batch_rows,
@@ -39,9 +39,9 @@ def warm_plan(config: TrainConfig, anchor: Adapter | None, *, runs_on: bool = Fa
     )
 
 
-def scratch_plan(config: TrainConfig, *, runs_on: bool = False) -> Plan:
+def scratch_plan(config: TrainConfig, *, runs_on: bool = False) -> RunSettings:
     """The run of a new adapter: its own learning rate, a short warm-up, nothing to be pulled to."""
-    return Plan(
+    return RunSettings(
         steps=config.scratch_steps,
         learning_rate=config.scratch_learning_rate,
         batch_rows=config.batch_rows,
@@ -95,7 +95,7 @@ def train_scratch(
     evaluate: Callable[[], Evaluation],
     watch: Callable[[Evaluation], Verdict] = go_on,
     report: Callable[[CurvePoint], None] = lambda point: None,
-) -> TrainResult:
+) -> TrainingResult:
     """Trains a new adapter with the modules and ranks of `like` on a bare model, which is bare again afterwards."""
     start = blank_like(like, config.seed, row_norms(model, like.factors) if like.is_dora else None)
-    return fine_tune(model, TrainJob(start, encoder.encode_all(rows), scratch_plan(config), evaluate, watch, report))
+    return fine_tune(model, TrainingRun(start, encoder.encode_all(rows), scratch_plan(config), evaluate, watch, report))

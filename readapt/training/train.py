@@ -34,7 +34,7 @@ GROUPING_ROWS = 64  # that tell how long a job's rows are
 class BrokenRunError(TrainingError):
     """The loss is no longer finite; `kept` is what the run had reached before."""
 
-    def __init__(self, message: str, kept: "TrainResult"):
+    def __init__(self, message: str, kept: "TrainingResult"):
         super().__init__(message, kept)
         self.kept = kept
 
@@ -43,7 +43,7 @@ class BrokenRunError(TrainingError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSettings:
     """What a run does. `anchor` is the adapter that the pull goes to: None for the run's own start.
 
     It is evaluated before the first step, after the last, and in between every `eval_every` steps; half as often from
@@ -82,7 +82,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainingResult:
     """`best` is the best evaluated checkpoint, the start among them; `last` are the weights that the run ended with.
 
     `ready` is the evaluation, and the checkpoint, at which the watcher first said READY; `verdict` is its last word.
@@ -114,7 +114,7 @@ def go_on(evaluation: Evaluation) -> Verdict:
 
 
 @dataclass(frozen=True)
-class TrainJob:
+class TrainingRun:
     """One adapter's run: from `start`, on `rows`, as `plan` says.
 
     `evaluate` is called when `plan` has it due, each time with this adapter alone on the model; `watch` says after each
@@ -124,18 +124,18 @@ class TrainJob:
 
     start: Adapter
     rows: Sequence[Encoded]
-    plan: Plan
+    plan: RunSettings
     evaluate: Callable[[], Evaluation]
     watch: Callable[[Evaluation], Verdict] = go_on
     report: Callable[[CurvePoint], None] = lambda point: None
     known: Evaluation | None = None
 
 
-End = TrainResult | BrokenRunError
+End = TrainingResult | BrokenRunError
 Failure = ReloraError | RuntimeError  # RuntimeError is torch's for out of memory and shapes that do not fit
 
 
-class TrainingPack:
+class TrainingGroup:
     """Trains adapters side by side on one model; they may join and leave between any two steps.
 
     The model is bare between the calls. No job sees the others: each has its own rows, loss, clipping, schedule,
@@ -148,7 +148,7 @@ class TrainingPack:
         self._hooks = LoraHooks(model)
         self._groups: dict[Hashable, _Group] = {}
 
-    def add(self, key: Hashable, job: TrainJob) -> None:
+    def add(self, key: Hashable, job: TrainingRun) -> None:
         """Takes in a job, which begins with the next step. InvalidAdapterError where it does not fit the model."""
         check_fits(job.start, linear_shapes(self.model))
         assert all(key != run.key for group in self._groups.values() for run in group.runs), f"two jobs named {key!r}"
@@ -211,13 +211,13 @@ def mean_losses(model: Any, batch: PackedBatch, num_adapters: int) -> Tensor:
     return losses_L.new_zeros(num_adapters).index_add(0, batch.owners_L.to(device), losses_L) / num_labels_K
 
 
-def fine_tune(model: Any, job: TrainJob) -> TrainResult:
+def fine_tune(model: Any, job: TrainingRun) -> TrainingResult:
     """Trains one adapter on a bare model to the end of its run: a pack of one.
 
     The model is bare again afterwards. BrokenRunError when the loss is no longer finite; errors of the evaluation and
     of the rows are passed on.
     """
-    training = TrainingPack(model)
+    training = TrainingGroup(model)
     training.add(0, job)
     try:
         while not (ended := training.step()):
@@ -230,7 +230,7 @@ def fine_tune(model: Any, job: TrainJob) -> TrainResult:
     return end
 
 
-def _group_key(job: TrainJob) -> Hashable:
+def _group_key(job: TrainingRun) -> Hashable:
     """Jobs that fill a batch about equally: the same layout and rows a batch, lengths within a factor of two."""
     sample = job.rows[:GROUPING_ROWS]
     mean_tokens = sum(len(row.input_ids) for row in sample) / len(sample)
@@ -240,7 +240,7 @@ def _group_key(job: TrainJob) -> Hashable:
 class _Run:
     """One job on its way: what it has done and reached so far."""
 
-    def __init__(self, key: Hashable, job: TrainJob):
+    def __init__(self, key: Hashable, job: TrainingRun):
         self.key, self.job = key, job
         self._batches = shuffled_batches(job.rows, job.plan.batch_rows, job.plan.seed)
         self.batch: list[Encoded] = []
@@ -261,7 +261,7 @@ class _Run:
         """Turns to the rows of the next step. InvalidDataError where one cannot be encoded."""
         self.batch = next(self._batches)
 
-    def watch(self, export: Callable[[], Adapter]) -> TrainResult | None:
+    def watch(self, export: Callable[[], Adapter]) -> TrainingResult | None:
         """Evaluates; the result if the run is over."""
         known = self.job.known if self.num_steps == 0 else None
         evaluation = known or self.job.evaluate()
@@ -282,10 +282,10 @@ class _Run:
         kept = self._result(last, Verdict.GO_ON)
         return BrokenRunError(f"the loss became {loss} at step {self.num_steps}", kept)
 
-    def _result(self, last: Adapter, verdict: Verdict) -> TrainResult:
+    def _result(self, last: Adapter, verdict: Verdict) -> TrainingResult:
         assert self._best is not None
         evaluation, best, best_step = self._best
-        return TrainResult(self._curve, best, evaluation, best_step, last, self.num_steps, verdict, self._ready)
+        return TrainingResult(self._curve, best, evaluation, best_step, last, self.num_steps, verdict, self._ready)
 
     def rates(self) -> tuple[float, float]:
         """The learning rate of the step that is due, and the share of the way to the anchor."""
@@ -324,15 +324,15 @@ class _Group:
         starts = [run.job.start for run in self.runs]
         self.stack, self._averages = LoraStack(starts, state_SKN[0]), LoraStack(starts, state_SKN[1])
 
-    def watch(self, hooks: LoraHooks) -> dict[int, TrainResult | Failure]:
+    def watch(self, hooks: LoraHooks) -> dict[int, TrainingResult | Failure]:
         """Evaluates the runs that are due, each with its adapter alone on the model; ends of those that are over."""
-        ends: dict[int, TrainResult | Failure] = {}
+        ends: dict[int, TrainingResult | Failure] = {}
         for member, run in enumerate(self.runs):
             if run.is_due and (end := self._watched(hooks, member, run)) is not None:
                 ends[member] = end
         return ends
 
-    def _watched(self, hooks: LoraHooks, member: int, run: _Run) -> TrainResult | Failure | None:
+    def _watched(self, hooks: LoraHooks, member: int, run: _Run) -> TrainingResult | Failure | None:
         try:
             with hooks.running(Segment(self._averages, ALL_ROWS, member)):
                 return run.watch(partial(self._averages.adapter, member))

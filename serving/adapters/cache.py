@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
-from serving.adapters.device_copy import Arrival, PageCopier
+from serving.adapters.device_copy import PageCopier, PendingCopy
 from serving.adapters.packing import PackedAdapter
 from serving.adapters.residency import Residency, Tier
 from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import PageArena
+from serving.memory.pages import PageAllocator
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class ResidentAdapter:
     is_dora_M: NDArray[np.bool_]
     a_rows_N: Tensor
     b_rows_N: Tensor
-    arrival: Arrival | None = None
+    arrival: PendingCopy | None = None
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class AdapterCache:
     `num_resident` adapters are on the device and take `num_pages_used` pages there.
     """
 
-    def __init__(self, arena: PageArena, evictions: EvictionQueue, memory_PE: Tensor, host_cache_bytes: int):
+    def __init__(self, arena: PageAllocator, evictions: EvictionQueue, memory_PE: Tensor, host_cache_bytes: int):
         self._arena = arena
         self._evictions = evictions
         self._memory_PE = memory_PE

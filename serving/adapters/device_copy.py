@@ -31,7 +31,7 @@ class Event(Protocol):
         ...
 
 
-class Arrival:
+class PendingCopy:
     """The parts of one adapter that come: `events[i]` says that all pages before `part_ends[i]` are there."""
 
     def __init__(self, page_ends: Sequence[int], part_ends: Sequence[int], events: Sequence[Event]):
@@ -64,7 +64,7 @@ class PageCopier:
         self._memory_PE = memory_PE
         self._stream = torch.cuda.Stream(memory_PE.device) if memory_PE.is_cuda else None
 
-    def copy(self, packed: PackedAdapter, pages: Sequence[int]) -> Arrival | None:
+    def copy(self, packed: PackedAdapter, pages: Sequence[int]) -> PendingCopy | None:
         """Copy a blob into so many pages, in ascending order; None if it is there already."""
         if self._stream is None:
             self._copy_pages(packed.blob_PE, pages, 0, len(pages))
@@ -77,7 +77,7 @@ class PageCopier:
             for first, last in pairwise((0, *ends)):
                 self._copy_pages(packed.blob_PE, pages, first, last)
                 events.append(self._stream.record_event())
-        return Arrival(packed.page_ends, ends, events)
+        return PendingCopy(packed.page_ends, ends, events)
 
     def _copy_pages(self, blob_PE: Tensor, pages: Sequence[int], first: int, last: int) -> None:
         for start, end in _runs(pages, first, last):

@@ -47,7 +47,7 @@ def packing_id(weights: Mapping[str, Tensor], page_elements: int, dtype: torch.d
     return digest.hexdigest()
 
 
-class PackedFiles:
+class DiskTier:
     """A folder of packed adapters, kept to a budget of bytes. Safe under many threads and processes.
 
     Only loader threads use it. A file that another process deletes stays whole for those that have mapped it.

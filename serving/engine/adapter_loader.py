@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.adapter_files import load_adapter
-from serving.adapters.disk_tier import PackedFiles
+from serving.adapters.disk_tier import DiskTier
 from serving.adapters.packing import PackedAdapter
 from serving.engine.engine import Engine
 from serving.engine.loads import Loads
@@ -30,10 +30,10 @@ class AdapterLoader:
     def __init__(self, engine: Engine, packed_dir: Path | None):
         self._engine = engine
         self._is_on_gpu = engine.config.device != "cpu"
-        self._files: PackedFiles | None = None
+        self._files: DiskTier | None = None
         self._writes = Loads(1)
         if packed_dir is not None and engine.config.packed_bytes:
-            self._files = PackedFiles(packed_dir, engine.packing_id(), engine.config.packed_bytes)
+            self._files = DiskTier(packed_dir, engine.packing_id(), engine.config.packed_bytes)
 
     def load(self, key: str, folder: Path | Callable[[], Path]) -> Loaded:
         """Bring an adapter to the host; `folder` has its files, or fetches them.
@@ -71,7 +71,7 @@ class AdapterLoader:
         return self._engine.pack(load_adapter(path, self._engine.config.max_rank))
 
     def _write(
-        self, files: PackedFiles, key: str, packed: PackedAdapter, when_mapped: Callable[[PackedAdapter], None]
+        self, files: DiskTier, key: str, packed: PackedAdapter, when_mapped: Callable[[PackedAdapter], None]
     ) -> None:
         stored = files.put(key, packed)
         if stored.is_mapped and not self._is_on_gpu:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.adapters.cache import ResidentAdapter
-from serving.adapters.device_copy import Arrival
-from serving.engine.running import BASE_ONLY, IntArray, Plan
+from serving.adapters.device_copy import PendingCopy
+from serving.engine.running import BASE_ONLY, IntArray, SchedulerOutput
 from serving.model.batch import Batch, LoraBatch, LoraLayout
 
 
@@ -35,7 +35,7 @@ class BatchBuilder:
         self._starts: tuple[list[int], list[int]] = [], []  # of their tokens, and of those of them that sample
         self._last_lora: LoraBatch | None = None
 
-    def build(self, plan: Plan) -> Batch:
+    def build(self, plan: SchedulerOutput) -> Batch:
         """The batch of a plan; never empty."""
         lengths_N = plan.ends_N - plan.starts_N
         query_starts, sample_starts = _starts(lengths_N), _starts(plan.does_sample_N)
@@ -56,7 +56,7 @@ class BatchBuilder:
             lora=self._lora(plan, query_starts, sample_starts),
         )
 
-    def _lora(self, plan: Plan, query_starts: IntArray, sample_starts: IntArray) -> LoraBatch | None:
+    def _lora(self, plan: SchedulerOutput, query_starts: IntArray, sample_starts: IntArray) -> LoraBatch | None:
         # The sequences of each adapter are side by side, those without one last.
         numbers_N = plan.adapters_N
         borders = [0, *((numbers_N[1:] != numbers_N[:-1]).nonzero()[0] + 1).tolist()]
@@ -125,7 +125,7 @@ def _rows(arrays: Seq[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(arrays).reshape(len(arrays), -1)
 
 
-def _tokens(plan: Plan, query_starts: IntArray) -> IntArray:
+def _tokens(plan: SchedulerOutput, query_starts: IntArray) -> IntArray:
     """All chunks' tokens, side by side; most are one sequence's last."""
     firsts, ends = query_starts[:-1], query_starts[1:]
     tokens_T = np.empty(query_starts[-1], np.int64)
@@ -135,5 +135,5 @@ def _tokens(plan: Plan, query_starts: IntArray) -> IntArray:
     return tokens_T
 
 
-def _under_way(adapters: Seq[ResidentAdapter]) -> tuple[Arrival, ...]:
+def _under_way(adapters: Seq[ResidentAdapter]) -> tuple[PendingCopy, ...]:
     return tuple(a.arrival for a in adapters if a.arrival is not None and not a.arrival.has_ended)

@@ -33,12 +33,12 @@ from serving.engine.batch_builder import BatchBuilder
 from serving.engine.detokenizer import Vocabulary
 from serving.engine.job import Job, make_job
 from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent
-from serving.engine.running import Plan
+from serving.engine.running import SchedulerOutput
 from serving.engine.sampler import Samples, sample
 from serving.engine.scheduler import Scheduler
-from serving.memory.arena import new_memory
+from serving.memory.arena import new_arena
 from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import PageArena
+from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache
 from serving.memory.swap import SwapSpace
 from serving.model.batch import Batch
@@ -85,8 +85,8 @@ class Engine:
         device = torch.device(config.device)
         page_elements = _page_elements(model, config)
         num_pages = config.memory_bytes // (page_elements * self._dtype.itemsize)
-        self._memory_PE = new_memory(num_pages, page_elements, self._dtype, device)
-        self._arena = PageArena(num_pages)
+        self._memory_PE = new_arena(num_pages, page_elements, self._dtype, device)
+        self._arena = PageAllocator(num_pages)
         evictions = EvictionQueue(self._arena)
         self._adapters = AdapterCache(self._arena, evictions, self._memory_PE, config.host_cache_bytes)
         self._prefixes = PrefixCache(self._arena, evictions, config.page_tokens)
@@ -296,7 +296,7 @@ class Engine:
         self._step_seconds += seconds
         self._recent_step_s += _STEP_WEIGHT * (seconds - self._recent_step_s)
 
-    def _commit(self, plan: Plan, jobs: Seq[Job], samples: Samples) -> list[TokenEvent]:
+    def _commit(self, plan: SchedulerOutput, jobs: Seq[Job], samples: Samples) -> list[TokenEvent]:
         """Book a step; `jobs` and `samples` are of those that sample, in order."""
         poisoned = {job for job, is_valid in zip(jobs, samples.is_valid, strict=True) if not is_valid}
         events = [self._fail(job) for job in poisoned]

@@ -26,7 +26,7 @@ _LEAST_BLOCKS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SchedulerOutput:
     """One step: of sequence n the tokens from `starts_N[n]` to before `ends_N[n]`; one adapter's are side by side.
 
     `does_sample_N` where nothing is pending after them. adapters_N: `ResidentAdapter.number`, or BASE_ONLY, which is
@@ -47,11 +47,11 @@ class Plan:
         """Those that sample, in order."""
         return list(compress(self.sequences, self.does_sample_N.tolist()))
 
-    def without(self, sequences: Collection[Sequence]) -> "Plan":
+    def without(self, sequences: Collection[Sequence]) -> "SchedulerOutput":
         """The same without some sequences."""
         kept_N = np.array([sequence not in sequences for sequence in self.sequences])
         columns = {field.name: getattr(self, field.name)[kept_N] for field in fields(self)[1:]}
-        return Plan(list(compress(self.sequences, kept_N.tolist())), **columns)
+        return SchedulerOutput(list(compress(self.sequences, kept_N.tolist())), **columns)
 
 
 class RunningTable:
@@ -148,7 +148,7 @@ class RunningTable:
         """Those with more than their last token pending, in no particular order."""
         return self._at(self._num_tokens_R - self._num_stored_R > 1)
 
-    def plan(self, decodes_N: IntArray, prefills: Seq[tuple[Sequence, int]]) -> Plan:
+    def plan(self, decodes_N: IntArray, prefills: Seq[tuple[Sequence, int]]) -> SchedulerOutput:
         """The step of some rows that decode, and of sequences that prefill so many tokens."""
         rows_N, lengths_N = decodes_N, np.ones(len(decodes_N) + len(prefills), np.int64)
         if prefills:
@@ -159,7 +159,7 @@ class RunningTable:
         num_tokens_N, starts_N, _, _, last_tokens_N, adapters_N = self._columns[:, rows_N]
         ends_N = starts_N + lengths_N[order_N]
         num_blocks = -(-int(ends_N.max(initial=0)) // self._page_tokens)
-        return Plan(
+        return SchedulerOutput(
             sequences=[self._sequences[row] for row in rows_N.tolist()],
             rows_N=rows_N,
             starts_N=starts_N,
@@ -170,7 +170,7 @@ class RunningTable:
             tables_NB=self._tables_RB[rows_N, :num_blocks],
         )
 
-    def commit(self, plan: Plan, tokens: Seq[int]) -> None:
+    def commit(self, plan: SchedulerOutput, tokens: Seq[int]) -> None:
         """Book a plan's KV, and the tokens of those that sample."""
         sampled_N = plan.rows_N[plan.does_sample_N]
         self._num_stored_R[plan.rows_N] = plan.ends_N

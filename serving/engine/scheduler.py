@@ -15,11 +15,11 @@ from collections.abc import Sequence as Seq
 from cluster.config import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.adapters.cache import AdapterCache
-from serving.engine.running import Plan, RunningTable
+from serving.engine.running import RunningTable, SchedulerOutput
 from serving.engine.sequence import Sequence
 from serving.engine.waiting import WaitingQueue
 from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import PageArena
+from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache
 from serving.memory.swap import SwapSpace
 
@@ -33,7 +33,7 @@ class Scheduler:
     def __init__(
         self,
         config: ServingConfig,
-        arena: PageArena,
+        arena: PageAllocator,
         adapters: AdapterCache,
         prefixes: PrefixCache,
         evictions: EvictionQueue,
@@ -96,7 +96,7 @@ class Scheduler:
         """Those who still wait though their first token was due; each is told once, and `finish` is the caller's."""
         return list(self._waiting.overdue(now))
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> SchedulerOutput:
         """The next step."""
         self._secure_pages()
         decodes = self._table.decodes()
@@ -111,7 +111,7 @@ class Scheduler:
             self._prefetch()
         return self._table.plan(decodes, prefills)
 
-    def commit(self, plan: Plan, tokens: Seq[int]) -> None:
+    def commit(self, plan: SchedulerOutput, tokens: Seq[int]) -> None:
         """Book a step whose KV is stored, with the tokens that were sampled, one for each sequence that samples."""
         self._table.commit(plan, tokens)
         for sequence, first, last in self._table.uncached():

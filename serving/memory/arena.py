@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def new_memory(num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def new_arena(num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros [P, E]; on a Linux CPU in huge pages where the kernel grants them.
 
     A step reads a little in many places of the arena: with pages of 4 KiB most of that waits for address translation.

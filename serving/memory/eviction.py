@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Callable, Collection, Hashable
 from typing import Any, NamedTuple
 
-from serving.memory.pages import PageArena
+from serving.memory.pages import PageAllocator
 
 
 class _Idle(NamedTuple):
@@ -21,7 +21,7 @@ class _Idle(NamedTuple):
 class EvictionQueue:
     """The owner of the order in which idle things go. Their owners add what nobody uses, and take back what is used."""
 
-    def __init__(self, arena: PageArena):
+    def __init__(self, arena: PageAllocator):
         self._arena = arena
         self._idle: dict[Hashable, _Idle] = {}
         self._heap: list[tuple[float, int, Hashable]] = []  # may hold things that are not idle any more

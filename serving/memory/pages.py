@@ -13,7 +13,7 @@ class OutOfPages(Exception):  # noqa: N818 - a signal between our own parts; use
     """Fewer pages are free than were asked for."""
 
 
-class PageArena:
+class PageAllocator:
     """The one owner of the free list. Freeing a page that nobody holds, or sharing one, is our bug."""
 
     def __init__(self, num_pages: int):

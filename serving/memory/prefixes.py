@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import PageArena
+from serving.memory.pages import PageAllocator
 
 # What a page of KV costs to compute again against what a page of an adapter costs to copy again: on an H100 with a
 # Llama-3-8B-shaped model 16 tokens of prefill are some 0.6 ms, 2 MB over PCIe 40 us; on CPUs the ratio is larger.
@@ -52,7 +52,7 @@ class _Cached:
 class PrefixCache:
     """The owner of which page holds which prefix. `num_hit_tokens` of `num_asked_tokens` needed no computation."""
 
-    def __init__(self, arena: PageArena, evictions: EvictionQueue, page_tokens: int):
+    def __init__(self, arena: PageAllocator, evictions: EvictionQueue, page_tokens: int):
         self._arena = arena
         self._evictions = evictions
         self._page_tokens = page_tokens

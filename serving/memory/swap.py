@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.memory.arena import new_memory
-from serving.memory.pages import PageArena
+from serving.memory.arena import new_arena
+from serving.memory.pages import PageAllocator
 
 _WEIGHT = 0.1  # of the last measurement in a moving average
 
@@ -44,7 +44,7 @@ class SwapSpace:
         self._page_tokens = page_tokens
         num_slots = swap_bytes // (memory_PE.shape[1] * memory_PE.itemsize)
         self._slots_PE = _host_memory(num_slots, memory_PE)
-        self._free = PageArena(num_slots)
+        self._free = PageAllocator(num_slots)
         self._page_s: float | None = None  # to copy a page, one way
         self._token_s: float | None = None  # to compute a token's KV anew
         self.num_pages_out = 0
@@ -106,5 +106,5 @@ def _averaged(average: float | None, value: float) -> float:
 
 def _host_memory(num_pages: int, like_PE: Tensor) -> Tensor:
     if like_PE.device.type == "cpu":
-        return new_memory(max(num_pages, 1), like_PE.shape[1], like_PE.dtype, like_PE.device)
+        return new_arena(max(num_pages, 1), like_PE.shape[1], like_PE.dtype, like_PE.device)
     return torch.empty(num_pages, like_PE.shape[1], dtype=like_PE.dtype, pin_memory=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.segments import LoraGroup, LoraSegments
-from serving.adapters.device_copy import Arrival
+from serving.adapters.device_copy import PendingCopy
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LoraBatch:
     has_dora: tuple[bool, ...]  # per module, on the host
     max_tokens: int
     max_samples: int
-    arrivals: tuple[Arrival, ...] = ()
+    arrivals: tuple[PendingCopy, ...] = ()
 
     def wait_for(self, module: int, num_modules: int = 1) -> None:
         """Let the work that is queued from now on wait for some modules' rows."""

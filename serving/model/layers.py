@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.onednn import linear, pack, unpack
+from kernels.onednn import from_blocked, linear, to_blocked
 from kernels.ops import Ops
 from serving.model.batch import Batch
 from serving.model.config import ModelConfig
@@ -75,14 +75,14 @@ class Projection:
             step.ops.lora_expand(step.ops.lora_shrink(x_TD, step.arena, group), step.arena, group, out_TF)
         return out_TF
 
-    def pack(self) -> None:
+    def to_blocked(self) -> None:
         """Lay the weight out for the product."""
-        self.weight_FD = pack(self.weight_FD)
+        self.weight_FD = to_blocked(self.weight_FD)
 
     def parameters(self) -> dict[str, Tensor]:
         """Views of each module's weight and bias, by name within the layer; of a packed weight, of a copy."""
         named = {}
-        weights = unpack(self.weight_FD).split(self.widths)
+        weights = from_blocked(self.weight_FD).split(self.widths)
         biases = (None,) * len(weights) if self.bias_F is None else self.bias_F.split(self.widths)
         for module, (weight_FD, bias_F) in enumerate(zip(weights, biases, strict=True), self.first_module):
             kind = module % len(MODULE_KINDS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from kernels.onednn import linear, pack, unpack
+from kernels.onednn import from_blocked, linear, to_blocked
 from kernels.ops import ops_for
 from kernels.segments import LoraGroup
 from serving.adapters.packing import piece_width
@@ -50,23 +50,23 @@ class CausalLM:
         self._packed_head_VD = self.head_VD
         self._ops = ops_for(device, is_compiled=is_compiled)
 
-    def pack(self) -> None:
+    def to_blocked(self) -> None:
         """Lay all weights out for their products, once they are set. A head tied to the embedding becomes a copy."""
         for layer in self.layers:
             for projection in layer.projections:
-                projection.pack()
-        self._packed_head_VD = pack(self.head_VD)
+                projection.to_blocked()
+        self._packed_head_VD = to_blocked(self.head_VD)
         if not self.config.is_tied:
             self.head_VD = self._packed_head_VD
 
     def parameters(self) -> dict[str, Tensor]:
         """All weights under their names in a checkpoint; those of fused GEMMs are views of their slice.
 
-        Those that `pack` has laid out anew are copies.
+        Those that `to_blocked` has laid out anew are copies.
         """
         named = {"model.embed_tokens.weight": self.embedding_VD, "model.norm.weight": self.norm.weight_D}
         if self.head_VD is not self.embedding_VD:
-            named["lm_head.weight"] = unpack(self.head_VD)
+            named["lm_head.weight"] = from_blocked(self.head_VD)
         for layer in self.layers:
             named |= {f"model.layers.{layer.index}.{name}": weight for name, weight in layer.parameters().items()}
         return named
@@ -146,7 +146,7 @@ class _TargetWeights(Mapping[str, Tensor]):
     def __getitem__(self, path: str) -> Tensor:
         model = self._model
         if path in (EMBEDDING, HEAD):
-            return model.embedding_VD.T if path == EMBEDDING else unpack(model.head_VD)
+            return model.embedding_VD.T if path == EMBEDDING else from_blocked(model.head_VD)
         layer, name = path.removeprefix("model.layers.").split(".", 1)
         own = PROJECTIONS[MODULE_KINDS.index(name.rpartition(".")[2])]
         return model.layers[int(layer)].projections[own].parameters()[f"{name}.weight"]

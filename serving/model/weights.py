@@ -35,7 +35,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device, *, 
                 f"{folder}: tensor {name!r} has shape {shape}; config.json asks for {tuple(parameter.shape)}."
             )
         parameter.copy_(checkpoint.load(name))
-    model.pack()
+    model.to_blocked()
     return model
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import kernels.onednn
 from kernels import native, pointwise, reference
-from kernels.onednn import linear, pack, padded_rows, unpack
+from kernels.onednn import from_blocked, linear, padded_rows, to_blocked
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
@@ -77,8 +77,8 @@ def test_silu_mul_of_numbers_at_the_edges(ops, value):
 def test_products_with_a_packed_weight(dtype, has_bias):
     weight_FD, x_TD = randn(0, 70, 50, dtype=dtype), randn(1, 40, 50, dtype=dtype)
     bias_F = randn(2, 70, dtype=dtype) if has_bias else None
-    packed = pack(weight_FD)
-    assert torch.equal(unpack(packed), weight_FD)
+    packed = to_blocked(weight_FD)
+    assert torch.equal(from_blocked(packed), weight_FD)
     exact_TF = x_TD.double() @ weight_FD.double().T + (0 if bias_F is None else bias_F.double())
     for num_tokens in (0, 1, 3, 8, 40):
         actual = linear(x_TD[:num_tokens], packed, bias_F)
@@ -90,12 +90,12 @@ def test_products_with_a_packed_weight(dtype, has_bias):
 def test_a_torch_without_the_operations_keeps_plain_weights(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels.onednn, "_OPERATIONS", ("_an_operation_of_the_past",))
     weight_FD, x_TD = randn(0, 70, 50, dtype=torch.float32), randn(1, 9, 50, dtype=torch.float32)
-    assert pack(weight_FD) is weight_FD
-    assert torch.equal(linear(x_TD, pack(weight_FD)), x_TD @ weight_FD.T)
+    assert to_blocked(weight_FD) is weight_FD
+    assert torch.equal(linear(x_TD, to_blocked(weight_FD)), x_TD @ weight_FD.T)
 
 
 def test_a_row_of_a_product_is_the_same_to_the_bit_in_any_company():
-    weight_FD, x_TD = pack(randn(0, 320, 192, dtype=torch.float32)), randn(1, 64, 192, dtype=torch.float32)
+    weight_FD, x_TD = to_blocked(randn(0, 320, 192, dtype=torch.float32)), randn(1, 64, 192, dtype=torch.float32)
     if not weight_FD.is_mkldnn:
         pytest.skip("no oneDNN here")
     whole_TF = linear(x_TD, weight_FD)

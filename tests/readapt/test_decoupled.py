@@ -10,10 +10,10 @@ from readapt.continual.decoupled import DecoupledJob, decoupled_start, train_dec
 from readapt.continual.directions import fold
 from readapt.training.evaluate import Evaluator, Verdict, judge
 from readapt.training.lora import load_base
-from readapt.training.train import BrokenRunError, Plan
+from readapt.training.train import BrokenRunError, RunSettings
 from tests.worlds.readapt import World, evolve, logits, make_world, random_factors
 
-PLAN = Plan(steps=60, learning_rate=1e-2, eval_every=20)
+PLAN = RunSettings(steps=60, learning_rate=1e-2, eval_every=20)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,15 @@ from readapt.training.evaluate import Evaluation, Evaluator, Verdict, judge, lab
 from readapt.training.lora import blank, linear_shapes, load_base, row_norms
 from readapt.training.lora_stack import layout_of
 from readapt.training.packed_batch import pack
-from readapt.training.train import BrokenRunError, Plan, TrainingPack, TrainJob, TrainResult, fine_tune, mean_losses
+from readapt.training.train import (
+    BrokenRunError,
+    RunSettings,
+    TrainingGroup,
+    TrainingResult,
+    TrainingRun,
+    fine_tune,
+    mean_losses,
+)
 from tests.worlds.readapt import World, logits, make_world, random_factors, ready_when
 
 
@@ -90,7 +98,7 @@ def test_adamw_by_rows_is_torchs_with_each_rows_own_count_and_rate() -> None:
     torch.testing.assert_close(values, torch.stack([p.detach() for p in theirs]), rtol=1e-6, atol=1e-9)
 
 
-def jobs_of_many_kinds(world: World, model: Any) -> list[TrainJob]:
+def jobs_of_many_kinds(world: World, model: Any) -> list[TrainingRun]:
     """Other layouts, kinds, rates, batch sizes, pulls and lengths of runs; the first two share a stack."""
     shapes = linear_shapes(model)
     starts = [
@@ -100,17 +108,17 @@ def jobs_of_many_kinds(world: World, model: Any) -> list[TrainJob]:
         blank(shapes, 4, 8.0, seed=3, norms=row_norms(model, shapes)),
     ]
     plans = [
-        Plan(12, 1e-3, pull_strong=0.1, pull_weak=0.01, strong_fraction=0.5, eval_every=5),
-        Plan(20, 5e-3, seed=1, eval_every=7, averaging=0.7),
-        Plan(9, 1e-2, batch_rows=6, seed=2, warmup_steps=3),
-        Plan(15, 5e-3, seed=3),
+        RunSettings(12, 1e-3, pull_strong=0.1, pull_weak=0.01, strong_fraction=0.5, eval_every=5),
+        RunSettings(20, 5e-3, seed=1, eval_every=7, averaging=0.7),
+        RunSettings(9, 1e-2, batch_rows=6, seed=2, warmup_steps=3),
+        RunSettings(15, 5e-3, seed=3),
     ]
     rows = world.encoder.encode_all(world.task.train)
     evaluate = Evaluator(model, world.encoder, world.task.valid[:20], "exact_match")
-    return [TrainJob(start, rows, plan, evaluate) for start, plan in zip(starts, plans, strict=True)]
+    return [TrainingRun(start, rows, plan, evaluate) for start, plan in zip(starts, plans, strict=True)]
 
 
-def run_all(training: TrainingPack, jobs: Sequence[TrainJob], join_at: Sequence[int]) -> dict[Any, Any]:
+def run_all(training: TrainingGroup, jobs: Sequence[TrainingRun], join_at: Sequence[int]) -> dict[Any, Any]:
     ends: dict[Any, Any] = {}
     step = 0
     while len(ends) < len(jobs):
@@ -122,7 +130,7 @@ def run_all(training: TrainingPack, jobs: Sequence[TrainJob], join_at: Sequence[
     return ends
 
 
-def assert_same_run(one: TrainResult, other: TrainResult) -> None:
+def assert_same_run(one: TrainingResult, other: TrainingResult) -> None:
     assert [p.step for p in one.curve] == [p.step for p in other.curve]
     for mine, theirs in zip(one.curve, other.curve, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
@@ -142,7 +150,7 @@ def assert_same_weights(one: Adapter, other: Adapter) -> None:
 def test_each_adapter_goes_as_it_would_alone(world: World, model: Any, join_at: tuple[int, ...]) -> None:
     jobs = jobs_of_many_kinds(world, model)
     bare = logits(model)
-    together = run_all(TrainingPack(model), jobs, join_at)
+    together = run_all(TrainingGroup(model), jobs, join_at)
     assert torch.equal(logits(model), bare)
     for key, job in enumerate(jobs):
         assert_same_run(together[key], fine_tune(model, job))
@@ -152,16 +160,16 @@ def test_an_adapter_leaves_at_once_when_it_is_ready_or_dropped(world: World, mod
     stays, other, *_ = jobs_of_many_kinds(world, model)
     leaves = replace(other, watch=ready_when(lambda evaluation: True))
     dropped = replace(other, watch=lambda evaluation: Verdict.DROP)
-    training = TrainingPack(model)
+    training = TrainingGroup(model)
     for key, job in (("leaves", leaves), ("stays", stays), ("dropped", dropped)):
         training.add(key, job)
-    ends = {key: end for key, end in training.step() if isinstance(end, TrainResult)}
+    ends = {key: end for key, end in training.step() if isinstance(end, TrainingResult)}
     assert {key: (end.verdict, end.steps_done) for key, end in ends.items()} == {
         "leaves": (Verdict.READY, 0),
         "dropped": (Verdict.DROP, 0),
     }
     [(_, end)] = [end for _ in range(20) for end in training.step()]
-    assert isinstance(end, TrainResult)
+    assert isinstance(end, TrainingResult)
     assert_same_run(end, fine_tune(model, stays))
 
 
@@ -170,7 +178,7 @@ def test_a_poisoned_adapter_harms_itself_alone(world: World, model: Any) -> None
     jobs = jobs_of_many_kinds(world, model)
     first, factors = next(iter(world.specialist.factors.items()))
     sick = Adapter({**world.specialist.factors, first: replace(factors, a_RD=factors.a_RD * torch.inf)})
-    ends = run_all(TrainingPack(model), [*jobs, replace(jobs[0], start=sick)], (0, 0, 0, 0, 2))
+    ends = run_all(TrainingGroup(model), [*jobs, replace(jobs[0], start=sick)], (0, 0, 0, 0, 2))
     assert isinstance(ends[4], BrokenRunError)
     assert "step 0" in str(ends[4])
     for key, job in enumerate(jobs):
@@ -179,7 +187,7 @@ def test_a_poisoned_adapter_harms_itself_alone(world: World, model: Any) -> None
 
 def test_an_evaluation_meets_its_own_adapter_alone(world: World, model: Any) -> None:
     jobs = jobs_of_many_kinds(world, model)
-    ends = run_all(TrainingPack(model), jobs, (0, 0, 0, 0))
+    ends = run_all(TrainingGroup(model), jobs, (0, 0, 0, 0))
     for end in ends.values():
         alone = judge(model, end.last, world.encoder, world.task.valid[:20], "exact_match")
         assert end.curve[-1].loss == pytest.approx(alone.loss, rel=1e-5)
@@ -187,7 +195,7 @@ def test_an_evaluation_meets_its_own_adapter_alone(world: World, model: Any) -> 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_others_go_on(world: World, model: Any) -> None:
     job = jobs_of_many_kinds(world, model)[0]
-    training = TrainingPack(model)
+    training = TrainingGroup(model)
     training.add("sound", job)
     name = next(iter(world.specialist.factors))
     with pytest.raises(InvalidAdapterError):
@@ -213,7 +221,7 @@ def test_a_row_that_cannot_be_encoded_ends_its_own_run_and_no_other(world: World
     """It is met in the middle of a run, for rows are encoded when they are first asked for."""
     jobs = jobs_of_many_kinds(world, model)
     rows = EncodedRows(world.encoder, [*world.task.train[:80], Row("too long", "x" * world.encoder.max_tokens)])
-    ends = run_all(TrainingPack(model), [*jobs, replace(jobs[1], rows=rows)], (0, 0, 0, 0, 1))
+    ends = run_all(TrainingGroup(model), [*jobs, replace(jobs[1], rows=rows)], (0, 0, 0, 0, 1))
     assert isinstance(ends[4], InvalidDataError)
     assert "leaves no room" in str(ends[4])
     for key, job in enumerate(jobs):
@@ -226,6 +234,6 @@ def test_an_evaluation_that_fails_ends_its_own_run_and_no_other(world: World, mo
     def evaluate() -> Evaluation:
         raise torch.OutOfMemoryError("no room for these answers")
 
-    ends = run_all(TrainingPack(model), [replace(other, evaluate=evaluate), stays], (0, 0))
+    ends = run_all(TrainingGroup(model), [replace(other, evaluate=evaluate), stays], (0, 0))
     assert isinstance(ends[0], torch.OutOfMemoryError)
     assert_same_run(ends[1], fine_tune(model, stays))

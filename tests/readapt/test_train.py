@@ -13,10 +13,10 @@ from readapt.ladder.runs import warm_plan
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, blank_like, linear_shapes, load_base, row_norms
 from readapt.training.schedule import learning_rate, pull
-from readapt.training.train import BrokenRunError, CurvePoint, Plan, TrainJob, TrainResult, fine_tune
+from readapt.training.train import BrokenRunError, CurvePoint, RunSettings, TrainingResult, TrainingRun, fine_tune
 from tests.worlds.readapt import World, make_world, ready_when
 
-PLAN = Plan(steps=30, learning_rate=1e-2, eval_every=10)
+PLAN = RunSettings(steps=30, learning_rate=1e-2, eval_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def model(world: World) -> Any:
     return load_base(world.base)
 
 
-def run(world: World, start: Adapter, model: Any, plan: Plan, **more: Any) -> TrainResult:
+def run(world: World, start: Adapter, model: Any, plan: RunSettings, **more: Any) -> TrainingResult:
     evaluate = more.pop("evaluate", Evaluator(model, world.encoder, world.task.valid[:40], "exact_match"))
-    return fine_tune(model, TrainJob(start, world.encoder.encode_all(world.task.train), plan, evaluate, **more))
+    return fine_tune(model, TrainingRun(start, world.encoder.encode_all(world.task.train), plan, evaluate, **more))
 
 
 def drop_at(evaluation_number: int) -> Callable[[Evaluation], Verdict]:
@@ -85,8 +85,8 @@ def test_never_returns_worse_than_its_start(world: World, model: Any) -> None:
 def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any) -> None:
     losses = iter([3.0, 1.0, 2.0, float("nan")])
     start, rows = blank_like(world.specialist, 0), world.encoder.encode_all(world.task.train)
-    kept = fine_tune(model, TrainJob(start, rows, PLAN, lambda: Evaluation(next(losses), 50.0)))
-    short = fine_tune(model, TrainJob(start, rows, PLAN, lambda: Evaluation(1.0, 50.0), drop_at(2)))
+    kept = fine_tune(model, TrainingRun(start, rows, PLAN, lambda: Evaluation(next(losses), 50.0)))
+    short = fine_tune(model, TrainingRun(start, rows, PLAN, lambda: Evaluation(1.0, 50.0), drop_at(2)))
     assert kept.best_step == 10
     assert distance(kept.best, short.last) == 0.0
 
@@ -124,10 +124,10 @@ def test_averaging_evaluates_and_keeps_the_moving_average_of_the_weights(world: 
     start, plan = blank_like(world.specialist, 0), replace(PLAN, eval_every=1, learning_rate=1e-3)
     rows = world.encoder.encode_all(world.task.train)
 
-    def until(steps: int, averaging: float) -> TrainResult:
+    def until(steps: int, averaging: float) -> TrainingResult:
         watch = drop_at(steps + 1)
         return fine_tune(
-            model, TrainJob(start, rows, replace(plan, averaging=averaging), lambda: Evaluation(1.0, 1.0), watch)
+            model, TrainingRun(start, rows, replace(plan, averaging=averaging), lambda: Evaluation(1.0, 1.0), watch)
         )
 
     weights = [until(steps, 0.0).last for steps in range(6)]
@@ -202,6 +202,6 @@ def test_pull_is_strong_first_and_weak_later() -> None:
 
 
 def test_evaluations_become_rarer_in_long_runs() -> None:
-    due = [step for step in range(801) if Plan(steps=800, learning_rate=1.0, eval_every=10).is_due(step)]
+    due = [step for step in range(801) if RunSettings(steps=800, learning_rate=1.0, eval_every=10).is_due(step)]
     assert due == [*range(0, 160, 10), *range(160, 320, 20), *range(320, 640, 40), 640, 720, 800]
-    assert Plan(steps=7, learning_rate=1.0, eval_every=10).is_due(7), "the last step always"
+    assert RunSettings(steps=7, learning_rate=1.0, eval_every=10).is_due(7), "the last step always"

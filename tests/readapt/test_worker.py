@@ -18,7 +18,7 @@ from readapt.campaign.worker import (
     Report,
     RungReached,
     Shift,
-    Workbench,
+    Worker,
     has_labels,
 )
 from readapt.fusion.objective import FusionObjective, SearchResult
@@ -122,7 +122,7 @@ def test_rows_of_all_folders_are_joined_and_prompts_alone_are_answered(place: Pl
     prompts = [row.prompt for row in task.test[:20]]
     (logged / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     job = replace(place.from_v2, data=(*place.from_v2.data, more, logged))
-    bench = Workbench(place.fleet)
+    bench = Worker(place.fleet)
     found = bench._task(job)
     assert found.train[:301] == [*task.train, Row("zz=", "zed")]
     assert found.valid[:121] == [*task.valid, Row("z9=", "zed")]
@@ -167,7 +167,7 @@ def test_while_one_job_waits_for_its_search_the_others_train(place: Place) -> No
         is_found = job.version_id == 0 or any(report.point.step == 20 for report in reached[0])
         return try_points(objective, CORNERS) if is_found else None
 
-    shift = Shift(Workbench(configured(place.fleet, ("fused", "train"))), search)
+    shift = Shift(Worker(configured(place.fleet, ("fused", "train"))), search)
     ended = []
     for job in (place.from_v2, place.from_v1):  # the search of the first takes its time
         assert shift.begin(job, reached[job.version_id].append) == []

@@ -14,7 +14,7 @@ from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
 from serving.adapters.cache import AdapterCache, ResidentAdapter
 from serving.adapters.packing import PackedAdapter, dora_factors, pack_adapter, piece_width
 from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import OutOfPages, PageArena
+from serving.memory.pages import OutOfPages, PageAllocator
 
 SHAPES = {"a.q_proj": (60, 36), "a.v_proj": (20, 36), "a.down_proj": (36, 92)}  # (out, in)
 MODULES = tuple(SHAPES)
@@ -39,7 +39,7 @@ def packed(rank: int = 4, seed: int = 0) -> PackedAdapter:
 
 class World:
     def __init__(self, num_pages: int, host_cache_bytes: int = BIG, device: str = "cpu"):
-        self.arena = PageArena(num_pages)
+        self.arena = PageAllocator(num_pages)
         self.evictions = EvictionQueue(self.arena)
         self.memory_PE = torch.full((num_pages, PAGE), float("nan"), device=device)
         self.cache = AdapterCache(self.arena, self.evictions, self.memory_PE, host_cache_bytes)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.adapters.disk_tier import PackedFiles, packing_id
+from serving.adapters.disk_tier import DiskTier, packing_id
 from serving.adapters.packing import PackedAdapter, pack_adapter
 from tests.serving.test_adapter_cache import MODULES, PAGE, make
 
@@ -39,16 +39,16 @@ def files_below(folder: Path) -> list[Path]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> PackedFiles:
-    return PackedFiles(tmp_path, "here", BIG)
+def files(tmp_path: Path) -> DiskTier:
+    return DiskTier(tmp_path, "here", BIG)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_stored_comes_back_mapped(files: PackedFiles, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_what_is_stored_comes_back_mapped(files: DiskTier, tmp_path: Path, dtype: torch.dtype) -> None:
     assert files.open(KEY) is None
     original = packed(dtype=dtype)
     stored = files.put(KEY, original)
-    opened = PackedFiles(tmp_path, "here", BIG).open(KEY)
+    opened = DiskTier(tmp_path, "here", BIG).open(KEY)
     assert opened is not None
     assert is_same(stored, original)
     assert is_same(opened, original)
@@ -56,7 +56,7 @@ def test_what_is_stored_comes_back_mapped(files: PackedFiles, tmp_path: Path, dt
     assert files.keys() == {KEY}
 
 
-def test_a_map_takes_no_private_memory_for_its_blob(files: PackedFiles) -> None:
+def test_a_map_takes_no_private_memory_for_its_blob(files: DiskTier) -> None:
     blob_PE = torch.ones(64, 1 << 16)
     original = PackedAdapter(blob_PE, (), (), (), (), (), torch.zeros(0).long(), torch.zeros(0).long())
     stored = files.put(KEY, original)
@@ -66,9 +66,9 @@ def test_a_map_takes_no_private_memory_for_its_blob(files: PackedFiles) -> None:
     assert set(mode) == {"rw-p"}, "private: nothing that is done to it reaches the file"
 
 
-def test_what_was_packed_for_something_else_is_not_seen(files: PackedFiles, tmp_path: Path) -> None:
+def test_what_was_packed_for_something_else_is_not_seen(files: DiskTier, tmp_path: Path) -> None:
     files.put(KEY, packed())
-    assert PackedFiles(tmp_path, "elsewhere", BIG).open(KEY) is None
+    assert DiskTier(tmp_path, "elsewhere", BIG).open(KEY) is None
 
 
 def test_the_id_tells_all_apart_that_matters() -> None:
@@ -87,7 +87,7 @@ def test_the_id_tells_all_apart_that_matters() -> None:
 
 
 @pytest.mark.parametrize("key", ["hash", "../" + "0" * 61, "0" * 63 + "/", "", "A" * 64])
-def test_only_content_hashes_are_names(files: PackedFiles, tmp_path: Path, key: str) -> None:
+def test_only_content_hashes_are_names(files: DiskTier, tmp_path: Path, key: str) -> None:
     original = packed()
     assert files.put(key, original) is original
     assert files.open(key) is None
@@ -100,7 +100,7 @@ def test_only_content_hashes_are_names(files: PackedFiles, tmp_path: Path, key: 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_byte_that_changed_is_never_served(
-    files: PackedFiles, caplog: pytest.LogCaptureFixture, where: float, value: int
+    files: DiskTier, caplog: pytest.LogCaptureFixture, where: float, value: int
 ) -> None:
     original = packed()
     files.put(KEY, original)
@@ -116,7 +116,7 @@ def test_a_byte_that_changed_is_never_served(
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1, -8, -4096])
-def test_a_truncated_file_is_deleted_and_made_anew(files: PackedFiles, size: int) -> None:
+def test_a_truncated_file_is_deleted_and_made_anew(files: DiskTier, size: int) -> None:
     files.put(KEY, packed())
     path = files._path(KEY)
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
@@ -126,14 +126,14 @@ def test_a_truncated_file_is_deleted_and_made_anew(files: PackedFiles, size: int
 
 
 @pytest.mark.parametrize("content", [b"x" * 5000, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}"])
-def test_a_foreign_file_is_deleted(files: PackedFiles, content: bytes) -> None:
+def test_a_foreign_file_is_deleted(files: DiskTier, content: bytes) -> None:
     files.put(KEY, packed())
     files._path(KEY).write_bytes(content)
     assert files.open(KEY) is None
     assert files.keys() == set()
 
 
-def test_a_file_that_is_deleted_stays_whole_for_who_has_it(files: PackedFiles, tmp_path: Path) -> None:
+def test_a_file_that_is_deleted_stays_whole_for_who_has_it(files: DiskTier, tmp_path: Path) -> None:
     stored = files.put(KEY, packed())
     shutil.rmtree(tmp_path)
     assert is_same(stored, packed())
@@ -153,7 +153,7 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_nothing_half_written(files: PackedFiles, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_half_written(files: DiskTier, tmp_path: Path) -> None:
     """A limit on the size of files fails the write in its midst, as a full disk does."""
     original = packed(rank=60)
     with file_size_limit(4096):
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_nothing_half_written(files: PackedFiles, tmp_path: P
     assert files.put(KEY, original).is_mapped
 
 
-def test_a_lack_of_descriptors_costs_no_file(files: PackedFiles, tmp_path: Path) -> None:
+def test_a_lack_of_descriptors_costs_no_file(files: DiskTier, tmp_path: Path) -> None:
     """Others of this machine may be using it."""
     original = files.put(KEY, packed())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -177,7 +177,7 @@ def test_a_lack_of_descriptors_costs_no_file(files: PackedFiles, tmp_path: Path)
     assert is_same(again, original)
 
 
-def test_a_folder_that_may_not_be_read_is_no_obstacle(files: PackedFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_no_obstacle(files: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
     files.put(KEY, packed())
 
     def refuse(path: object, **_: object) -> None:
@@ -189,16 +189,16 @@ def test_a_folder_that_may_not_be_read_is_no_obstacle(files: PackedFiles, monkey
 
 def test_a_folder_that_cannot_be_made_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    files, original = PackedFiles(tmp_path / "file", "here", BIG), packed()
+    files, original = DiskTier(tmp_path / "file", "here", BIG), packed()
     assert files.put(KEY, original) is original
     assert (files.open(KEY), files.keys()) == (None, set())
     assert "served from memory" in caplog.text
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
-    size = PackedFiles(tmp_path / "one", "here", BIG).put(KEY, packed()).blob_PE.nbytes
+    size = DiskTier(tmp_path / "one", "here", BIG).put(KEY, packed()).blob_PE.nbytes
     size = files_below(tmp_path / "one")[0].stat().st_size
-    files = PackedFiles(tmp_path / "all", "here", int(4.5 * size))
+    files = DiskTier(tmp_path / "all", "here", int(4.5 * size))
     for age, key in enumerate(KEYS[:4]):
         files.put(key, packed())
         os.utime(files._path(key), (time.time() - 100 + age,) * 2)
@@ -209,7 +209,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
 
 def test_all_bases_share_the_budget(tmp_path: Path) -> None:
     size = files_size(tmp_path / "one")
-    files = [PackedFiles(tmp_path / "all", f"base{i}", 3 * size) for i in range(3)]
+    files = [DiskTier(tmp_path / "all", f"base{i}", 3 * size) for i in range(3)]
     for key in KEYS[:6]:
         for one in files:
             one.put(key, packed())
@@ -217,30 +217,30 @@ def test_all_bases_share_the_budget(tmp_path: Path) -> None:
 
 
 def files_size(folder: Path) -> int:
-    PackedFiles(folder, "here", BIG).put(KEY, packed())
+    DiskTier(folder, "here", BIG).put(KEY, packed())
     return sum(path.stat().st_size for path in files_below(folder))
 
 
 def test_what_is_larger_than_the_budget_stays_in_memory(tmp_path: Path) -> None:
     original = packed()
-    assert PackedFiles(tmp_path, "here", original.blob_PE.nbytes - 1).put(KEY, original) is original
+    assert DiskTier(tmp_path, "here", original.blob_PE.nbytes - 1).put(KEY, original) is original
     assert files_below(tmp_path) == []
 
 
 def test_what_dead_writers_left_is_cleaned_away(tmp_path: Path) -> None:
-    PackedFiles(tmp_path, "here", BIG).put(KEY, packed())
+    DiskTier(tmp_path, "here", BIG).put(KEY, packed())
     old, new = (tmp_path / "here" / f".{KEY}.{name}" for name in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    PackedFiles(tmp_path, "here", BIG).put(KEYS[1], packed())
+    DiskTier(tmp_path, "here", BIG).put(KEYS[1], packed())
     assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_many_writers_and_readers_agree(tmp_path: Path) -> None:
     """Replicas of one machine, in a folder too small for all: each gets the right adapter or none."""
     originals = {key: packed(seed=seed) for seed, key in enumerate(KEYS)}
-    replicas = [PackedFiles(tmp_path, "here", 8 * files_size(tmp_path / "one")) for _ in range(3)]
+    replicas = [DiskTier(tmp_path, "here", 8 * files_size(tmp_path / "one")) for _ in range(3)]
 
     def use(number: int) -> bool:
         key, files = KEYS[number * 7 % len(KEYS)], replicas[number % 3]

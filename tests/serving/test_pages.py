@@ -5,21 +5,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serving.memory.pages import OutOfPages, PageArena
+from serving.memory.pages import OutOfPages, PageAllocator
 
 
 def test_allocates_each_page_once() -> None:
-    arena = PageArena(5)
+    arena = PageAllocator(5)
     assert sorted(arena.allocate(3) + arena.allocate(2)) == [0, 1, 2, 3, 4]
     assert arena.num_free == 0
 
 
 def test_fresh_pages_come_in_order() -> None:
-    assert PageArena(4).allocate(3) == [0, 1, 2]
+    assert PageAllocator(4).allocate(3) == [0, 1, 2]
 
 
 def test_short_allocation_takes_nothing() -> None:
-    arena = PageArena(3)
+    arena = PageAllocator(3)
     arena.allocate(2)
     with pytest.raises(OutOfPages, match="2 pages asked for, 1 free"):
         arena.allocate(2)
@@ -27,17 +27,17 @@ def test_short_allocation_takes_nothing() -> None:
 
 
 def test_zero_pages_is_an_empty_list() -> None:
-    assert PageArena(0).allocate(0) == []
+    assert PageAllocator(0).allocate(0) == []
 
 
 @pytest.mark.parametrize("page", [-1, 3])
 def test_foreign_page_is_refused(page: int) -> None:
     with pytest.raises(AssertionError, match="not of this arena"):
-        PageArena(3).free([page])
+        PageAllocator(3).free([page])
 
 
 def test_double_free_is_refused() -> None:
-    arena = PageArena(3)
+    arena = PageAllocator(3)
     pages = arena.allocate(2)
     arena.free(pages)
     with pytest.raises(AssertionError, match="freed twice"):
@@ -46,7 +46,7 @@ def test_double_free_is_refused() -> None:
 
 @pytest.mark.parametrize("owned", [[[0]], [[0, 1], [1]], [[0, 1], [2]]], ids=["lost", "two owners", "held and free"])
 def test_integrity_check_sees_wrong_books(owned: list[list[int]]) -> None:
-    arena = PageArena(3)
+    arena = PageAllocator(3)
     arena.allocate(2)
     with pytest.raises(AssertionError):
         arena.check_integrity(owned)
@@ -59,7 +59,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.arena = PageArena(self.NUM_PAGES)
+        self.arena = PageAllocator(self.NUM_PAGES)
         self.owners: list[list[int]] = []
 
     @rule(num_pages=st.integers(0, 8))

@@ -12,7 +12,7 @@ from cluster.config import ServingConfig
 from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms
 from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import PageArena
+from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache, PrefixKeys
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -28,7 +28,7 @@ class Things:
     """Idle things of some pages each, in an arena that they fill."""
 
     def __init__(self, num_pages: int):
-        self.arena = PageArena(num_pages)
+        self.arena = PageAllocator(num_pages)
         self.queue = EvictionQueue(self.arena)
         self.evicted: list[str] = []
 
@@ -94,7 +94,7 @@ def test_what_is_used_again_stays_and_what_is_kept_too() -> None:
 
 class Cache:
     def __init__(self, num_pages: int = 10):
-        self.arena = PageArena(num_pages)
+        self.arena = PageAllocator(num_pages)
         self.evictions = EvictionQueue(self.arena)
         self.prefixes = PrefixCache(self.arena, self.evictions, SIZE)
 

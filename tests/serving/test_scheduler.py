@@ -12,12 +12,12 @@ from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError, 
 from serving.adapters.cache import AdapterCache
 from serving.adapters.packing import PackedAdapter, pack_adapter
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms
-from serving.engine.running import Plan
+from serving.engine.running import SchedulerOutput
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.waiting import CLUSTERING_TOKENS
 from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import PageArena
+from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache, PrefixKeys
 from serving.memory.swap import SwapSpace
 
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
     does_sample: bool
 
 
-def chunks_of(plan: Plan) -> list[Chunk]:
+def chunks_of(plan: SchedulerOutput) -> list[Chunk]:
     columns = plan.starts_N.tolist(), plan.ends_N.tolist(), plan.does_sample_N.tolist()
     return [Chunk(*chunk) for chunk in zip(plan.sequences, *columns, strict=True)]
 
@@ -49,7 +49,7 @@ class World:
         settings = {"max_batch_tokens": 64, "max_sequences": 16, "max_queue": 100, **limits}
         config = ServingConfig(page_tokens=PAGE_TOKENS, **settings)
         self.max_batch_tokens = config.max_batch_tokens
-        self.arena = PageArena(num_pages)
+        self.arena = PageAllocator(num_pages)
         evictions = EvictionQueue(self.arena)
         self.memory_PE = memory_PE = torch.zeros(num_pages, PAGE_ELEMENTS)
         self.adapters = AdapterCache(self.arena, evictions, memory_PE, 1 << 30)

@@ -17,14 +17,14 @@ from cluster.adapter_files import load_adapter
 from cluster.config import ServingConfig
 from cluster.errors import StorageError
 from serving.adapters.cache import ResidentAdapter
-from serving.adapters.device_copy import Arrival, part_ends
+from serving.adapters.device_copy import PendingCopy, part_ends
 from serving.adapters.packing import PackedAdapter, pack_adapter
 from serving.adapters.residency import Tier, summed
 from serving.engine.batch_builder import BatchBuilder
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, Request, SamplingParams
-from serving.engine.running import Plan, RunningTable
+from serving.engine.running import RunningTable, SchedulerOutput
 from serving.engine.sequence import Sequence
 from tests.serving.test_adapter_cache import MODULES, PAGE, World, make
 from tests.worlds.serving import make_adapter, make_checkpoint
@@ -271,7 +271,7 @@ class Event:
 
 def test_each_module_waits_for_its_own_part() -> None:
     events = [Event() for _ in range(3)]
-    arrival = Arrival(page_ends=(0, 1, 2, 3, 5, 6), part_ends=(2, 4, 6), events=events)
+    arrival = PendingCopy(page_ends=(0, 1, 2, 3, 5, 6), part_ends=(2, 4, 6), events=events)
     waits = []
     for module in range(6):
         arrival.wait_for(module)
@@ -296,7 +296,7 @@ def test_a_forward_pass_waits_only_for_what_is_still_coming(files: Files) -> Non
     cache, order = engine._adapters, engine._layout.order
     event, waited = Event(), []
 
-    class Slow(Arrival):
+    class Slow(PendingCopy):
         def wait_for(self, module: int) -> None:
             waited.append(module)
 
@@ -320,7 +320,7 @@ def test_a_forward_pass_waits_only_for_what_is_still_coming(files: Files) -> Non
     assert len(waited) == 2 * num_modules
 
 
-def prefill(resident: ResidentAdapter, engine: Engine) -> Plan:
+def prefill(resident: ResidentAdapter, engine: Engine) -> SchedulerOutput:
     sequence = Sequence(Request("a", (5, 6, 7), GREEDY, REFS["plain"]), limit_tokens=20)
     sequence.resident = resident
     table = RunningTable(1, CONFIG.page_tokens)
