@@ -16,7 +16,7 @@ _OPERATIONS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_p
 
 
 def to_blocked(weight_FD: Tensor) -> Tensor:
-    """The weight in oneDNN's layout where its device and dtype have one, else as it is. `from_blocked` undoes it exactly."""
+    """The weight in oneDNN's blocked layout where device and dtype allow, else as it is; see `from_blocked`."""
     if weight_FD.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not _has_operations():
         return weight_FD
     is_known = weight_FD.dtype == torch.float32

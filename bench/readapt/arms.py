@@ -41,7 +41,7 @@ from readapt.training.train import CurvePoint
 
 TOLERANCE_POINTS = 0.5
 # About the best for all arms: the time to readiness of a run of T steps that is evaluated every k steps, each at the
-# cost of c steps, is about T + 1.5 k + c T / k; in long runs k grows by itself (`readapt.training.train.Plan`).
+# cost of c steps, is about T + 1.5 k + c T / k; in long runs k grows by itself (`RunSettings.is_due`).
 EVAL_EVERY = 10
 MAX_TOKENS = 256  # the rows fit it whole
 PERFECT = 100.0  # agreement of the old service with itself

@@ -1,4 +1,4 @@
-"""What a run of training is, by where it starts: the fleet file's settings as `train.Plan`s.
+"""What a run of training is, by where it starts: the fleet file's settings as `RunSettings`.
 
 Shape letters: D in, F out, R rank.
 """

@@ -57,9 +57,9 @@ class LoraBatch:
     """The adapters of a batch, for every target module at once.
 
     Column m of the [S, M] tables gives the segments of module m. The row table is the same for all modules, and so are
-    the token ranges, but for the head, which sees only the rows whose logits are wanted. `serving.adapters.packing` says
-    how an adapter's entries lie in the table, and `kernels.segments.LoraSegments` what the rest means. `arrivals` are of
-    those adapters whose rows are still coming: whoever reads a module's rows calls `wait_for` first.
+    the token ranges, but for the head, which sees only the rows whose logits are wanted. see
+    `serving.adapters.packing` for an adapter's entries in the table, and `kernels.segments.LoraSegments` for the rest.
+    `arrivals` are of those adapters whose rows are still coming: whoever reads a module's rows calls `wait_for` first.
     """
 
     layout: LoraLayout
