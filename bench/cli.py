@@ -157,7 +157,7 @@ def kernels(
 
 
 @app.command()
-def packing(
+def training_group(
     base: Base,
     device: Device = "cpu",
     adapters: Annotated[int, typer.Option(min=1)] = 8,
@@ -166,11 +166,11 @@ def packing(
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """Training many adapters in one pass against one after the other."""
-    from bench.readapt.packing import packed_speedup
+    """Training adapters side by side in one pass, against one after the other."""
+    from bench.readapt.training_group import group_speedup
 
     _use(threads)
-    _tell(packed_speedup(base, adapters, batch_rows, mean_tokens=mean_tokens, device=device), out, device)
+    _tell(group_speedup(base, adapters, batch_rows, mean_tokens=mean_tokens, device=device), out, device)
 
 
 @app.command()

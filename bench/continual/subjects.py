@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from bench.continual.encoder import GrowingClassifier, SentenceEncoder
 from cluster.errors import NotFoundError
-from readapt.continual.encoder import GrowingClassifier, SentenceEncoder
 from readapt.continual.learn import Learner
 from readapt.continual.writer import LabelWriter, Rivals, exact_points, labels_in
 from readapt.training.data import Row, encoder_for, load_rows

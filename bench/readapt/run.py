@@ -20,9 +20,9 @@ from bench.readapt import arms, cells, figures
 from bench.readapt.arms import PLANS, climb
 from bench.readapt.cells import TUNED, Unit, run_unit
 from bench.readapt.figures import all_figures, details
-from bench.readapt.packing import packed_speedup
 from bench.readapt.plots import plot_all
 from bench.readapt.records import Journal, Record, forget
+from bench.readapt.training_group import group_speedup
 from bench.readapt.updates import RECIPES, Update, UpdateFacts, control, make_update, old_base, relative_change
 from bench.readapt.workers import free_cores, run_on
 from bench.specialists import TASKS, BenchTask, make_specialist, write_bench_task
@@ -68,13 +68,13 @@ def run_bench(settings: Settings, console: Console) -> dict[str, Any]:
     updates = _prepare(settings, on)
     units = sorted(_units(settings), key=_cost, reverse=True)
     console.print(f"{len(units)} update x task units of {len(settings.scope.seeds)} seeds; {_estimate(units, len(on))}")
-    [(_, packed)] = run_on(on[:1], [(_packed, (old_base(settings.kit),))])
+    [(_, grouped)] = run_on(on[:1], [(_grouped, (old_base(settings.kit),))])
     found: dict[str, Any] = {}
     for num_seeds in range(1, len(settings.scope.seeds) + 1):  # so that there is a whole report after each seed
         some = [replace(unit, seeds=unit.seeds[:num_seeds]) for unit in units]
         records = [record for _, made in run_on(on, [(_run, (unit,)) for unit in some]) for record in made]
-        how = {"updates": [asdict(u) for u in updates], "packing": packed, "how": _how(settings, on, started)}
-        found = write_figures(settings, records, how, packed["packed_training_speedup"], console)
+        how = {"updates": [asdict(u) for u in updates], "training_group": grouped, "how": _how(settings, on, started)}
+        found = write_figures(settings, records, how, grouped["packed_training_speedup"], console)
     return found
 
 
@@ -116,8 +116,8 @@ def _units(settings: Settings) -> list[Unit]:
     return [Unit(update, _task(name), scope.seeds, kit, work) for update, name in pairs]
 
 
-def _packed(base: Path) -> dict[str, Any]:
-    return packed_speedup(base, device=_device())
+def _grouped(base: Path) -> dict[str, Any]:
+    return group_speedup(base, device=_device())
 
 
 def _device() -> str:

@@ -8,7 +8,6 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
-from readapt.continual.decoupled import decoupled_start
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import (
     Decoupled,
@@ -169,12 +168,3 @@ def test_directions_survive_the_disk(tmp_path: Path):
     (tmp_path / "directions.safetensors").write_bytes(b"cut")
     with pytest.raises(InvalidAdapterError, match="cannot be read"):
         load_directions(tmp_path)
-
-
-def test_the_ladders_start_adds_the_fused_sum():
-    old, evolution = an_adapter(1), an_adapter(5, rank=2, scaling=1.3)
-    start = decoupled_start(old, evolution, alpha=0.8, beta=-0.3)
-    assert len(start.directions) == 2
-    for name, delta in deltas(fold(start)).items():
-        expected = 0.8 * deltas(old)[name] - 0.3 * deltas(evolution)[name]
-        torch.testing.assert_close(delta, expected, rtol=1e-4, atol=1e-5)

@@ -8,12 +8,12 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import BertConfig, BertModel
 
 from bench.continual.arms import run_arm
+from bench.continual.encoder import GrowingClassifier, SentenceEncoder
 from bench.continual.run import ARMS
 from bench.continual.settings import settings_for
 from bench.continual.subjects import EncoderSubject, TaskRows
 from cluster.errors import InvalidCheckpointError
 from readapt.continual.directions import Decoupled, DirectionWeights
-from readapt.continual.encoder import GrowingClassifier, SentenceEncoder
 from readapt.continual.learn import Method, learn_stage
 from readapt.training.data import Row
 from tests.worlds.serving import make_tokenizer

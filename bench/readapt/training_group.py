@@ -1,8 +1,8 @@
-"""Training many adapters in one pass against one after the other: seconds a step of every adapter.
+"""Training adapters side by side against one after the other: seconds of a round, which is one step of every adapter.
 
-    relora bench packing --base DIR [--device cuda] [--adapters 8] [--batch-rows 4] [--out FILE.json]
+    relora bench training-group --base DIR [--device cuda] [--adapters 8] [--batch-rows 4] [--out FILE.json]
 
-Both sides run the same code on the same rows; packed, one pass over the base serves all adapters.
+Both sides run the same code on the same rows. A training group runs the base once for all its adapters.
 """
 
 import random
@@ -25,7 +25,7 @@ COMPLETION_TOKENS = 4
 WARMUP_ROUNDS = 2
 
 
-def packed_speedup(
+def group_speedup(
     base_folder: Path,
     num_adapters: int = 8,
     batch_rows: int = 4,
@@ -35,17 +35,17 @@ def packed_speedup(
     rounds: int = 10,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Times packed and one-by-one steps in turn, so that a busy machine slows both; medians over `rounds`.
+    """Time rounds of a group and of single runs in turn, so that a busy machine slows both; medians over `rounds`.
 
-    Rows are random tokens, between half and one and a half times `mean_tokens` long. A round is one step of every
-    adapter. Keys: what was measured, `packed_s`, `one_by_one_s` (seconds a round) and `packed_training_speedup`.
+    Rows are random tokens, between half and one and a half times `mean_tokens` long. Keys: the settings, `group_s` and
+    `one_by_one_s` (seconds a round), and their ratio `packed_training_speedup`.
     """
     model = load_base(base_folder, device)
     rows = _random_rows(int(model.config.vocab_size), mean_tokens)
     starts = [blank(linear_shapes(model), rank, 2.0 * rank, seed=seed) for seed in range(num_adapters)]
-    packed = _training(model, starts, rows, batch_rows)
-    alone = [_training(model, [start], rows, batch_rows) for start in starts]
-    packed_s, one_by_one_s = (median(seconds) for seconds in zip(*_rounds(packed, alone, rounds, device), strict=True))
+    group = _group(model, starts, rows, batch_rows)
+    singles = [_group(model, [start], rows, batch_rows) for start in starts]
+    group_s, one_by_one_s = (median(seconds) for seconds in zip(*_rounds(group, singles, rounds, device), strict=True))
     return {
         "base": base_folder.name,
         "device": torch.cuda.get_device_name()
@@ -56,9 +56,9 @@ def packed_speedup(
         "mean_tokens": mean_tokens,
         "rank": rank,
         "rounds": rounds,
-        "packed_s": packed_s,
+        "group_s": group_s,
         "one_by_one_s": one_by_one_s,
-        "packed_training_speedup": one_by_one_s / packed_s,
+        "packed_training_speedup": one_by_one_s / group_s,
     }
 
 
@@ -68,28 +68,28 @@ def _random_rows(vocab_size: int, mean_tokens: int) -> list[Encoded]:
     return [Encoded(tuple(rng.choices(range(3, vocab_size), k=n)), n - COMPLETION_TOKENS) for n in lengths]
 
 
-def _training(model: Any, starts: Sequence[Adapter], rows: Sequence[Encoded], batch_rows: int) -> TrainingGroup:
-    """A pack that trains on without end and evaluates only before its first step."""
-    training = TrainingGroup(model)
+def _group(model: Any, starts: Sequence[Adapter], rows: Sequence[Encoded], batch_rows: int) -> TrainingGroup:
+    """Return a group of endless runs, which evaluate only before their first step."""
+    group = TrainingGroup(model)
     for index, start in enumerate(starts):
-        plan = RunSettings(steps=10**9, learning_rate=1e-3, batch_rows=batch_rows, eval_every=10**9, seed=index)
-        training.add(index, TrainingRun(start, rows, plan, lambda: Evaluation(loss=1.0, quality=0.0)))
-    return training
+        settings = RunSettings(steps=10**9, learning_rate=1e-3, batch_rows=batch_rows, eval_every=10**9, seed=index)
+        group.add(index, TrainingRun(start, rows, settings, lambda: Evaluation(loss=1.0, quality=0.0)))
+    return group
 
 
 def _rounds(
-    packed: TrainingGroup, alone: Sequence[TrainingGroup], rounds: int, device: str
+    group: TrainingGroup, singles: Sequence[TrainingGroup], rounds: int, device: str
 ) -> Iterator[tuple[float, float]]:
     for index in range(WARMUP_ROUNDS + rounds):
-        seconds = _timed([packed], device), _timed(alone, device)
+        seconds = _timed([group], device), _timed(singles, device)
         if index >= WARMUP_ROUNDS:
             yield seconds
 
 
-def _timed(trainings: Sequence[TrainingGroup], device: str) -> float:
+def _timed(groups: Sequence[TrainingGroup], device: str) -> float:
     started = time.perf_counter()
-    for training in trainings:
-        training.step()
+    for group in groups:
+        group.step()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter() - started
