@@ -12,12 +12,12 @@ Shape letters: C candidates, M rows x tokens of one candidate, D in, F out, K te
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from readapt.fusion.fuse import FusionTerms, Rank
+from readapt.training.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _dora_scale(stack: FusionTerms, weight_FD: Tensor, a_KD: Tensor, b_CFK: Tens
 
 
 @contextlib.contextmanager
-def installed(model: Any, found: Mapping[str, Deltas]) -> Iterator[None]:
+def installed(model: CausalLM, found: Mapping[str, Deltas]) -> Iterator[None]:
     """Adds the candidates' deltas, by module path, on a bare model, which is bare again afterwards."""
     handles = [model.get_submodule(name).register_forward_hook(_hook(added)) for name, added in found.items()]
     try:

@@ -6,7 +6,6 @@ Shape letters: C candidates, N rows of one candidate, L label positions, V vocab
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from cluster.config import SearchConfig
 from readapt.fusion.coefficients import Deltas, deltas, installed
 from readapt.fusion.fuse import Fusion, Rank
 from readapt.fusion.points import Point, groups
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import BatchTensors, Encoded, Encoder, Row, by_length, collate
 from readapt.training.evaluate import label_logits
 from readapt.training.lora import linear_shapes
@@ -58,7 +58,7 @@ class FusionObjective:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         task: Adapter,
         evolution: Adapter,
         rows: Sequence[Row],
@@ -103,7 +103,7 @@ class FusionObjective:
         return {name: deltas(self.stacks[name], weights[name], pairs_C2, rank) for name, pairs_C2 in pairs.items()}
 
 
-def sum_losses(model: Any, rows: Sequence[Encoded], num_candidates: int) -> Tensor:
+def sum_losses(model: CausalLM, rows: Sequence[Encoded], num_candidates: int) -> Tensor:
     """Summed loss over all labels of `rows`, by candidate [C], of the candidates that are installed on the model."""
     total_C = torch.zeros(num_candidates, dtype=torch.float64, device=model.device)
     for batch in _batches(rows, FORWARD_TOKENS[model.device.type] // num_candidates):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.checkpoints import Checkpoint
@@ -68,7 +68,7 @@ def base_evolution(
     return Adapter(factors=factors, base_model=str(new.folder)), report
 
 
-def cosine(old_model: Any, new_model: Any, modules: Collection[str]) -> float:
+def cosine(old_model: nn.Module, new_model: nn.Module, modules: Collection[str]) -> float:
     """Cosine between all of W1 and all of W2 in these linears of two loaded models.
 
     Near 1 after an ordinary update, well above 0 after a severe one, and 0 between independent trainings: their units

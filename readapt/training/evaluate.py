@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter
 from cluster.config import GateConfig
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import IGNORED, BatchTensors, Encoded, Encoder, Row, by_length, collate
 from readapt.training.greedy import greedy
 from readapt.training.lora import attached
@@ -112,7 +113,7 @@ class Watcher:
         return self._trial is not None and len(later) >= self._trial and not min(later) < start
 
 
-def label_logits(model: Any, batch: BatchTensors) -> tuple[Tensor, Tensor, Tensor]:
+def label_logits(model: CausalLM, batch: BatchTensors) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [L, V] that predict each label, the labels [L] and each one's row in the batch [L].
 
     The head runs on label positions only: on a short label this is a few rows instead of the whole prompt.
@@ -142,7 +143,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         encoder: Encoder,
         rows: Sequence[Row],
         metric: Metric,
@@ -224,7 +225,7 @@ class _Texts:
         self._asked = -math.inf if gate is None else gate.least
         self._confidence = confidence
 
-    def chrf(self, model: Any, *, may_stop: bool) -> tuple[float, int]:
+    def chrf(self, model: CausalLM, *, may_stop: bool) -> tuple[float, int]:
         """Of the whole corpus, or of the rows up to the look at which it was given up; and the number of rows."""
         from sacrebleu.metrics.chrf import CHRF  # imported here: only tasks of free text need it
 
@@ -244,7 +245,7 @@ class _Texts:
     def _margin(self, by_row: Sequence[float]) -> float:
         return likely_rise(by_row, len(self._prompts), self._confidence, num_looks=len(self._ends) - 1)
 
-    def _answer(self, model: Any, prompts: Sequence[tuple[int, ...]], found: dict[tuple[int, ...], str]) -> None:
+    def _answer(self, model: CausalLM, prompts: Sequence[tuple[int, ...]], found: dict[tuple[int, ...], str]) -> None:
         """Adds what is missing: many a task has several references for one prompt."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         texts = greedy(model, self._encoder, new, self._max_answer_tokens, ANSWER_ROWS)
@@ -272,13 +273,13 @@ def _length_sorted_batches(rows: Sequence[Encoded], batch_rows: int) -> list[Bat
     return [collate(in_order[start : start + batch_rows]) for start in range(0, len(in_order), batch_rows)]
 
 
-def judge(model: Any, adapter: Adapter, encoder: Encoder, rows: Sequence[Row], metric: Metric) -> Evaluation:
+def judge(model: CausalLM, adapter: Adapter, encoder: Encoder, rows: Sequence[Row], metric: Metric) -> Evaluation:
     """Evaluates one adapter on a bare model, which is bare again afterwards."""
     with attached(model, adapter):
         return Evaluator(model, encoder, rows, metric)()
 
 
-def golden(model: Any, encoder: Encoder, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:
+def golden(model: CausalLM, encoder: Encoder, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:
     """Greedy completions as a server answers them: `[{"prompt": ..., "completion": ...}, ...]`."""
     texts = greedy(model, encoder, [encoder.encode_prompt(prompt) for prompt in prompts], max_tokens, batch_rows=16)
     return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]

@@ -5,11 +5,11 @@ Shape letters: B rows, T tokens.
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder
 
 KEPT_SHARE = 0.75
@@ -24,14 +24,14 @@ class Answer:
 
 
 def greedy(
-    model: Any, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int, batch_rows: int
+    model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int, batch_rows: int
 ) -> list[str]:
     """Texts that follow each prompt, up to a stop token or `max_tokens`; at most `batch_rows` side by side."""
     return [answer.text for answer in greedy_answers(model, encoder, prompts, max_tokens, batch_rows)]
 
 
 def greedy_answers(
-    model: Any, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int, batch_rows: int
+    model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int, batch_rows: int
 ) -> list[Answer]:
     """The same, with whether each came to an end."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -44,7 +44,7 @@ def greedy_answers(
 
 
 @torch.no_grad()
-def _greedy_batch(model: Any, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
+def _greedy_batch(model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
     """Rows leave the batch as they end, once a quarter of it has: taking them out copies the keys and values."""
     width, stops = max(map(len, prompts)), _stop_ids(model, encoder)
     input_ids_BT = torch.tensor([[encoder.eos_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
@@ -79,7 +79,7 @@ def _greedy_batch(model: Any, encoder: Encoder, prompts: Sequence[Sequence[int]]
     return [_answer(encoder, tokens, stops) for tokens in written]
 
 
-def _stop_ids(model: Any, encoder: Encoder) -> set[int]:
+def _stop_ids(model: CausalLM, encoder: Encoder) -> set[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {encoder.eos_id, *(i for i in ids if i is not None)}

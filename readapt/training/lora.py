@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cluster.adapter_files import Adapter, LoraFactors, check_fits
 from cluster.checkpoints import open_checkpoint
+from readapt.training.causal_lm import CausalLM
 from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, flatten
 
 
-def load_base(folder: Path, device: str | torch.device = "cpu") -> Any:
+def load_base(folder: Path, device: str | torch.device = "cpu") -> CausalLM:
     """Loads a checkpoint as a frozen float32 Hugging Face causal LM in eval mode.
 
     Of its generation settings only the stop tokens are kept: a repetition penalty, say, which many checkpoints come
@@ -32,13 +32,13 @@ def load_base(folder: Path, device: str | torch.device = "cpu") -> Any:
     return model.requires_grad_(False).eval()
 
 
-def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: CausalLM) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear inside the model's layers, by module path; the head is not among them."""
     modules = model.named_modules()
     return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear) and ".layers." in n}
 
 
-def row_norms(model: Any, modules: Iterable[str]) -> dict[str, Tensor]:
+def row_norms(model: CausalLM, modules: Iterable[str]) -> dict[str, Tensor]:
     """Norm [F] of each row of these linears' weights, on the CPU: the magnitudes of a DoRA that adds nothing."""
     return {n: torch.linalg.vector_norm(model.get_submodule(n).weight.detach().float(), dim=1).cpu() for n in modules}
 
@@ -46,7 +46,7 @@ def row_norms(model: Any, modules: Iterable[str]) -> dict[str, Tensor]:
 class LoraWeights:
     """Owner of the trainable factors of one adapter on one model; made by `attach`, undone by `detach`."""
 
-    def __init__(self, model: Any, adapter: Adapter):
+    def __init__(self, model: CausalLM, adapter: Adapter):
         self._model = model
         self._hooks = LoraHooks(model)
         self.load(adapter)
@@ -79,13 +79,13 @@ class LoraWeights:
         self._hooks.cover(())
 
 
-def attach(model: Any, adapter: Adapter) -> LoraWeights:
+def attach(model: CausalLM, adapter: Adapter) -> LoraWeights:
     """Puts an adapter on a model. InvalidAdapterError where it does not fit."""
     return LoraWeights(model, adapter)
 
 
 @contextmanager
-def attached(model: Any, adapter: Adapter) -> Iterator[LoraWeights]:
+def attached(model: CausalLM, adapter: Adapter) -> Iterator[LoraWeights]:
     """An adapter on a bare model for as long as the block lasts; the model is bare again afterwards, come what may."""
     lora = attach(model, adapter)
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cluster.adapter_files import Adapter
+from readapt.training.causal_lm import CausalLM
 
 ALL_ROWS = slice(None)
 Layout = tuple[tuple[str, tuple[int, int], int, bool], ...]  # by module: path, shape (out, in), rank, is it DoRA
@@ -132,7 +133,7 @@ class Segment:
 class LoraHooks:
     """Owner of the forward hooks by which the linears of a model also run the adapters of `segments`."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: CausalLM):
         self._model = model
         self._handles: dict[str, RemovableHandle] = {}
         self.segments: tuple[Segment, ...] = ()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from cluster.adapter_files import Adapter, check_fits
 from cluster.errors import ReloraError, TrainingError
 from readapt.training.adamw import adamw_, clip_
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoded, shuffled_batches
 from readapt.training.evaluate import Evaluation, Verdict
 from readapt.training.lora import linear_shapes
@@ -143,7 +143,7 @@ class TrainingGroup:
     share every product; others only those of the base.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: CausalLM):
         self.model = model
         self._hooks = LoraHooks(model)
         self._groups: dict[Hashable, _Group] = {}
@@ -199,7 +199,7 @@ class TrainingGroup:
         return [float(loss) for loss in losses_K.tolist()]
 
 
-def mean_losses(model: Any, batch: PackedBatch, num_adapters: int) -> Tensor:
+def mean_losses(model: CausalLM, batch: PackedBatch, num_adapters: int) -> Tensor:
     """Mean loss [K] over the labels of each adapter; the head runs at their predictors only."""
     device = model.device
     hidden_BTD = model.base_model(
@@ -211,7 +211,7 @@ def mean_losses(model: Any, batch: PackedBatch, num_adapters: int) -> Tensor:
     return losses_L.new_zeros(num_adapters).index_add(0, batch.owners_L.to(device), losses_L) / num_labels_K
 
 
-def fine_tune(model: Any, job: TrainingRun) -> TrainingResult:
+def fine_tune(model: CausalLM, job: TrainingRun) -> TrainingResult:
     """Trains one adapter on a bare model to the end of its run: a pack of one.
 
     The model is bare again afterwards. BrokenRunError when the loss is no longer finite; errors of the evaluation and
