@@ -21,9 +21,8 @@ import torch
 from cluster.errors import OverloadedError, ReloraError, StorageError
 from serving.adapters.packing import PackedAdapter
 from serving.adapters.residency import Residency, Tier
-from serving.engine.adapter_loader import AdapterLoader, Loaded
+from serving.engine.adapter_loader import AdapterLoader, LoadedAdapter, LoadQueue
 from serving.engine.engine import Engine
-from serving.engine.loads import Loads
 from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent, TokenLogprob
 from serving.errors import BackendDiedError
 
@@ -45,8 +44,8 @@ class EngineLoop:
         self._engine = engine
         self._loader = AdapterLoader(engine, packed_dir)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._fetches = Loads(num_loaders)
-        self._reads = Loads(num_loaders)  # of this machine's disk: they do not wait for a store that is slow
+        self._fetches = LoadQueue(num_loaders)
+        self._reads = LoadQueue(num_loaders)  # of this machine's disk: they do not wait for a store that is slow
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # only the engine thread takes any off
         self._changed = threading.Condition()
         self._is_open = False  # whether commands are taken; guarded by _changed
@@ -106,12 +105,12 @@ class EngineLoop:
 
         Runs on a loader thread, once for all who ask at the same time. Raises what went wrong (InvalidAdapterError,
         StorageError, ...), and StorageError after `adapter_load_timeout_s`; the next call tries again, but
-        for an adapter that keeps failing only after a pause (see `serving.engine.loads`).
+        for an adapter that keeps failing only after a pause (see `serving.engine.adapter_loader`).
         """
         if ref.key in self._coming:
             return
         work: Callable[[], None] = partial(self._load, ref, folder)
-        loads = self._reads if self._loader.is_packed(ref.key) else self._fetches
+        loads = self._reads if self._loader.is_on_disk(ref.key) else self._fetches
         if self.has_adapter(ref.key):
             mapped = self._engine.mapped_adapter(ref.key)
             if mapped is None:
@@ -137,7 +136,7 @@ class EngineLoop:
     async def residencies(self) -> list[Residency]:
         """Where each adapter is that the engine has, or its machine's disk as a packed file."""
         here = await self._call(self._engine.residencies)
-        packed = await asyncio.to_thread(self._loader.packed_keys)
+        packed = await asyncio.to_thread(self._loader.keys_on_disk)
         return here + [Residency(key, Tier.DISK) for key in packed - {residency.key for residency in here}]
 
     # Any thread.
@@ -173,7 +172,7 @@ class EngineLoop:
 
     # The engine thread.
 
-    def _add(self, ref: AdapterRef, loaded: Loaded) -> None:
+    def _add(self, ref: AdapterRef, loaded: LoadedAdapter) -> None:
         self._num_loads += 1
         self._num_fetches += loaded.was_fetched
         self._refusals.pop(ref.key, None)

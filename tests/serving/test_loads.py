@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from cluster.errors import InvalidAdapterError, OverloadedError, ReloraError, StorageError
-from serving.engine.loads import Loads
+from serving.engine.adapter_loader import LoadQueue
 
 
 @dataclass
@@ -18,10 +18,10 @@ class Store:
     now: float = 0.0
     error: ReloraError | None = None
     num_tries: int = 0
-    loads: Loads = field(init=False)
+    loads: LoadQueue = field(init=False)
 
     def __post_init__(self) -> None:
-        self.loads = Loads(1, clock=lambda: self.now)
+        self.loads = LoadQueue(1, clock=lambda: self.now)
 
     def ask(self) -> ReloraError | None:
         """What went wrong."""
@@ -83,9 +83,9 @@ def assert_set(event: threading.Event) -> None:
     assert event.wait(20)
 
 
-def test_troubles_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.engine.loads._MAX_TROUBLES", 3)
+def test_failures_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.engine.adapter_loader._MAX_FAILING_KEYS", 3)
     store = Store(error=ReloraError("down"))
     for number in range(9):
         assert store.loads.ask(f"{number}", store._work).exception(timeout=20)
-    assert list(store.loads._troubles) == ["6", "7", "8"]
+    assert list(store.loads._failures) == ["6", "7", "8"]

@@ -122,7 +122,7 @@ async def load(loop: EngineLoop, files: Files, name: str) -> None:
 
 async def stored(loop: EngineLoop) -> None:
     async with asyncio.timeout(20):
-        while loop._loader.num_unwritten:
+        while loop._loader._writes.num_under_way:
             await asyncio.sleep(0.005)
     await loop.residencies()  # the engine's thread has done what it was told before
 
