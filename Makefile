@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := $(shell grep '^torch==' constraints.txt)
+WORKERS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # One thread per process: on a busy box more are slower (OpenMP's spin barriers), and Ray starts many processes.
 export OMP_NUM_THREADS ?= 1
 export RAY_AUTH_MODE ?= disabled
@@ -24,8 +25,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/relora demo $(ARGS)
 
+# Tests that start a Ray cluster run one after the other: each brings its own processes. The others share the cores.
+# With ARGS, such as `ARGS=tests/kernels` or `ARGS='-k attention'`, pytest runs once, with these arguments.
 test: setup
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	@echo "1/2: tests without a Ray cluster, on $(WORKERS) processes"
+	$(BIN)/python -m pytest -m "not ray" --numprocesses $(WORKERS) --dist worksteal
+	@echo "2/2: tests that start a Ray cluster, one after the other"
+	$(BIN)/python -m pytest -m ray
+endif
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -69,28 +69,42 @@ def run_demo(folder: Path, *, is_quick: bool, kit: Path | None, tasks: list[str]
 
 
 class _Stage:
-    """One bar of the progress display; full when the `with` block is left."""
+    """One stage of the demo: a progress bar in a terminal, dated lines in a log."""
 
     def __init__(self, progress: Progress, title: str):
         self._progress, self._title = progress, title
+        self._note = ""
 
     def __enter__(self) -> "_Stage":
+        self._started = time.monotonic()
         self._task = self._progress.add_task(self._title, total=1.0)
+        self._log(self._title)
         return self
 
     def __exit__(self, *failure: object) -> None:
+        outcome = "failed" if failure[0] is not None else "done"
+        self._log(f"{self._title}: {outcome} after {time.monotonic() - self._started:.0f} s")
         if failure[0] is None:
             self._progress.update(self._task, completed=1.0)
 
     def __call__(self, note: str, share: float) -> None:
-        """Says what is going on now and which share of the stage is done."""
+        """Show what the stage does now and which share of it is done, 0 to 1."""
         title = f"{self._title}: {note}" if note else self._title
         self._progress.update(self._task, completed=min(share, 0.99), description=title)
+        if note and note != self._note:
+            self._note = note
+            self._log(title)
+
+    def _log(self, line: str) -> None:
+        """Print a line where a bar cannot be seen: in a file or a CI log."""
+        console = self._progress.console
+        if not console.is_terminal:
+            console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _world(folder: Path, is_quick: bool, kit: Path | None, tasks: list[str], stage: _Stage) -> WorldInfo:

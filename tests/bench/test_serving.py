@@ -101,6 +101,15 @@ def test_live_clients_get_what_replayed_ones_get_and_packed_files_serve_a_tight_
     assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, small(world)).replay(asks)]
 
 
+def test_a_client_that_finds_the_host_full_tries_again(world: World, tmp_path: Path):
+    """One adapter's worth of host memory, six adapters asked for at once: five clients are refused at first."""
+    asks = [Ask(0.0, number, (5, 6, 7), 8) for number in range(6)]
+    one_adapter = replace(small(world), host_cache_bytes=3 * world.adapter_bytes // 2)
+    with running(world, one_adapter, tmp_path) as loop:
+        answers = replay_live(loop, world, asks)
+    assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, small(world)).replay(asks)]
+
+
 def test_summary_refuses_an_engine_that_did_less():
     asks = [Ask(0.5, None, (1,), 3)]
     done = summary(asks, [Answer(1.0, 2.0, (7, 8, 9))])
@@ -229,7 +238,6 @@ def test_a_part_that_there_is_not_is_named(tmp_path: Path):
     assert "no mixt; there are mixed, adapters" in str(error)
 
 
-@pytest.mark.timeout(300)
 def test_quick_run_writes_every_figure(kit: Path, tmp_path: Path):
     out = tmp_path / "serving.json"
     run(kit, out, KIT, Rivals(), is_quick=True, console=Console(quiet=True))
