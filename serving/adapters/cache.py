@@ -26,11 +26,11 @@ from serving.memory.pages import PageAllocator
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """An adapter in the arena: what a batch needs to know of it. Offsets are in elements of the whole arena.
+    """An adapter in the arena, with what a batch needs to know of it. Offsets are in elements of the whole arena.
 
-    `number` is a new one each time that an adapter is copied in. ranks_M: int32; scalings_M: float32; table_starts_M:
-    int64; is_dora_M: bool; all on the host. a_rows_N, b_rows_N: int64, on the arena's device. `arrival` is None where
-    the rows themselves were there from the beginning.
+    Each copy into the arena has its own `number`. ranks_M (int32), scalings_M (float32), table_starts_M (int64) and
+    is_dora_M (bool) are on the host; a_rows_I and b_rows_I (int64) are on the arena's device. `pending_copy` is None if
+    the copy had ended before this was made.
     """
 
     key: str
@@ -40,9 +40,9 @@ class ResidentAdapter:
     scalings_M: NDArray[np.float32]
     table_starts_M: NDArray[np.int64]
     is_dora_M: NDArray[np.bool_]
-    a_rows_N: Tensor
-    b_rows_N: Tensor
-    arrival: PendingCopy | None = None
+    a_rows_I: Tensor
+    b_rows_I: Tensor
+    pending_copy: PendingCopy | None = None
 
 
 @dataclass(eq=False)
@@ -67,11 +67,11 @@ class AdapterCache:
     `num_resident` adapters are on the device and take `num_pages_used` pages there.
     """
 
-    def __init__(self, arena: PageAllocator, evictions: EvictionQueue, memory_PE: Tensor, host_cache_bytes: int):
-        self._arena = arena
+    def __init__(self, allocator: PageAllocator, evictions: EvictionQueue, arena_PE: Tensor, host_cache_bytes: int):
+        self._allocator = allocator
         self._evictions = evictions
-        self._memory_PE = memory_PE
-        self._copier = PageCopier(memory_PE)
+        self._arena_PE = arena_PE
+        self._copier = PageCopier(arena_PE)
         self._host_cache_bytes = host_cache_bytes
         self._host_bytes = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
@@ -225,9 +225,9 @@ class AdapterCache:
 
     def check_size(self, packed: PackedAdapter) -> None:
         """Raise InvalidAdapterError where an adapter can never fit; any thread may ask."""
-        if packed.num_pages > self._arena.num_pages:
+        if packed.num_pages > self._allocator.num_pages:
             raise InvalidAdapterError(
-                f"the adapter needs {packed.num_pages} pages of memory, the arena has {self._arena.num_pages}: "
+                f"the adapter needs {packed.num_pages} pages of memory, the arena has {self._allocator.num_pages}: "
                 "raise serving.memory_bytes"
             )
         if packed.num_bytes > self._host_cache_bytes:
@@ -248,16 +248,16 @@ class AdapterCache:
             self._forget(key)
 
     def _copy_in(self, key: str, packed: PackedAdapter) -> ResidentAdapter:
-        device, page_elements = self._memory_PE.device, self._memory_PE.shape[1]
-        pages = sorted(self._arena.allocate(packed.num_pages))  # those side by side are one copy
+        device, page_elements = self._arena_PE.device, self._arena_PE.shape[1]
+        pages = sorted(self._allocator.allocate(packed.num_pages))  # those side by side are one copy
         pages_P = torch.tensor(pages, dtype=torch.int64)
-        arrival = self._copier.copy(packed, pages)
+        pending_copy = self._copier.copy(packed, pages)
         self._num_copied += 1
         self.num_resident += 1
         self.num_pages_used += len(pages)
 
-        def moved(rows_N: Tensor) -> Tensor:
-            return (pages_P[rows_N // page_elements] * page_elements + rows_N % page_elements).to(device)
+        def moved(rows_I: Tensor) -> Tensor:
+            return (pages_P[rows_I // page_elements] * page_elements + rows_I % page_elements).to(device)
 
         return ResidentAdapter(
             key=key,
@@ -267,9 +267,9 @@ class AdapterCache:
             scalings_M=np.array(packed.scalings, np.float32),
             table_starts_M=np.array(packed.table_starts, np.int64),
             is_dora_M=np.array(packed.is_dora, np.bool_),
-            a_rows_N=moved(packed.a_rows_N),
-            b_rows_N=moved(packed.b_rows_N),
-            arrival=arrival,
+            a_rows_I=moved(packed.a_rows_I),
+            b_rows_I=moved(packed.b_rows_I),
+            pending_copy=pending_copy,
         )
 
     def _evict(self, key: str) -> None:
@@ -280,9 +280,9 @@ class AdapterCache:
         entry = self._entries[key]
         assert entry.resident is not None, f"adapter {key} is evicted but not resident"
         assert entry.num_pins == 0, f"adapter {key} is evicted but pinned"
-        if entry.resident.arrival is not None:
-            entry.resident.arrival.wait()  # or it would overwrite what comes after it
-        self._arena.free(entry.resident.pages)
+        if entry.resident.pending_copy is not None:
+            entry.resident.pending_copy.wait()  # or it would overwrite what comes after it
+        self._allocator.free(entry.resident.pages)
         self.num_resident -= 1
         self.num_pages_used -= len(entry.resident.pages)
         entry.resident = None

@@ -60,9 +60,9 @@ class PendingCopy:
 class PageCopier:
     """Copies packed adapters into the pages of an arena."""
 
-    def __init__(self, memory_PE: Tensor):
-        self._memory_PE = memory_PE
-        self._stream = torch.cuda.Stream(memory_PE.device) if memory_PE.is_cuda else None
+    def __init__(self, arena_PE: Tensor):
+        self._arena_PE = arena_PE
+        self._stream = torch.cuda.Stream(arena_PE.device) if arena_PE.is_cuda else None
 
     def copy(self, packed: PackedAdapter, pages: Sequence[int]) -> PendingCopy | None:
         """Copy a blob into so many pages, in ascending order; None if it is there already."""
@@ -71,7 +71,7 @@ class PageCopier:
             return None
         ends = part_ends(len(pages))
         # What was queued before may still read what was in the pages.
-        self._stream.wait_stream(torch.cuda.current_stream(self._memory_PE.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._arena_PE.device))
         events: list[Event] = []
         with torch.cuda.stream(self._stream):
             for first, last in pairwise((0, *ends)):
@@ -81,7 +81,7 @@ class PageCopier:
 
     def _copy_pages(self, blob_PE: Tensor, pages: Sequence[int], first: int, last: int) -> None:
         for start, end in _runs(pages, first, last):
-            target = self._memory_PE[pages[start] : pages[start] + end - start]
+            target = self._arena_PE[pages[start] : pages[start] + end - start]
             target.copy_(blob_PE[start:end], non_blocking=True)
 
 

@@ -30,10 +30,10 @@ from serving.adapters.packing import PackedAdapter
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raised whenever the layout of blobs or tables changes
+_FORMAT = 2  # raised whenever the layout of blobs or tables changes
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = ".safetensors"
-_TENSORS = ("blob_PE", "a_rows_N", "b_rows_N")
+_TENSORS = ("blob_PE", "a_rows_I", "b_rows_I")
 _BOOKS = ("ranks", "scalings", "is_dora", "table_starts", "page_ends")
 _STALE_S = 3600.0  # a file that was being written so long ago belongs to a process that died
 _SCANS_PER_BUDGET = 16  # the folder is measured each time so large a part of its budget was written

@@ -24,8 +24,8 @@ _MAP_BYTES = 32 * 1024  # of private memory for one mapped file and the Python o
 class PackedAdapter:
     """An adapter on the host, cut into pages in the model's dtype, so that making it resident is a few large copies.
 
-    The table `a_rows_N` has the element offsets (int64) in the flat blob of the rows of `lora_a` (D elements), the
-    table `b_rows_N` those of `lora_b` transposed (F elements); module m's entries begin at `table_starts[m]` in both.
+    The table `a_rows_I` has the element offsets (int64) in the flat blob of the rows of `lora_a` (D elements), the
+    table `b_rows_I` those of `lora_b` transposed (F elements); module m's entries begin at `table_starts[m]` in both.
     No row straddles a page. A row longer than a page (of vocabulary size: an embedding's `lora_a`, a head's `lora_b`)
     is cut into pieces of `piece_width` elements: row i of piece k is entry `table_starts[m] + k * ranks[m] + i`.
 
@@ -42,8 +42,8 @@ class PackedAdapter:
     is_dora: tuple[bool, ...]
     table_starts: tuple[int, ...]
     page_ends: tuple[int, ...]
-    a_rows_N: Tensor
-    b_rows_N: Tensor
+    a_rows_I: Tensor
+    b_rows_I: Tensor
     is_mapped: bool = False
 
     @property
@@ -54,7 +54,7 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         """Private host memory that it takes: if mapped, what the map costs."""
-        size = self.blob_PE.nbytes + self.a_rows_N.nbytes + self.b_rows_N.nbytes
+        size = self.blob_PE.nbytes + self.a_rows_I.nbytes + self.b_rows_I.nbytes
         return min(size, _MAP_BYTES + size // _PAGE_BYTES * 8) if self.is_mapped else size
 
     def pinned(self) -> "PackedAdapter":
@@ -94,8 +94,8 @@ def pack_adapter(
         is_dora=tuple(module in dora_factors for module in modules),
         table_starts=tuple(accumulate((len(a) for a, _ in tables), initial=0))[:-1],
         page_ends=tuple(max((*a, *b), default=-1) // page_elements + 1 for a, b in tables),
-        a_rows_N=torch.tensor([offset for a, _ in tables for offset in a], dtype=torch.int64),
-        b_rows_N=torch.tensor([offset for _, b in tables for offset in b], dtype=torch.int64),
+        a_rows_I=torch.tensor([offset for a, _ in tables for offset in a], dtype=torch.int64),
+        b_rows_I=torch.tensor([offset for _, b in tables for offset in b], dtype=torch.int64),
     )
 
 

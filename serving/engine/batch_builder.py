@@ -76,8 +76,8 @@ class BatchBuilder:
             self._last_lora = self._make_lora(adapters, **self._segments(*starts))
         elif self._starts != starts:
             self._last_lora = replace(self._last_lora, **self._segments(*starts))
-        elif self._last_lora.arrivals:
-            self._last_lora = replace(self._last_lora, arrivals=_under_way(adapters))
+        elif self._last_lora.pending_copies:
+            self._last_lora = replace(self._last_lora, pending_copies=_under_way(adapters))
         self._adapters, self._starts = adapters, starts
         return self._last_lora
 
@@ -93,18 +93,18 @@ class BatchBuilder:
     def _make_lora(self, adapters: tuple[ResidentAdapter, ...], **segments: Any) -> LoraBatch:
         # The tables of modules are put together in NumPy, which takes a third of the time for so many small ones.
         ranks_SM, is_dora_SM = _rows([a.ranks_M for a in adapters]), _rows([a.is_dora_M for a in adapters])
-        firsts_S = _starts(np.array([len(a.a_rows_N) for a in adapters]))[:-1]
+        firsts_S = _starts(np.array([len(a.a_rows_I) for a in adapters]))[:-1]
         return LoraBatch(
             layout=self._layout,
             ranks_SM=self._tensor(ranks_SM),
             scalings_SM=self._tensor(_rows([a.scalings_M for a in adapters])),
             table_starts_SM=self._tensor(_rows([a.table_starts_M for a in adapters]) + firsts_S[:, None]),
             is_dora_SM=self._tensor(is_dora_SM),
-            a_rows=torch.cat([a.a_rows_N for a in adapters]),
-            b_rows=torch.cat([a.b_rows_N for a in adapters]),
+            a_rows=torch.cat([a.a_rows_I for a in adapters]),
+            b_rows=torch.cat([a.b_rows_I for a in adapters]),
             max_ranks=tuple(ranks_SM.max(0).tolist()),
             has_dora=tuple(is_dora_SM.max(0).tolist()),
-            arrivals=_under_way(adapters),
+            pending_copies=_under_way(adapters),
             **segments,
         )
 
@@ -136,4 +136,4 @@ def _tokens(plan: SchedulerOutput, query_starts: IntArray) -> IntArray:
 
 
 def _under_way(adapters: Seq[ResidentAdapter]) -> tuple[PendingCopy, ...]:
-    return tuple(a.arrival for a in adapters if a.arrival is not None and not a.arrival.has_ended)
+    return tuple(a.pending_copy for a in adapters if a.pending_copy is not None and not a.pending_copy.has_ended)

@@ -85,13 +85,13 @@ class Engine:
         device = torch.device(config.device)
         page_elements = _page_elements(model, config)
         num_pages = config.memory_bytes // (page_elements * self._dtype.itemsize)
-        self._memory_PE = new_arena(num_pages, page_elements, self._dtype, device)
-        self._arena = PageAllocator(num_pages)
-        evictions = EvictionQueue(self._arena)
-        self._adapters = AdapterCache(self._arena, evictions, self._memory_PE, config.host_cache_bytes)
-        self._prefixes = PrefixCache(self._arena, evictions, config.page_tokens)
-        self._swaps = SwapSpace(self._memory_PE, config.swap_bytes, config.page_tokens)
-        self._scheduler = Scheduler(config, self._arena, self._adapters, self._prefixes, evictions, self._swaps)
+        self._arena_PE = new_arena(num_pages, page_elements, self._dtype, device)
+        self._allocator = PageAllocator(num_pages)
+        evictions = EvictionQueue(self._allocator)
+        self._adapters = AdapterCache(self._allocator, evictions, self._arena_PE, config.host_cache_bytes)
+        self._prefixes = PrefixCache(self._allocator, evictions, config.page_tokens)
+        self._swaps = SwapSpace(self._arena_PE, config.swap_bytes, config.page_tokens)
+        self._scheduler = Scheduler(config, self._allocator, self._adapters, self._prefixes, evictions, self._swaps)
         self._layout = model.lora_layout(page_elements)
         self._batches = BatchBuilder(config.page_tokens, device, self._layout)
         self._jobs: dict[str, Job] = {}
@@ -148,7 +148,7 @@ class Engine:
         batch = None
         if plan.sequences:
             batch = self._batches.build(plan)
-            logits_OV = self._model.forward(batch, self._memory_PE.view(-1), self.config.page_tokens)
+            logits_OV = self._model.forward(batch, self._arena_PE.view(-1), self.config.page_tokens)
             jobs = cast(list[Job], plan.sampling)
             samples = sample(logits_OV, [None if job.is_plain else job.sample_row() for job in jobs])
             events += self._commit(plan, jobs, samples)
@@ -165,12 +165,12 @@ class Engine:
         weights = self._model.target_weights()
         check_base_copies(adapter, weights)
         factors = dora_factors(adapter, weights)
-        page_elements = self._memory_PE.shape[1]
+        page_elements = self._arena_PE.shape[1]
         return pack_adapter(adapter, tuple(weights), page_elements, self._dtype, factors, self._layout.order)
 
     def packing_id(self) -> str:
         """A hash of all that decides what `pack` makes of an adapter; reads every weight."""
-        weights, page_elements = self._model.parameters(), self._memory_PE.shape[1]
+        weights, page_elements = self._model.parameters(), self._arena_PE.shape[1]
         return packing_id(weights, page_elements, self._dtype, self.config.max_rank)
 
     def add_packed(self, ref: AdapterRef, packed: PackedAdapter, load_s: float = 0.0) -> None:
@@ -216,15 +216,15 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Gauges and totals; those of several engines may be added up. Pages of idle prefixes count as free."""
-        num_free, num_adapter_pages = self._arena.num_free, self._adapters.num_pages_used
+        num_free, num_adapter_pages = self._allocator.num_free, self._adapters.num_pages_used
         num_cached = self._prefixes.num_idle
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,
-            "pages": self._arena.num_pages,
+            "pages": self._allocator.num_pages,
             "pages_free": num_free + num_cached,
             "pages_cached": num_cached,
-            "pages_kv": self._arena.num_pages - num_free - num_cached - num_adapter_pages,
+            "pages_kv": self._allocator.num_pages - num_free - num_cached - num_adapter_pages,
             "pages_adapters": num_adapter_pages,
             "adapters_resident": self._adapters.num_resident,
             "adapters_on_host": self._adapters.num_on_host,
@@ -248,8 +248,8 @@ class Engine:
         In use are the pages of running sequences (one that several share counts once) and of resident adapters. The
         waste is the second number over the first.
         """
-        page_elements, num_adapter_pages = self._memory_PE.shape[1], self._adapters.num_pages_used
-        num_pages = self._arena.num_pages - self._arena.num_free - self._prefixes.num_idle
+        page_elements, num_adapter_pages = self._arena_PE.shape[1], self._adapters.num_pages_used
+        num_pages = self._allocator.num_pages - self._allocator.num_free - self._prefixes.num_idle
         rows = sum(map(self._num_row_elements, self._adapters.residents()))
         slack = self._scheduler.num_slack_tokens * page_elements // self.config.page_tokens
         return num_pages, num_adapter_pages + (slack - rows) / page_elements

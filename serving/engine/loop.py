@@ -50,7 +50,7 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._is_open = False  # whether commands are taken; guarded by _changed
         self._streams: dict[str, _Stream] = {}  # by request id; the engine thread's own
-        self._num_loads = self._num_fetches = 0  # loads of adapters, and those that found no packed file
+        self._num_loads = self._num_fetches = 0  # loads of adapters, and those that were not on disk
         self._coming: set[str] = set()  # adapters that the engine thread has been told of
         self._refusals: dict[str, OverloadedError] = {}  # why adapters that came are not here; the engine thread's own
         # Adapters that came and that no request has named yet, and until when they are kept; the engine thread's own.
@@ -134,7 +134,7 @@ class EngineLoop:
         await self._call(lambda: self._remove(key))
 
     async def residencies(self) -> list[Residency]:
-        """Where each adapter is that the engine has, or its machine's disk as a packed file."""
+        """Where each adapter is that the engine has, or its machine's disk as a file."""
         here = await self._call(self._engine.residencies)
         packed = await asyncio.to_thread(self._loader.keys_on_disk)
         return here + [Residency(key, Tier.DISK) for key in packed - {residency.key for residency in here}]

@@ -33,14 +33,14 @@ class Scheduler:
     def __init__(
         self,
         config: ServingConfig,
-        arena: PageAllocator,
+        allocator: PageAllocator,
         adapters: AdapterCache,
         prefixes: PrefixCache,
         evictions: EvictionQueue,
         swaps: SwapSpace,
     ):
         self._swaps = swaps
-        self._arena = arena
+        self._allocator = allocator
         self._adapters = adapters
         self._prefixes = prefixes
         self._evictions = evictions
@@ -134,7 +134,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that every page has the owners that it should, and that pins and holds are those of the sequences."""
         owned = [*self._adapters.owned_pages(), *map(self._table.pages, self._running), self._prefixes.owned_pages()]
-        self._arena.check_integrity(owned)
+        self._allocator.check_integrity(owned)
         self._table.check_integrity(self._running)
         self._adapters.check_integrity()
         self._prefixes.check_integrity()
@@ -159,7 +159,7 @@ class Scheduler:
             else:
                 self._preempt(last)
         if short:
-            self._table.append_pages(short, self._arena.allocate(len(short)))
+            self._table.append_pages(short, self._allocator.allocate(len(short)))
 
     def _prefills(self) -> Iterator[Sequence]:
         yield from sorted(self._table.prefills(), key=_rank)
@@ -182,7 +182,7 @@ class Scheduler:
             sequence.resident = self._adapters.acquire(key)
         if sequence.prefix_keys is not None:
             self._prefixes.count(known, num_tokens)
-        pages = known + self._arena.allocate(num_missing)
+        pages = known + self._allocator.allocate(num_missing)
         self._table.add(sequence, pages, self._swap_in(sequence, pages, len(known)), len(known))
         self._move_to_running(sequence)
         return True
@@ -225,7 +225,7 @@ class Scheduler:
         assert self._running.pop() is sequence, "only the last is preempted"
         # Others hold some of its first pages, and nobody but it and the prefix cache any of the rest.
         pages, num_cached = self._table.pages(sequence), self._table.num_cached(sequence)
-        num_shared = sum(self._arena.num_owners(page) > 2 for page in pages[:num_cached])
+        num_shared = sum(self._allocator.num_owners(page) > 2 for page in pages[:num_cached])
         sequence.swapped = self._swaps.save(pages, num_shared, self._table.num_stored(sequence))
         self._vacate(sequence)
         insort(self._preempted, sequence, key=_rank)
@@ -268,11 +268,11 @@ class Scheduler:
         # The last token is never fed back, so no KV is stored for it.
         num_kv_pages = self._num_pages(max(sequence.limit_tokens - 1, len(sequence.tokens)))
         num_adapter_pages = self._adapters.num_pages(sequence.adapter_key) if sequence.adapter_key is not None else 0
-        if num_kv_pages + num_adapter_pages > self._arena.num_pages:
+        if num_kv_pages + num_adapter_pages > self._allocator.num_pages:
             raise InvalidRequestError(
                 f"the request needs up to {num_kv_pages} pages of memory for {sequence.limit_tokens} tokens and "
-                f"{num_adapter_pages} for its adapter, the engine has {self._arena.num_pages}: ask for fewer tokens, "
-                "or raise serving.memory_bytes"
+                f"{num_adapter_pages} for its adapter, the engine has {self._allocator.num_pages}: "
+                "ask for fewer tokens, or raise serving.memory_bytes"
             )
 
 

@@ -21,8 +21,8 @@ class _Idle(NamedTuple):
 class EvictionQueue:
     """The owner of the order in which idle things go. Their owners add what nobody uses, and take back what is used."""
 
-    def __init__(self, arena: PageAllocator):
-        self._arena = arena
+    def __init__(self, allocator: PageAllocator):
+        self._allocator = allocator
         self._idle: dict[Hashable, _Idle] = {}
         self._heap: list[tuple[float, int, Hashable]] = []  # may hold things that are not idle any more
         self._floor = 0.0
@@ -52,13 +52,13 @@ class EvictionQueue:
 
     def make_room(self, num_pages: int, keep: Collection[Hashable] = ()) -> bool:
         """Evict things not in `keep` until that many pages are free; False, and none evicted, if in vain."""
-        if self._arena.num_free >= num_pages:
+        if self._allocator.num_free >= num_pages:
             return True
         num_kept = sum(self._idle[thing].num_pages for thing in keep if thing in self._idle)
-        if self._arena.num_free + self.num_pages - num_kept < num_pages:
+        if self._allocator.num_free + self.num_pages - num_kept < num_pages:
             return False
         kept = []
-        while self._arena.num_free < num_pages:
+        while self._allocator.num_free < num_pages:
             entry = heapq.heappop(self._heap)
             if self._is_idle(entry):
                 if entry[2] in keep:
@@ -79,9 +79,9 @@ class EvictionQueue:
         idle = self._idle.pop(thing)
         self.num_pages -= idle.num_pages
         self._floor = max(self._floor, priority)  # what was passed over, because it was kept, may go later
-        num_free = self._arena.num_free
+        num_free = self._allocator.num_free
         idle.evict(thing)
-        assert self._arena.num_free == num_free + idle.num_pages, f"{thing} did not free its pages"
+        assert self._allocator.num_free == num_free + idle.num_pages, f"{thing} did not free its pages"
 
     def _is_idle(self, entry: tuple[float, int, Hashable]) -> bool:
         _, number, thing = entry

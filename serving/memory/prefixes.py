@@ -52,8 +52,8 @@ class _Cached:
 class PrefixCache:
     """The owner of which page holds which prefix. `num_hit_tokens` of `num_asked_tokens` needed no computation."""
 
-    def __init__(self, arena: PageAllocator, evictions: EvictionQueue, page_tokens: int):
-        self._arena = arena
+    def __init__(self, allocator: PageAllocator, evictions: EvictionQueue, page_tokens: int):
+        self._allocator = allocator
         self._evictions = evictions
         self._page_tokens = page_tokens
         self._pages: dict[bytes, int] = {}
@@ -74,7 +74,7 @@ class PrefixCache:
             page = self._pages.get(key)
             if page is None:
                 break
-            self._arena.share(page)
+            self._allocator.share(page)
             self._idle.discard(page)
             self._evictions.discard(page)
             pages.append(page)
@@ -91,7 +91,7 @@ class PrefixCache:
         """Cache a full page of the caller's; returns the page to go on with: another, if one is known already."""
         known = self._pages.get(key)
         if known is None:
-            self._arena.share(page)
+            self._allocator.share(page)
             self._pages[key] = page
             self._cached[page] = _Cached(key, owner)
             return page
@@ -102,10 +102,10 @@ class PrefixCache:
 
     def release(self, pages: Sequence[int]) -> None:
         """End the caller's ownership of pages, cached or not."""
-        self._arena.free(pages)
+        self._allocator.free(pages)
         for page in reversed(pages):
             cached = self._cached.get(page)
-            if cached is not None and self._arena.num_owners(page) == 1:
+            if cached is not None and self._allocator.num_owners(page) == 1:
                 self._idle.add(page)
                 self._evictions.add(page, 1, cached.num_hits * RECOMPUTE_COST, self._evict)
 
@@ -122,10 +122,10 @@ class PrefixCache:
     def check_integrity(self) -> None:
         """Assert that keys and pages mirror each other and that exactly the pages without other owners are idle."""
         assert {cached.key: page for page, cached in self._cached.items()} == self._pages, "keys and pages disagree"
-        idle = {page for page in self._cached if self._arena.num_owners(page) == 1}
+        idle = {page for page in self._cached if self._allocator.num_owners(page) == 1}
         assert idle == self._idle, "an idle page is misfiled"
 
     def _evict(self, page: int) -> None:
         self._idle.remove(page)
         del self._pages[self._cached.pop(page).key]
-        self._arena.free([page])
+        self._allocator.free([page])

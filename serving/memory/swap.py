@@ -39,11 +39,11 @@ class SwapSpace:
     With `swap_bytes` less than a page nothing is ever swapped.
     """
 
-    def __init__(self, memory_PE: Tensor, swap_bytes: int, page_tokens: int):
-        self._memory_PE = memory_PE
+    def __init__(self, arena_PE: Tensor, swap_bytes: int, page_tokens: int):
+        self._arena_PE = arena_PE
         self._page_tokens = page_tokens
-        num_slots = swap_bytes // (memory_PE.shape[1] * memory_PE.itemsize)
-        self._slots_PE = _host_memory(num_slots, memory_PE)
+        num_slots = swap_bytes // (arena_PE.shape[1] * arena_PE.itemsize)
+        self._slots_PE = _host_memory(num_slots, arena_PE)
         self._free = PageAllocator(num_slots)
         self._page_s: float | None = None  # to copy a page, one way
         self._token_s: float | None = None  # to compute a token's KV anew
@@ -69,14 +69,14 @@ class SwapSpace:
             self._page_s *= 1 - _WEIGHT  # forgets: what one slow copy has said is tried again some time
             return None
         slots = self._free.allocate(len(wanted))
-        self._copy(self._slots_PE, slots, self._memory_PE, wanted)
+        self._copy(self._slots_PE, slots, self._arena_PE, wanted)
         self.num_pages_out += len(wanted)
         return Swapped(first_page, num_stored, tuple(slots))
 
     def load(self, swapped: Swapped, first_page: int, pages: Sequence[int]) -> None:
         """Copy a sequence's pages from `first_page` on to these pages of the arena; the copies are kept."""
         slots = swapped.slots[first_page - swapped.first_page :]
-        self._copy(self._memory_PE, pages[: len(slots)], self._slots_PE, slots)
+        self._copy(self._arena_PE, pages[: len(slots)], self._slots_PE, slots)
         self.num_pages_in += len(slots)
 
     def drop(self, swapped: Swapped) -> None:

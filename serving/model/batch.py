@@ -59,7 +59,7 @@ class LoraBatch:
     Column m of the [S, M] tables gives the segments of module m. The row table is the same for all modules, and so are
     the token ranges, but for the head, which sees only the rows whose logits are wanted. see
     `serving.adapters.packing` for an adapter's entries in the table, and `kernels.segments.LoraSegments` for the rest.
-    `arrivals` are of those adapters whose rows are still coming: whoever reads a module's rows calls `wait_for` first.
+    `pending_copies` are of adapters whose rows are still being copied: call `wait_for` before reading a module's rows.
     """
 
     layout: LoraLayout
@@ -75,13 +75,13 @@ class LoraBatch:
     has_dora: tuple[bool, ...]  # per module, on the host
     max_tokens: int
     max_samples: int
-    arrivals: tuple[PendingCopy, ...] = ()
+    pending_copies: tuple[PendingCopy, ...] = ()
 
     def wait_for(self, module: int, num_modules: int = 1) -> None:
         """Let the work that is queued from now on wait for some modules' rows."""
-        for arrival in self.arrivals:
+        for copy in self.pending_copies:
             for index in range(module, module + num_modules):
-                arrival.wait_for(index)
+                copy.wait_for(index)
 
     @cached_property
     def groups(self) -> dict[int, LoraGroup]:

@@ -39,19 +39,19 @@ def packed(rank: int = 4, seed: int = 0) -> PackedAdapter:
 
 class World:
     def __init__(self, num_pages: int, host_cache_bytes: int = BIG, device: str = "cpu"):
-        self.arena = PageAllocator(num_pages)
-        self.evictions = EvictionQueue(self.arena)
-        self.memory_PE = torch.full((num_pages, PAGE), float("nan"), device=device)
-        self.cache = AdapterCache(self.arena, self.evictions, self.memory_PE, host_cache_bytes)
+        self.allocator = PageAllocator(num_pages)
+        self.evictions = EvictionQueue(self.allocator)
+        self.arena_PE = torch.full((num_pages, PAGE), float("nan"), device=device)
+        self.cache = AdapterCache(self.allocator, self.evictions, self.arena_PE, host_cache_bytes)
 
     def rows(self, resident: ResidentAdapter, module: str) -> tuple[Tensor, Tensor]:
         """lora_a and lora_b of a module as the kernels would read them from the arena."""
         m = MODULES.index(module)
         num_out, num_in = SHAPES[module]
         table = slice(int(resident.table_starts_M[m]), int(resident.table_starts_M[m]) + int(resident.ranks_M[m]))
-        flat = self.memory_PE.view(-1)
-        a_RD = flat[resident.a_rows_N[table][:, None] + torch.arange(num_in)]
-        return a_RD, flat[resident.b_rows_N[table][:, None] + torch.arange(num_out)].T
+        flat = self.arena_PE.view(-1)
+        a_RD = flat[resident.a_rows_I[table][:, None] + torch.arange(num_in)]
+        return a_RD, flat[resident.b_rows_I[table][:, None] + torch.arange(num_out)].T
 
     def use(self, key: str) -> ResidentAdapter:
         self.cache.hold(key)
@@ -62,7 +62,7 @@ class World:
         self.cache.drop(key)
 
     def check(self, *other_owners: list[int]) -> None:
-        self.arena.check_integrity([*self.cache.owned_pages(), *other_owners])
+        self.allocator.check_integrity([*self.cache.owned_pages(), *other_owners])
         self.cache.check_integrity()
 
 
@@ -73,11 +73,11 @@ def test_packed_rows_never_straddle_or_overlap(ranks: dict[str, int], page_eleme
     taken = torch.zeros(blob.blob_PE.numel(), dtype=torch.int32)
     for m, module in enumerate(MODULES):
         table = slice(blob.table_starts[m], blob.table_starts[m] + blob.ranks[m])
-        for width, rows in zip(SHAPES[module], (blob.b_rows_N[table], blob.a_rows_N[table]), strict=True):
+        for width, rows in zip(SHAPES[module], (blob.b_rows_I[table], blob.a_rows_I[table]), strict=True):
             for offset in rows.tolist():
                 assert offset // page_elements == (offset + width - 1) // page_elements
                 taken[offset : offset + width] += 1
-        last = int(max(blob.a_rows_N[table].max(), blob.b_rows_N[table].max())) if blob.ranks[m] else -1
+        last = int(max(blob.a_rows_I[table].max(), blob.b_rows_I[table].max())) if blob.ranks[m] else -1
         assert blob.page_ends[m] == last // page_elements + 1
     assert blob.ranks == tuple(ranks.get(module, 0) for module in MODULES)
     assert all(count <= 1 for count in taken.tolist())
@@ -108,13 +108,13 @@ def test_small_pages_waste_little_too() -> None:
 
 def test_rows_of_one_module_are_side_by_side() -> None:
     blob = pack_adapter(make({"a.q_proj": 5}), MODULES, PAGE, torch.float32)
-    assert blob.a_rows_N.diff().tolist() == [36] * 4
+    assert blob.a_rows_I.diff().tolist() == [36] * 4
 
 
 def test_resident_rows_are_the_adapter() -> None:
     world, adapter = World(40), make({"a.q_proj": 3, "a.down_proj": 9})
-    scattered = world.arena.allocate(40)
-    world.arena.free(scattered[1::2])
+    scattered = world.allocator.allocate(40)
+    world.allocator.free(scattered[1::2])
     world.cache.add("k", pack_adapter(adapter, MODULES, PAGE, torch.float32))
     resident = world.use("k")
     for module, factors in adapter.factors.items():
@@ -137,14 +137,14 @@ def test_rows_longer_than_a_page_are_cut_into_pieces(page_elements: int) -> None
     blob = pack_adapter(adapter, ("embedding", "head"), page_elements, torch.float32, dora)
     width = piece_width(130, page_elements)
     assert width <= page_elements
-    long_rows = {0: (wide.a_RD, blob.a_rows_N), 1: (tall.b_FR.T * dora["head"], blob.b_rows_N)}
+    long_rows = {0: (wide.a_RD, blob.a_rows_I), 1: (tall.b_FR.T * dora["head"], blob.b_rows_I)}
     for m, (rows, table) in long_rows.items():
         for i, row in enumerate(rows):
             entries = [blob.table_starts[m] + k * 3 + i for k in range(-(-130 // width))]
             assert torch.equal(read(blob, table[entries], 130, width), row)
-    gains = blob.b_rows_N[blob.table_starts[1] + 3 * -(-130 // width) :]
+    gains = blob.b_rows_I[blob.table_starts[1] + 3 * -(-130 // width) :]
     torch.testing.assert_close(read(blob, gains, 130, width), dora["head"] - 1.0)
-    short_gains = blob.b_rows_N[blob.table_starts[0] + 3 : blob.table_starts[0] + 4]
+    short_gains = blob.b_rows_I[blob.table_starts[0] + 3 : blob.table_starts[0] + 4]
     torch.testing.assert_close(read(blob, short_gains, 36, 36), dora["embedding"] - 1.0)
     assert blob.is_dora == (True, True)
 
@@ -162,7 +162,7 @@ def read(blob: PackedAdapter, offsets: Tensor, num_elements: int, width: int) ->
 def test_a_plain_adapter_has_no_room_for_gains() -> None:
     blob = packed(rank=4)
     assert blob.is_dora == (False,) * 3
-    assert len(blob.a_rows_N) == len(blob.b_rows_N) == 8
+    assert len(blob.a_rows_I) == len(blob.b_rows_I) == 8
 
 
 def test_a_dora_of_a_row_without_length_is_refused() -> None:
@@ -194,9 +194,9 @@ def test_idle_adapter_stays_until_the_room_is_needed() -> None:
     world.use("k")
     assert not world.evictions.make_room(1)
     world.unuse("k")
-    assert world.arena.num_free == 0
+    assert world.allocator.num_free == 0
     assert world.evictions.make_room(1)
-    assert world.arena.num_free == world.arena.num_pages
+    assert world.allocator.num_free == world.allocator.num_pages
     assert world.cache.num_evictions == 1
     world.check()
 
@@ -232,7 +232,7 @@ def test_evicted_adapter_comes_back_the_same() -> None:
     world.use("k")
     world.unuse("k")
     assert world.evictions.make_room(30)
-    taken = world.arena.allocate(7)
+    taken = world.allocator.allocate(7)
     a_RD, b_FR = world.rows(world.use("k"), "a.v_proj")
     assert torch.equal(a_RD, adapter.factors["a.v_proj"].a_RD)
     assert torch.equal(b_FR, adapter.factors["a.v_proj"].b_FR)
@@ -242,12 +242,12 @@ def test_evicted_adapter_comes_back_the_same() -> None:
 def test_acquire_without_room_changes_nothing() -> None:
     world = World(packed().num_pages)
     world.cache.add("k", packed())
-    taken = world.arena.allocate(1)
+    taken = world.allocator.allocate(1)
     world.cache.hold("k")
     with pytest.raises(OutOfPages):
         world.cache.acquire("k")
     world.check(taken)
-    world.arena.free(taken)
+    world.allocator.free(taken)
     assert world.cache.acquire("k").pages
 
 
@@ -269,7 +269,7 @@ def test_removed_adapter_serves_what_was_accepted() -> None:
         world.cache.hold("k")
     assert world.cache.num_resident == 1
     world.unuse("k")
-    assert (world.arena.num_free, world.cache.num_host_bytes) == (30, 0)
+    assert (world.allocator.num_free, world.cache.num_host_bytes) == (30, 0)
     world.check()
 
 
@@ -349,14 +349,14 @@ def test_random_operations_keep_exact_books(operations: list[tuple[str, int]]) -
         elif operation == "remove":
             world.cache.remove(key)
         elif operation == "kv" and world.evictions.make_room(i):
-            kv.append(world.arena.allocate(i))
+            kv.append(world.allocator.allocate(i))
         elif operation == "free" and kv:
-            world.arena.free(kv.pop())
+            world.allocator.free(kv.pop())
         world.check(*kv)
         assert world.cache.num_host_bytes <= 4 * packed(6).num_bytes
     for key in used:
         world.unuse(key)
     for i in range(5):
         world.cache.remove(f"k{i}")
-    assert world.arena.num_free == 25 - sum(map(len, kv))
+    assert world.allocator.num_free == 25 - sum(map(len, kv))
     assert world.cache.num_host_bytes == 0

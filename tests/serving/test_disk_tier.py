@@ -30,7 +30,7 @@ def packed(rank: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def is_same(a: PackedAdapter, b: PackedAdapter) -> bool:
-    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("blob_PE", "a_rows_N", "b_rows_N"))
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("blob_PE", "a_rows_I", "b_rows_I"))
     return tensors and all(getattr(a, name) == getattr(b, name) for name in BOOKS)
 
 
@@ -39,35 +39,35 @@ def files_below(folder: Path) -> list[Path]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> DiskTier:
+def disk(tmp_path: Path) -> DiskTier:
     return DiskTier(tmp_path, "here", BIG)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_stored_comes_back_mapped(files: DiskTier, tmp_path: Path, dtype: torch.dtype) -> None:
-    assert files.open(KEY) is None
+def test_what_is_stored_comes_back_mapped(disk: DiskTier, tmp_path: Path, dtype: torch.dtype) -> None:
+    assert disk.open(KEY) is None
     original = packed(dtype=dtype)
-    stored = files.put(KEY, original)
+    stored = disk.put(KEY, original)
     opened = DiskTier(tmp_path, "here", BIG).open(KEY)
     assert opened is not None
     assert is_same(stored, original)
     assert is_same(opened, original)
     assert (stored.is_mapped, opened.is_mapped, original.is_mapped) == (True, True, False)
-    assert files.keys() == {KEY}
+    assert disk.keys() == {KEY}
 
 
-def test_a_map_takes_no_private_memory_for_its_blob(files: DiskTier) -> None:
+def test_a_map_takes_no_private_memory_for_its_blob(disk: DiskTier) -> None:
     blob_PE = torch.ones(64, 1 << 16)
     original = PackedAdapter(blob_PE, (), (), (), (), (), torch.zeros(0).long(), torch.zeros(0).long())
-    stored = files.put(KEY, original)
+    stored = disk.put(KEY, original)
     assert stored.num_bytes < original.num_bytes / 100
     stored.touch()
     mode = [line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if KEY in line]
     assert set(mode) == {"rw-p"}, "private: nothing that is done to it reaches the file"
 
 
-def test_what_was_packed_for_something_else_is_not_seen(files: DiskTier, tmp_path: Path) -> None:
-    files.put(KEY, packed())
+def test_what_was_packed_for_something_else_is_not_seen(disk: DiskTier, tmp_path: Path) -> None:
+    disk.put(KEY, packed())
     assert DiskTier(tmp_path, "elsewhere", BIG).open(KEY) is None
 
 
@@ -87,10 +87,10 @@ def test_the_id_tells_all_apart_that_matters() -> None:
 
 
 @pytest.mark.parametrize("key", ["hash", "../" + "0" * 61, "0" * 63 + "/", "", "A" * 64])
-def test_only_content_hashes_are_names(files: DiskTier, tmp_path: Path, key: str) -> None:
+def test_only_content_hashes_are_names(disk: DiskTier, tmp_path: Path, key: str) -> None:
     original = packed()
-    assert files.put(key, original) is original
-    assert files.open(key) is None
+    assert disk.put(key, original) is original
+    assert disk.open(key) is None
     assert files_below(tmp_path) == []
 
 
@@ -100,44 +100,44 @@ def test_only_content_hashes_are_names(files: DiskTier, tmp_path: Path, key: str
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
 def test_a_byte_that_changed_is_never_served(
-    files: DiskTier, caplog: pytest.LogCaptureFixture, where: float, value: int
+    disk: DiskTier, caplog: pytest.LogCaptureFixture, where: float, value: int
 ) -> None:
     original = packed()
-    files.put(KEY, original)
-    path = files._path(KEY)
+    disk.put(KEY, original)
+    path = disk._path(KEY)
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= value
     path.write_bytes(content)
-    opened = files.open(KEY)
+    opened = disk.open(KEY)
     assert opened is None or is_same(opened, original), "a byte of padding may be anything"
     if opened is None:
         assert not path.exists()
-    assert is_same(files.put(KEY, original), original)
+    assert is_same(disk.put(KEY, original), original)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1, -8, -4096])
-def test_a_truncated_file_is_deleted_and_made_anew(files: DiskTier, size: int) -> None:
-    files.put(KEY, packed())
-    path = files._path(KEY)
+def test_a_truncated_file_is_deleted_and_made_anew(disk: DiskTier, size: int) -> None:
+    disk.put(KEY, packed())
+    path = disk._path(KEY)
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
-    assert files.open(KEY) is None
+    assert disk.open(KEY) is None
     assert not path.exists()
-    assert is_same(files.put(KEY, packed()), packed())
+    assert is_same(disk.put(KEY, packed()), packed())
 
 
 @pytest.mark.parametrize("content", [b"x" * 5000, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}"])
-def test_a_foreign_file_is_deleted(files: DiskTier, content: bytes) -> None:
-    files.put(KEY, packed())
-    files._path(KEY).write_bytes(content)
-    assert files.open(KEY) is None
-    assert files.keys() == set()
+def test_a_foreign_file_is_deleted(disk: DiskTier, content: bytes) -> None:
+    disk.put(KEY, packed())
+    disk._path(KEY).write_bytes(content)
+    assert disk.open(KEY) is None
+    assert disk.keys() == set()
 
 
-def test_a_file_that_is_deleted_stays_whole_for_who_has_it(files: DiskTier, tmp_path: Path) -> None:
-    stored = files.put(KEY, packed())
+def test_a_file_that_is_deleted_stays_whole_for_who_has_it(disk: DiskTier, tmp_path: Path) -> None:
+    stored = disk.put(KEY, packed())
     shutil.rmtree(tmp_path)
     assert is_same(stored, packed())
-    assert files.open(KEY) is None
+    assert disk.open(KEY) is None
 
 
 # Disks.
@@ -153,66 +153,66 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_nothing_half_written(files: DiskTier, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_half_written(disk: DiskTier, tmp_path: Path) -> None:
     """A limit on the size of files fails the write in its midst, as a full disk does."""
     original = packed(rank=60)
     with file_size_limit(4096):
-        assert files.put(KEY, original) is original
+        assert disk.put(KEY, original) is original
     assert files_below(tmp_path) == []
-    assert files.put(KEY, original).is_mapped
+    assert disk.put(KEY, original).is_mapped
 
 
-def test_a_lack_of_descriptors_costs_no_file(files: DiskTier, tmp_path: Path) -> None:
+def test_a_lack_of_descriptors_costs_no_file(disk: DiskTier, tmp_path: Path) -> None:
     """Others of this machine may be using it."""
-    original = files.put(KEY, packed())
+    original = disk.put(KEY, packed())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        opened = files.open(KEY)
+        opened = disk.open(KEY)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert opened is None
-    again = files.open(KEY)
+    again = disk.open(KEY)
     assert again is not None
     assert is_same(again, original)
 
 
-def test_a_folder_that_may_not_be_read_is_no_obstacle(files: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    files.put(KEY, packed())
+def test_a_folder_that_may_not_be_read_is_no_obstacle(disk: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.put(KEY, packed())
 
     def refuse(path: object, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "stat", refuse)  # not by the mode of the folder: whoever runs tests may be root
-    assert (files.has(KEY), files.open(KEY)) == (False, None)
+    assert (disk.has(KEY), disk.open(KEY)) == (False, None)
 
 
 def test_a_folder_that_cannot_be_made_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    files, original = DiskTier(tmp_path / "file", "here", BIG), packed()
-    assert files.put(KEY, original) is original
-    assert (files.open(KEY), files.keys()) == (None, set())
+    disk, original = DiskTier(tmp_path / "file", "here", BIG), packed()
+    assert disk.put(KEY, original) is original
+    assert (disk.open(KEY), disk.keys()) == (None, set())
     assert "served from memory" in caplog.text
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     size = DiskTier(tmp_path / "one", "here", BIG).put(KEY, packed()).blob_PE.nbytes
     size = files_below(tmp_path / "one")[0].stat().st_size
-    files = DiskTier(tmp_path / "all", "here", int(4.5 * size))
+    disk = DiskTier(tmp_path / "all", "here", int(4.5 * size))
     for age, key in enumerate(KEYS[:4]):
-        files.put(key, packed())
-        os.utime(files._path(key), (time.time() - 100 + age,) * 2)
-    assert files.open(KEYS[0]) is not None
-    files.put(KEYS[4], packed())
-    assert files.keys() == {KEYS[0], KEYS[2], KEYS[3], KEYS[4]}
+        disk.put(key, packed())
+        os.utime(disk._path(key), (time.time() - 100 + age,) * 2)
+    assert disk.open(KEYS[0]) is not None
+    disk.put(KEYS[4], packed())
+    assert disk.keys() == {KEYS[0], KEYS[2], KEYS[3], KEYS[4]}
 
 
 def test_all_bases_share_the_budget(tmp_path: Path) -> None:
     size = files_size(tmp_path / "one")
-    files = [DiskTier(tmp_path / "all", f"base{i}", 3 * size) for i in range(3)]
+    disks = [DiskTier(tmp_path / "all", f"base{i}", 3 * size) for i in range(3)]
     for key in KEYS[:6]:
-        for one in files:
-            one.put(key, packed())
+        for disk in disks:
+            disk.put(key, packed())
     assert 0 < sum(path.stat().st_size for path in files_below(tmp_path / "all")) <= 3 * size
 
 
@@ -243,8 +243,8 @@ def test_many_writers_and_readers_agree(tmp_path: Path) -> None:
     replicas = [DiskTier(tmp_path, "here", 8 * files_size(tmp_path / "one")) for _ in range(3)]
 
     def use(number: int) -> bool:
-        key, files = KEYS[number * 7 % len(KEYS)], replicas[number % 3]
-        got = files.open(key) or files.put(key, originals[key])
+        key, disk = KEYS[number * 7 % len(KEYS)], replicas[number % 3]
+        got = disk.open(key) or disk.put(key, originals[key])
         return is_same(got, originals[key])
 
     with ThreadPoolExecutor(8) as pool:

@@ -523,8 +523,8 @@ def test_waste_is_what_pages_in_use_do_not_hold(llama: World) -> None:
     for name in ("dora-everywhere", "r4"):
         engine.submit(request_of(name, 6))
     engine.step()
-    resident, page_elements = engine._adapters.residents(), engine._memory_PE.shape[1]
-    held = sum(int((engine._memory_PE[list(adapter.pages)] != 0).sum()) for adapter in resident)
+    resident, page_elements = engine._adapters.residents(), engine._arena_PE.shape[1]
+    held = sum(int((engine._arena_PE[list(adapter.pages)] != 0).sum()) for adapter in resident)
     num_tokens, token_elements = 37 + 7 + 7, page_elements // 16
     in_use = sum(len(adapter.pages) for adapter in resident) + 3 + 1 + 1
     empty = in_use - (held + num_tokens * token_elements) / page_elements

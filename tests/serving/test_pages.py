@@ -9,9 +9,9 @@ from serving.memory.pages import OutOfPages, PageAllocator
 
 
 def test_allocates_each_page_once() -> None:
-    arena = PageAllocator(5)
-    assert sorted(arena.allocate(3) + arena.allocate(2)) == [0, 1, 2, 3, 4]
-    assert arena.num_free == 0
+    allocator = PageAllocator(5)
+    assert sorted(allocator.allocate(3) + allocator.allocate(2)) == [0, 1, 2, 3, 4]
+    assert allocator.num_free == 0
 
 
 def test_fresh_pages_come_in_order() -> None:
@@ -19,11 +19,11 @@ def test_fresh_pages_come_in_order() -> None:
 
 
 def test_short_allocation_takes_nothing() -> None:
-    arena = PageAllocator(3)
-    arena.allocate(2)
+    allocator = PageAllocator(3)
+    allocator.allocate(2)
     with pytest.raises(OutOfPages, match="2 pages asked for, 1 free"):
-        arena.allocate(2)
-    assert arena.num_free == 1
+        allocator.allocate(2)
+    assert allocator.num_free == 1
 
 
 def test_zero_pages_is_an_empty_list() -> None:
@@ -37,56 +37,56 @@ def test_foreign_page_is_refused(page: int) -> None:
 
 
 def test_double_free_is_refused() -> None:
-    arena = PageAllocator(3)
-    pages = arena.allocate(2)
-    arena.free(pages)
+    allocator = PageAllocator(3)
+    pages = allocator.allocate(2)
+    allocator.free(pages)
     with pytest.raises(AssertionError, match="freed twice"):
-        arena.free(pages[:1])
+        allocator.free(pages[:1])
 
 
 @pytest.mark.parametrize("owned", [[[0]], [[0, 1], [1]], [[0, 1], [2]]], ids=["lost", "two owners", "held and free"])
 def test_integrity_check_sees_wrong_books(owned: list[list[int]]) -> None:
-    arena = PageAllocator(3)
-    arena.allocate(2)
+    allocator = PageAllocator(3)
+    allocator.allocate(2)
     with pytest.raises(AssertionError):
-        arena.check_integrity(owned)
+        allocator.check_integrity(owned)
 
 
-class ArenaMachine(RuleBasedStateMachine):
+class AllocatorMachine(RuleBasedStateMachine):
     """Random owners taking and returning pages, against a plain count."""
 
     NUM_PAGES = 17
 
     def __init__(self) -> None:
         super().__init__()
-        self.arena = PageAllocator(self.NUM_PAGES)
+        self.allocator = PageAllocator(self.NUM_PAGES)
         self.owners: list[list[int]] = []
 
     @rule(num_pages=st.integers(0, 8))
     def allocate(self, num_pages: int) -> None:
         if num_pages <= self.NUM_PAGES - sum(map(len, self.owners)):
-            self.owners.append(self.arena.allocate(num_pages))
+            self.owners.append(self.allocator.allocate(num_pages))
             assert len(self.owners[-1]) == num_pages
         else:
             with pytest.raises(OutOfPages):
-                self.arena.allocate(num_pages)
+                self.allocator.allocate(num_pages)
 
     @precondition(lambda self: self.owners)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        self.arena.free(self.owners.pop(data.draw(st.integers(0, len(self.owners) - 1))))
+        self.allocator.free(self.owners.pop(data.draw(st.integers(0, len(self.owners) - 1))))
 
     @precondition(lambda self: any(self.owners))
     @rule(data=st.data())
     def free_some(self, data: st.DataObject) -> None:
         owner = data.draw(st.sampled_from([owner for owner in self.owners if owner]))
-        self.arena.free([owner.pop()])
+        self.allocator.free([owner.pop()])
 
     @invariant()
     def books_are_exact(self) -> None:
-        self.arena.check_integrity(self.owners)
-        assert self.arena.num_free == self.NUM_PAGES - sum(map(len, self.owners))
+        self.allocator.check_integrity(self.owners)
+        assert self.allocator.num_free == self.NUM_PAGES - sum(map(len, self.owners))
 
 
-TestArenaMachine = ArenaMachine.TestCase
-TestArenaMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAllocatorMachine = AllocatorMachine.TestCase
+TestAllocatorMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -28,15 +28,15 @@ class Things:
     """Idle things of some pages each, in an arena that they fill."""
 
     def __init__(self, num_pages: int):
-        self.arena = PageAllocator(num_pages)
-        self.queue = EvictionQueue(self.arena)
+        self.allocator = PageAllocator(num_pages)
+        self.queue = EvictionQueue(self.allocator)
         self.evicted: list[str] = []
 
     def add(self, name: str, num_pages: int, value: float) -> None:
-        pages = self.arena.allocate(num_pages)
+        pages = self.allocator.allocate(num_pages)
 
         def evict(thing: str) -> None:
-            self.arena.free(pages)
+            self.allocator.free(pages)
             self.evicted.append(thing)
 
         self.queue.add(name, num_pages, value, evict)
@@ -94,19 +94,19 @@ def test_what_is_used_again_stays_and_what_is_kept_too() -> None:
 
 class Cache:
     def __init__(self, num_pages: int = 10):
-        self.arena = PageAllocator(num_pages)
-        self.evictions = EvictionQueue(self.arena)
-        self.prefixes = PrefixCache(self.arena, self.evictions, SIZE)
+        self.allocator = PageAllocator(num_pages)
+        self.evictions = EvictionQueue(self.allocator)
+        self.prefixes = PrefixCache(self.allocator, self.evictions, SIZE)
 
     def store(self, tokens: tuple[int, ...], keys: PrefixKeys) -> list[int]:
         """Pages of a sequence with all full ones cached, as after its prefill; the caller holds them."""
         names = keys.up_to(tokens, len(tokens) // SIZE)
         pages = self.prefixes.take(names)
-        pages += self.arena.allocate(len(names) - len(pages))
+        pages += self.allocator.allocate(len(names) - len(pages))
         return [self.prefixes.put(name, page, keys.owner) for name, page in zip(names, pages, strict=True)]
 
     def check(self, *held: list[int]) -> None:
-        self.arena.check_integrity([self.prefixes.owned_pages(), *held])
+        self.allocator.check_integrity([self.prefixes.owned_pages(), *held])
         self.prefixes.check_integrity()
         self.evictions.check_integrity()
 
@@ -141,7 +141,7 @@ def test_keys_grow_with_the_sequence() -> None:
 def test_two_who_computed_the_same_share_one_page() -> None:
     cache = Cache()
     first = cache.store(PROMPT[:8], keys_of())
-    own = cache.arena.allocate(1)
+    own = cache.allocator.allocate(1)
     (name,) = keys_of().up_to(PROMPT, 1)
     assert cache.prefixes.put(name, own[0], None) == first[0]
     cache.check(first, first[:1])
@@ -180,7 +180,7 @@ def test_forgetting_an_adapter_frees_its_idle_pages_and_no_others() -> None:
     cache.prefixes.release(cache.store(PROMPT[:8], keys_of("stays")))
     cache.prefixes.forget("gone")
     cache.check(kept)
-    assert (cache.prefixes.num_idle, cache.arena.num_free) == (2, 7)
+    assert (cache.prefixes.num_idle, cache.allocator.num_free) == (2, 7)
 
 
 @settings(max_examples=60, deadline=None)

@@ -49,20 +49,20 @@ class World:
         settings = {"max_batch_tokens": 64, "max_sequences": 16, "max_queue": 100, **limits}
         config = ServingConfig(page_tokens=PAGE_TOKENS, **settings)
         self.max_batch_tokens = config.max_batch_tokens
-        self.arena = PageAllocator(num_pages)
-        evictions = EvictionQueue(self.arena)
-        self.memory_PE = memory_PE = torch.zeros(num_pages, PAGE_ELEMENTS)
-        self.adapters = AdapterCache(self.arena, evictions, memory_PE, 1 << 30)
-        self.prefixes = PrefixCache(self.arena, evictions, PAGE_TOKENS)
-        self.swaps = SwapSpace(memory_PE, swap_pages * PAGE_ELEMENTS * 4, PAGE_TOKENS)
-        self.scheduler = Scheduler(config, self.arena, self.adapters, self.prefixes, evictions, self.swaps)
+        self.allocator = PageAllocator(num_pages)
+        evictions = EvictionQueue(self.allocator)
+        self.arena_PE = arena_PE = torch.zeros(num_pages, PAGE_ELEMENTS)
+        self.adapters = AdapterCache(self.allocator, evictions, arena_PE, 1 << 30)
+        self.prefixes = PrefixCache(self.allocator, evictions, PAGE_TOKENS)
+        self.swaps = SwapSpace(arena_PE, swap_pages * PAGE_ELEMENTS * 4, PAGE_TOKENS)
+        self.scheduler = Scheduler(config, self.allocator, self.adapters, self.prefixes, evictions, self.swaps)
         self.is_cached = is_cached
         self.num_submitted = 0
 
     @property
     def num_free(self) -> int:
         """Pages that are free, or given up on demand."""
-        return self.arena.num_free + self.prefixes.num_idle
+        return self.allocator.num_free + self.prefixes.num_idle
 
     def submit(
         self,
@@ -312,7 +312,7 @@ def test_abort_gives_everything_back(num_steps: int) -> None:
     world.scheduler.finish(sequence)
     world.scheduler.check_integrity()
     world.adapters.remove("a")
-    assert world.arena.num_free == world.arena.num_pages
+    assert world.allocator.num_free == world.allocator.num_pages
 
 
 @pytest.mark.parametrize("is_cached", [False, True])
@@ -341,7 +341,7 @@ def test_random_traffic_ends_with_all_memory_back(seed: int, is_cached: bool) ->
         assert sequence.tokens == [*range(sequence.limit_tokens)]
     for key in "abcd":
         world.adapters.remove(key)
-    assert world.num_free == world.arena.num_pages
+    assert world.num_free == world.allocator.num_pages
     assert (world.prefixes.num_hit_tokens > 0) == is_cached
 
 

@@ -36,8 +36,8 @@ class KvWorld(World):
             for position in range(chunk.end):
                 page, offset = table[position // PAGE_TOKENS], position % PAGE_TOKENS
                 if position >= chunk.start:
-                    self.memory_PE[page, offset] = kv_of(chunk.sequence, position)
-                assert self.memory_PE[page, offset] == kv_of(chunk.sequence, position), "KV that is not its own"
+                    self.arena_PE[page, offset] = kv_of(chunk.sequence, position)
+                assert self.arena_PE[page, offset] == kv_of(chunk.sequence, position), "KV that is not its own"
         sampling = [chunk.sequence for chunk in chunks if chunk.does_sample]
         self.scheduler.commit(plan, [len(s.tokens) + self.spread * int(s.request.id) for s in sampling])
         for chunk in chunks:
@@ -167,17 +167,17 @@ def test_one_slow_copy_does_not_end_swapping_for_good() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["save", "load", "drop"]), st.integers(0, 9)), max_size=60))
 def test_random_operations_keep_exact_copies(operations: list[tuple[str, int]]) -> None:
-    memory_PE = torch.zeros(12, PAGE_ELEMENTS)
-    space = SwapSpace(memory_PE, 7 * PAGE_BYTES + 5, PAGE_TOKENS)
+    arena_PE = torch.zeros(12, PAGE_ELEMENTS)
+    space = SwapSpace(arena_PE, 7 * PAGE_BYTES + 5, PAGE_TOKENS)
     held: list[tuple[Swapped, float]] = []
     for mark, (operation, i) in enumerate(operations, start=1):
         if operation == "save":
             pages = list(range(i, min(i + 3, 12)))
-            memory_PE[pages] = float(mark)
+            arena_PE[pages] = float(mark)
             saved = space.save(pages, i % 3, PAGE_TOKENS * len(pages))
             if saved is not None:
                 held.append((saved, float(mark)))
-            memory_PE[pages] = -1.0
+            arena_PE[pages] = -1.0
         elif held:
             saved, value = held[i % len(held)] if operation == "load" else held.pop(i % len(held))
             if operation == "load":
@@ -185,7 +185,7 @@ def test_random_operations_keep_exact_copies(operations: list[tuple[str, int]]) 
                 target = list(range(12))[::-1]
                 space.load(saved, first, target)
                 num_pages = len(saved.slots) - (first - saved.first_page)
-                assert (memory_PE[target[:num_pages]] == value).all()
+                assert (arena_PE[target[:num_pages]] == value).all()
             else:
                 space.drop(saved)
         space.check_integrity([saved for saved, _ in held])

@@ -271,16 +271,16 @@ class Event:
 
 def test_each_module_waits_for_its_own_part() -> None:
     events = [Event() for _ in range(3)]
-    arrival = PendingCopy(page_ends=(0, 1, 2, 3, 5, 6), part_ends=(2, 4, 6), events=events)
+    pending_copy = PendingCopy(page_ends=(0, 1, 2, 3, 5, 6), part_ends=(2, 4, 6), events=events)
     waits = []
     for module in range(6):
-        arrival.wait_for(module)
+        pending_copy.wait_for(module)
         waits.append([event.num_waits for event in events])
     assert waits == [[0, 0, 0], [1, 0, 0], [2, 0, 0], [2, 1, 0], [2, 1, 1], [2, 1, 2]]
-    assert not arrival.has_ended
+    assert not pending_copy.has_ended
     events[-1].has_happened = True
-    assert arrival.has_ended
-    arrival.wait()
+    assert pending_copy.has_ended
+    pending_copy.wait()
     assert events[-1].num_waits == 3
 
 
@@ -301,13 +301,13 @@ def test_a_forward_pass_waits_only_for_what_is_still_coming(files: Files) -> Non
             waited.append(module)
 
     cache.hold(REFS["plain"].key)
-    resident = replace(cache.acquire(REFS["plain"].key), arrival=Slow((1,), (1,), (event,)))
+    resident = replace(cache.acquire(REFS["plain"].key), pending_copy=Slow((1,), (1,), (event,)))
     builder = BatchBuilder(CONFIG.page_tokens, torch.device("cpu"), engine._layout)
 
     def run() -> None:
         batch = builder.build(prefill(resident, engine))
         with torch.inference_mode():
-            engine._model.forward(batch, engine._memory_PE.view(-1), CONFIG.page_tokens)
+            engine._model.forward(batch, engine._arena_PE.view(-1), CONFIG.page_tokens)
 
     run()
     num_modules = len(waited)
@@ -324,7 +324,7 @@ def prefill(resident: ResidentAdapter, engine: Engine) -> SchedulerOutput:
     sequence = Sequence(Request("a", (5, 6, 7), GREEDY, REFS["plain"]), limit_tokens=20)
     sequence.resident = resident
     table = RunningTable(1, CONFIG.page_tokens)
-    table.add(sequence, engine._arena.allocate(1), num_stored=0, num_cached=0)
+    table.add(sequence, engine._allocator.allocate(1), num_stored=0, num_cached=0)
     return table.plan(table.decodes(), [(sequence, 3)])
 
 
@@ -340,19 +340,19 @@ def test_rows_lie_in_the_order_in_which_they_are_read() -> None:
 def test_on_a_gpu_it_comes_on_a_stream_of_its_own() -> None:
     packed = pack_adapter(make(dict.fromkeys(MODULES, 17)), MODULES, PAGE, torch.float32).pinned()
     world = World(packed.num_pages + 7, device="cuda")
-    scattered = world.arena.allocate(14)
-    world.arena.free(scattered[1::2])
+    scattered = world.allocator.allocate(14)
+    world.allocator.free(scattered[1::2])
     world.cache.add("k", packed)
     resident = world.use("k")
-    assert resident.arrival is not None
+    assert resident.pending_copy is not None
     for module in range(len(MODULES)):
-        resident.arrival.wait_for(module)
+        resident.pending_copy.wait_for(module)
         table = slice(packed.table_starts[module], packed.table_starts[module] + packed.ranks[module])
-        for rows, theirs in ((packed.a_rows_N, resident.a_rows_N), (packed.b_rows_N, resident.b_rows_N)):
+        for rows, theirs in ((packed.a_rows_I, resident.a_rows_I), (packed.b_rows_I, resident.b_rows_I)):
             ours = packed.blob_PE.view(-1)[rows[table]]
-            torch.testing.assert_close(world.memory_PE.view(-1)[theirs[table]].cpu(), ours, rtol=0, atol=0)
+            torch.testing.assert_close(world.arena_PE.view(-1)[theirs[table]].cpu(), ours, rtol=0, atol=0)
     torch.cuda.synchronize()
-    assert resident.arrival.has_ended
-    assert torch.equal(world.memory_PE[list(resident.pages)].cpu(), packed.blob_PE)
+    assert resident.pending_copy.has_ended
+    assert torch.equal(world.arena_PE[list(resident.pages)].cpu(), packed.blob_PE)
     world.unuse("k")
     assert world.evictions.make_room(packed.num_pages)
