@@ -1,1 +1,1 @@
-"""A full checkpoint becomes an adapter: what each tensor is, how it is cut, where it is written, what is reported."""
+"""Extraction of LoRA adapters from fully fine-tuned checkpoints."""

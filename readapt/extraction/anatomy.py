@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint are matrices that a LoRA adapter can change, and in which module of which kind.
+"""Finds the tensors of a checkpoint that a LoRA adapter can change, and the module that each belongs to.
 
-The answer comes from the model's own class, built without weights on torch's meta device. For a checkpoint of no known
-class it comes from names and shapes, as well as it can. Nothing assumes a language model.
+The model class itself answers: it is built without weights on torch's meta device. If transformers does not know the
+class, names and shapes decide. Nothing here assumes a language model.
 """
 
 import re
@@ -20,10 +20,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Kind(StrEnum):
-    """How a module uses its weight; PEFT lays out the factors of each kind in a way of its own."""
+    """How a module uses its weight. PEFT lays out the factors of each kind differently."""
 
     LINEAR = "linear"
-    TRANSPOSED = "transposed linear"  # the `Conv1D` of transformers, as in GPT-2: its weight is (in, out)
+    TRANSPOSED = "transposed linear"  # `Conv1D` of transformers, as in GPT-2: its weight is (in, out)
     CONVOLUTION = "convolution"
     EMBEDDING = "embedding"
 
@@ -38,10 +38,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a model class says about its tensors, by the names that the class itself uses (`path` gives them).
+    """What a model class says about its tensors. Keys are the names that the class uses (see `path`).
 
-    `places` has every weight that an adapter can carry, `refused` the reason for weights of modules that it cannot,
-    and `tied` the target -> source pairs of parameters that are one and the same. `modules` are all module paths.
+    `places` has every weight that an adapter can change. `refused` says why an adapter cannot change the others.
+    `tied` maps each tied parameter to the parameter that it shares. `modules` are all module paths.
     """
 
     architecture: str
@@ -52,16 +52,19 @@ class Anatomy:
     modules: frozenset[str] = frozenset()
 
     def path(self, name: str) -> str:
-        """The class's own name of a tensor of the checkpoint, where the two differ."""
+        """Return the class's name for a stored tensor."""
         return self.paths.get(name, name)
 
     def tied_places(self, path: str) -> list[Place]:
-        """The other modules that use the same weight."""
+        """Return the other modules that use the same weight."""
         return [self.places[target] for target, source in self.tied.items() if source == path and target in self.places]
 
 
 def anatomy_of(*checkpoints: Checkpoint) -> Anatomy:
-    """The anatomy of the first checkpoint's model class, for the tensor names of all; by names where it has none."""
+    """Return the anatomy of the first checkpoint's model class, for the tensor names of all checkpoints.
+
+    Names and shapes decide if transformers does not know the class.
+    """
     names = sorted({name for checkpoint in checkpoints for name in checkpoint.names()})
     model = _skeleton(checkpoints[0].config)
     if model is None:
@@ -79,7 +82,7 @@ def anatomy_of(*checkpoints: Checkpoint) -> Anatomy:
 
 
 def _skeleton(config: Mapping[str, Any]) -> Any | None:
-    """The model without weights, or None where transformers does not know it; remote code is never run."""
+    """Return the model without weights, or None if transformers does not know it. Remote code never runs."""
     import transformers
 
     architecture = next(iter(config.get("architectures") or []), "")
@@ -91,11 +94,11 @@ def _skeleton(config: Mapping[str, Any]) -> Any | None:
         with torch.device("meta"):
             return model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
     except (ValueError, KeyError, TypeError, ImportError, RuntimeError):
-        return None  # a class that needs more than transformers, or does more than declare its layers
+        return None  # the class needs another package, or computes while it is built
 
 
 def _place(module: str, layer: nn.Module) -> Place | str | None:
-    """Where the layer's weight can be changed; a sentence if PEFT cannot; None for a layer of another kind."""
+    """Return the place of the layer's weight, the reason why PEFT cannot change it, or None for other layers."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(layer, nn.Linear):
@@ -107,14 +110,14 @@ def _place(module: str, layer: nn.Module) -> Place | str | None:
     if not isinstance(layer, _CONVOLUTIONS):
         return None
     if layer.groups > 1:
-        return "a grouped convolution, whose adapter would be larger than its weight"
+        return "it is a grouped convolution, whose adapter would be larger than its weight"
     if set(layer.dilation) != {1} or layer.padding_mode != "zeros":
-        return "a convolution with dilation or padding of another kind than zeros, which PEFT leaves out of its factors"
+        return "it is a convolution with dilation or non-zero padding, which PEFT ignores in its factors"
     return Place(module, Kind.CONVOLUTION)
 
 
 def _paths(model: Any, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The class's names of the tensors where they differ, and a reason for those that the class fuses with others."""
+    """Return the class's names of renamed tensors, and the reasons why fused tensors cannot be paired."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -126,7 +129,7 @@ def _paths(model: Any, names: Iterable[str]) -> tuple[dict[str, str], dict[str, 
     for name in names:
         path, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if converter is not None:
-            fused[name] = "it is one part of a larger tensor of the model class"
+            fused[name] = "the model class fuses it into a larger tensor"
         elif path != name and path in known and name not in known:
             paths[name] = path
     return paths, fused

@@ -1,10 +1,11 @@
-"""Extraction: what full fine-tuning changed in a checkpoint, as LoRA adapters (PHLoRA, arXiv 2509.10971).
+"""Extracts what full fine-tuning changed in a checkpoint, as LoRA adapters (PHLoRA, arXiv 2509.10971).
 
-Every matrix that a module of the model class uses becomes its truncated SVD, A = sqrt(S) V^T and B = U sqrt(S), with
-alpha = rank. One decomposition serves any number of ranks. Tensors are read, decomposed and written aside one by one,
-so that memory is a few times the largest tensor, a killed run goes on where it was, and the work can be spread over
-machines that share the output folder. What is no matrix goes whole to a remainder file; what cannot be carried is
-listed in the report. Shape letters: D in, F out, R rank.
+The change of each module's weight becomes a truncated SVD, A = sqrt(S) V^T and B = U sqrt(S), with alpha = rank. One
+decomposition serves any number of ranks. Vectors and new tensors go whole to a remainder file. The report lists what
+neither file can carry.
+
+Tensors are processed one at a time into part files, so memory stays at a few times the largest tensor. A killed run
+resumes from its parts, and several machines can share the work through a common output folder.
 """
 
 import json
@@ -29,14 +30,14 @@ from readapt.extraction.report import report_of, write_report
 from readapt.lowrank.spectra import EnergyShare, Rule
 from readapt.lowrank.svd import decompose, squared_norm
 
-REMAINDER_VALUES = 1 << 20  # a tensor that is no vector and larger than this is not carried
-PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # what is stored is what is meant
+REMAINDER_VALUES = 1 << 20  # a larger tensor that is not a vector is left out of the remainder
+PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # other dtypes hold quantised values
 Spread = Callable[[Callable[[TensorPair], None], Sequence[TensorPair]], Iterable[TensorPair]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to extract: rules for the ranks, a cap for all of them, and which tensors (patterns searched in names)."""
+    """What to extract: the rank rules, a cap on all ranks, and patterns that are searched in tensor names."""
 
     rules: tuple[Rule, ...] = (EnergyShare(0.95),)
     max_rank: int | None = None
@@ -49,9 +50,9 @@ class Settings:
             try:
                 re.compile(pattern or "")
             except re.error as error:
-                raise ConfigError(f"extraction: {option} {pattern!r} is no regular expression: {error}") from error
+                raise ConfigError(f"extraction: {option} {pattern!r} is not a regular expression: {error}") from error
         if len({rule.label for rule in self.rules}) < len(self.rules):
-            raise ConfigError("extraction: a rule for the ranks is given twice")
+            raise ConfigError("extraction: the same rank rule is given twice")
 
     def leaves_out(self, path: str) -> bool:
         """Whether the patterns exclude a tensor."""
@@ -61,64 +62,60 @@ class Settings:
 
 @dataclass(frozen=True)
 class Extractor:
-    """Turns one tensor of the pair into its part file; holds all that a worker elsewhere needs to know."""
+    """Turns one tensor pair into its part file. It can be sent to a worker on another machine."""
 
     base: Checkpoint
     tuned: Checkpoint
     settings: Settings
     folder: Path
 
-    def __call__(self, job: TensorPair) -> None:
-        """Work off one tensor. InvalidCheckpointError where a value is not finite, StorageError for a full disk."""
+    def __call__(self, pair: TensorPair) -> None:
+        """Extract one pair. Raises InvalidCheckpointError for values that are not finite, OSError for a full disk."""
         start_s = time.perf_counter()
-        part, tensors = self._extract(job)
+        part, tensors = self._extract(pair)
         part.seconds = time.perf_counter() - start_s
         write_part(self.folder, part, tensors)
 
-    def _extract(self, job: TensorPair) -> tuple[Part, dict[str, Tensor]]:
-        tuned = self.tuned.load(job.tuned)
-        part = Part(job.index, job.path, Status.EQUAL, tuple(tuned.shape), job.places)
-        base = None if job.base is None else self.base.load(job.base)
+    def _extract(self, pair: TensorPair) -> tuple[Part, dict[str, Tensor]]:
+        tuned = self.tuned.load(pair.tuned)
+        part = Part(pair.index, pair.path, Status.EQUAL, tuple(tuned.shape), pair.places)
+        base = None if pair.base is None else self.base.load(pair.base)
         if base is not None and base.dtype == tuned.dtype and torch.equal(base, tuned):
             return part, {}
-        if self.settings.leaves_out(job.path):
-            part.status, part.reason = Status.LEFT_OUT, "left out by the include and exclude patterns"
-            return part, {}
-        if base is None or not job.places:
-            return self._whole(part, tuned, job.reason)
+        if self.settings.leaves_out(pair.path):
+            return _left_out(part, "the include and exclude patterns leave it out")
+        if base is None or not pair.places:
+            return self._whole(part, tuned, pair.reason)
         if not {base.dtype, tuned.dtype} <= PLAIN_DTYPES:
-            part.status, part.reason = Status.LEFT_OUT, f"its values are quantised ({base.dtype}, {tuned.dtype})"
-            return part, {}
+            return _left_out(part, f"its values are quantised ({base.dtype}, {tuned.dtype})")
         part.shape = (base.shape[0], *tuned.shape[1:])
-        rows = tuned[base.shape[0] :].clone()
-        part.num_new_rows = len(rows)
-        self._check_finite(squared_norm(rows), job)
+        new_rows = tuned[base.shape[0] :].clone()
+        part.num_new_rows = len(new_rows)
+        self._check_finite(squared_norm(new_rows), pair)
         delta = tuned[: base.shape[0]].to(torch.float32, copy=True)
         delta -= base
         part.base_total = squared_norm(base)
-        del base, tuned  # their files' pages count
-        return self._low_rank(part, job, delta, {"new_rows": rows} if part.num_new_rows else {})
+        del base, tuned  # frees the mapped pages of both files before the decomposition
+        return self._low_rank(part, pair, delta, {"new_rows": new_rows} if part.num_new_rows else {})
 
     def _whole(self, part: Part, tuned: Tensor, reason: str) -> tuple[Part, dict[str, Tensor]]:
-        """A tensor that is stored as it is, or not at all."""
+        """Put a tensor into the remainder as it is, or leave it out if it is too large."""
         if tuned.is_floating_point() and not math.isfinite(squared_norm(tuned)):
             raise InvalidCheckpointError(f"{self.tuned.folder}: {part.path} has values that are not finite.")
-        part.reason = reason
-        part.status = Status.REMAINDER
         if tuned.ndim > 1 and tuned.numel() > REMAINDER_VALUES:
-            part.status = Status.LEFT_OUT
-            return part, {}
+            return _left_out(part, reason)
+        part.status, part.reason = Status.REMAINDER, reason
         return part, {"value": tuned.contiguous()}
 
     def _low_rank(
-        self, part: Part, job: TensorPair, delta: Tensor, tensors: dict[str, Tensor]
+        self, part: Part, pair: TensorPair, delta: Tensor, tensors: dict[str, Tensor]
     ) -> tuple[Part, dict[str, Tensor]]:
         total = squared_norm(delta)
-        self._check_finite(total, job)
+        self._check_finite(total, pair)
         part.status = Status.CARRIED if total else Status.REMAINDER if tensors else Status.EQUAL
         if not total:
             return part, tensors
-        w_FD = _as_matrix(delta, job.places[0].kind)
+        w_FD = _as_matrix(delta, pair.places[0].kind)
         side = min(w_FD.shape)
         limit = max(rule.limit(side) for rule in self.settings.rules)
         found = decompose(w_FD, min(limit, self.settings.max_rank or side))
@@ -129,11 +126,16 @@ class Extractor:
         a_RD, b_FR = found.factors(max(rank, 1))
         return part, {**tensors, "a": a_RD, "b": b_FR}
 
-    def _check_finite(self, norm: float, job: TensorPair) -> None:
+    def _check_finite(self, norm: float, pair: TensorPair) -> None:
         if not math.isfinite(norm):
-            tuned_is_fine = math.isfinite(squared_norm(self.tuned.load(job.tuned)))
-            folder = self.base.folder if tuned_is_fine else self.tuned.folder
-            raise InvalidCheckpointError(f"{folder}: {job.path} has values that are not finite.")
+            is_tuned_finite = math.isfinite(squared_norm(self.tuned.load(pair.tuned)))
+            folder = self.base.folder if is_tuned_finite else self.tuned.folder
+            raise InvalidCheckpointError(f"{folder}: {pair.path} has values that are not finite.")
+
+
+def _left_out(part: Part, reason: str) -> tuple[Part, dict[str, Tensor]]:
+    part.status, part.reason = Status.LEFT_OUT, reason
+    return part, {}
 
 
 def extract(
@@ -144,21 +146,23 @@ def extract(
     spread: Spread | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Extraction:
-    """Write the adapters of every rule into a new folder `out`: one rule's directly, several rules' in subfolders.
+    """Write one adapter per rank rule into the new folder `out`; several rules get a subfolder each.
 
-    Work in progress lies beside it, in `.NAME.partial`; a run of the same settings on the same files goes on from
-    there. `spread` maps the work over processes (None: one after the other); `report` hears (tensors done, of all).
-    InvalidCheckpointError where the checkpoints do not belong together, are equal or have values that are not finite;
-    ConflictError where `out` exists; StorageError where the disk is full or the folder cannot be written.
+    Unfinished work stays in `.NAME.partial` beside `out`. A run with the same settings and files resumes from there.
+    `spread` maps the work over processes; by default this process does all of it. `report` gets the number of finished
+    tensors and of all tensors.
+
+    Raises InvalidCheckpointError if the checkpoints do not match, are equal, or have values that are not finite;
+    ConflictError if `out` exists; StorageError if the disk is full or the folder cannot be written.
     """
     if out.exists():
-        raise ConflictError(f"{out}: exists already; choose another folder, or remove it first.")
+        raise ConflictError(f"{out} already exists. Choose another folder, or delete this one.")
     anatomy = anatomy_of(base, tuned)
-    jobs = pair_tensors(base, tuned, anatomy)
+    pairs = pair_tensors(base, tuned, anatomy)
     aside = out.parent / f".{out.name}.partial"
     try:
         _prepare(aside, _identity(base, tuned, settings))
-        parts = _work_off(Extractor(base, tuned, settings, aside), jobs, spread or _one_by_one, report)
+        parts = _extract_all(Extractor(base, tuned, settings, aside), pairs, spread or _one_by_one, report)
         done = _assemble(aside / "out", parts, settings, anatomy, base.folder)
         write_report(done, report_of(done, base.folder, tuned.folder))
         (aside / "out").rename(out)
@@ -173,7 +177,7 @@ def extract(
 
 
 def _prepare(aside: Path, identity: str) -> None:
-    """Keeps what an earlier run of the same work has left, and nothing else."""
+    """Keep the parts of an earlier run on the same input; delete everything else."""
     marker = aside / "identity.json"
     if not marker.is_file() or marker.read_text() != identity:
         shutil.rmtree(aside, ignore_errors=True)
@@ -188,35 +192,35 @@ def _identity(base: Checkpoint, tuned: Checkpoint, settings: Settings) -> str:
     return json.dumps({"settings": repr(settings), "files": stats})
 
 
-def _work_off(
-    extractor: Extractor, jobs: Sequence[TensorPair], spread: Spread, report: Callable[[int, int], None]
+def _extract_all(
+    extractor: Extractor, pairs: Sequence[TensorPair], spread: Spread, report: Callable[[int, int], None]
 ) -> list[Part]:
-    waiting = [job for job in jobs if read_part(extractor.folder, job.index) is None]
-    num_done = len(jobs) - len(waiting)
-    report(num_done, len(jobs))
-    for _ in spread(extractor, waiting):
+    missing = [pair for pair in pairs if read_part(extractor.folder, pair.index) is None]
+    num_done = len(pairs) - len(missing)
+    report(num_done, len(pairs))
+    for _ in spread(extractor, missing):
         num_done += 1
-        report(num_done, len(jobs))
-    parts = [read_part(extractor.folder, job.index) for job in jobs]
+        report(num_done, len(pairs))
+    parts = [read_part(extractor.folder, pair.index) for pair in pairs]
     return [part for part in parts if part is not None]
 
 
-def _one_by_one(extractor: Callable[[TensorPair], None], jobs: Sequence[TensorPair]) -> Iterator[TensorPair]:
-    for job in jobs:
-        extractor(job)
-        yield job
+def _one_by_one(extractor: Callable[[TensorPair], None], pairs: Sequence[TensorPair]) -> Iterator[TensorPair]:
+    for pair in pairs:
+        extractor(pair)
+        yield pair
 
 
 def _assemble(out: Path, parts: list[Part], settings: Settings, anatomy: Anatomy, base: Path) -> Extraction:
-    carried = {part.path: part for part in parts if part.status is Status.CARRIED}
     _check_not_empty(parts, base)
+    carried = {part.path: part for part in parts if part.status is Status.CARRIED}
     spectra = {path: part.spectrum for path, part in carried.items() if part.spectrum is not None}
     adapters, ranks = {}, {}
     for rule in settings.rules:
         adapters[rule.label] = out if len(settings.rules) == 1 else out / rule.label
         ranks[rule.label] = {path: rank for path, rank in rule.ranks(spectra).items() if rank}
         if not ranks[rule.label]:
-            raise ConfigError(f"extraction: {rule.label} is too small for a single rank of any module")
+            raise ConfigError(f"extraction: {rule.label} is too small for a rank of 1 in any module")
         chosen = [(carried[path], rank) for path, rank in ranks[rule.label].items()]
         write_adapter(adapters[rule.label], out.parent, chosen, settings.dtype, anatomy, base)
     write_remainder(out, [part for part in parts if part.status is Status.REMAINDER or part.num_new_rows])
@@ -230,12 +234,12 @@ def _check_not_empty(parts: Sequence[Part], base: Path) -> None:
     if Status.CARRIED not in statuses:
         changed = ", ".join(part.path for part in parts if part.status is not Status.EQUAL)
         raise InvalidCheckpointError(
-            f"{base}: no matrix that an adapter can carry differs, so the adapter would be empty; changed: {changed}."
+            f"{base}: the adapter would be empty, because only tensors that it cannot carry differ: {changed}."
         )
 
 
 def _as_matrix(delta: Tensor, kind: Kind) -> Tensor:
-    """The weight's change as (out, in): a convolution's kernel positions count as inputs."""
+    """Return the weight's change as (out, in); a convolution's kernel positions count as inputs."""
     if kind is Kind.TRANSPOSED:
         return delta.T
     return delta.flatten(1) if kind is Kind.CONVOLUTION else delta

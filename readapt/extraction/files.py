@@ -1,7 +1,7 @@
-"""The files of an extraction: parts written aside, adapters and the remainder streamed from them.
+"""The files of an extraction: one part per tensor, and the adapters and the remainder that are written from the parts.
 
-A part is one tensor's result: `NNNNN.json` with the facts, written last, and `NNNNN.safetensors` with its factors. The
-adapter's file is written tensor by tensor from the parts, since safetensors' own writer wants all of them in memory.
+A part is `NNNNN.safetensors` with the factors and `NNNNN.json` with the facts, which is written last. Adapters are
+written from the parts tensor by tensor, because the writer of safetensors needs all tensors in memory.
 """
 
 import json
@@ -40,7 +40,7 @@ _DTYPES = {
 
 
 class Status(StrEnum):
-    """What became of a tensor."""
+    """What happened to a tensor."""
 
     EQUAL = "equal"
     CARRIED = "carried"
@@ -50,10 +50,10 @@ class Status(StrEnum):
 
 @dataclass
 class Part:
-    """The facts of one tensor. Its extractor alone fills them in, before they are written.
+    """The facts of one tensor. Only its extractor changes them, before they are written.
 
-    `shape` is that of the shared rows where a vocabulary has grown. `base_total` is the squared norm of the base's
-    weight. The spectrum's values are those that were computed.
+    If the vocabulary has grown, `shape` is the shape of the shared rows. `base_total` is the squared norm of the base
+    weight. `spectrum` holds the singular values that were computed.
     """
 
     index: int
@@ -70,12 +70,12 @@ class Part:
     seconds: float = 0.0
 
     def to_json(self) -> str:
-        """The facts as JSON."""
+        """Return the facts as JSON."""
         return json.dumps(vars(self), default=vars)
 
     @staticmethod
     def of_json(text: str) -> "Part":
-        """The facts from `to_json`."""
+        """Read the facts from the result of `to_json`."""
         facts = json.loads(text)
         spectrum = facts["spectrum"]
         if spectrum is not None:
@@ -86,7 +86,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What came out: the folder, where in it each rule's adapter lies, the ranks, and the facts of every tensor."""
+    """A finished extraction: its folder, each rule's adapter folder and ranks, and the facts of each tensor."""
 
     folder: Path
     adapters: dict[str, Path]
@@ -96,12 +96,12 @@ class Extraction:
 
 
 def write_part(folder: Path, part: Part, tensors: dict[str, Tensor]) -> None:
-    """Write one tensor's result; it counts only once its facts are there."""
+    """Write one tensor's part. It counts once its facts are written."""
     if tensors:
         entries = [
             Entry(name, tuple(t.shape), t.dtype, partial(tensors.__getitem__, name)) for name, t in tensors.items()
         ]
-        write_tensors(_tensors_file(folder, part.index), entries)  # safetensors' own writer makes a copy of all
+        write_tensors(_tensors_file(folder, part.index), entries)  # the writer of safetensors would copy all of them
     facts = _facts_file(folder, part.index)
     aside = facts.with_suffix(".tmp")
     aside.write_text(part.to_json())
@@ -109,7 +109,7 @@ def write_part(folder: Path, part: Part, tensors: dict[str, Tensor]) -> None:
 
 
 def read_part(folder: Path, index: int) -> Part | None:
-    """The facts of a finished tensor, or None."""
+    """Return the facts of a finished part, or None."""
     file = _facts_file(folder, index)
     return Part.of_json(file.read_text()) if file.is_file() else None
 
@@ -125,7 +125,7 @@ def _tensors_file(folder: Path, index: int) -> Path:
 def write_adapter(
     folder: Path, parts: Path, chosen: Sequence[tuple[Part, int]], dtype: str, anatomy: Anatomy, base: Path
 ) -> None:
-    """Write a PEFT adapter with the leading ranks of the chosen parts; one part's factors are in memory at a time."""
+    """Write a PEFT adapter from the leading ranks of parts, with one part's factors in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
     for part, rank in chosen:
@@ -139,7 +139,7 @@ def write_adapter(
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file to be written: the data is loaded when its turn comes."""
+    """One tensor to write. `load` reads its data when the writer reaches it."""
 
     name: str
     shape: tuple[int, ...]
@@ -148,7 +148,7 @@ class Entry:
 
 
 def write_tensors(file: Path, entries: Sequence[Entry]) -> None:
-    """Write a safetensors file, one tensor in memory at a time. OSError for a full disk."""
+    """Write a safetensors file with one tensor in memory at a time. Raises OSError if the disk is full."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -160,7 +160,9 @@ def write_tensors(file: Path, entries: Sequence[Entry]) -> None:
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             tensor = entry.load().to(entry.dtype).contiguous()
-            assert tensor.shape == entry.shape, f"{entry.name}: {tuple(tensor.shape)}, announced {entry.shape}"
+            assert tensor.shape == entry.shape, (
+                f"{entry.name} has shape {tuple(tensor.shape)}, its header says {entry.shape}"
+            )
             stream.write(tensor.flatten().view(torch.uint8).numpy())
 
 
@@ -179,7 +181,7 @@ def _factor_entries(parts: Path, part: Part, place: Place, rank: int, dtype: tor
         with safe_open(file, framework="pt") as stored:
             return stored.get_slice("b")[:, :rank]
 
-    if place.kind is Kind.EMBEDDING:  # its A is (rank, vocabulary): the rows of the weight are looked up by token
+    if place.kind is Kind.EMBEDDING:  # PEFT's A is (rank, vocabulary), B is (width, rank)
         yield Entry(f"{name}.lora_embedding_A", (rank, num_out), dtype, lambda: load_b().T)
         yield Entry(f"{name}.lora_embedding_B", (num_in, rank), dtype, lambda: load_a().T)
         return
@@ -192,7 +194,7 @@ def _factor_entries(parts: Path, part: Part, place: Place, rank: int, dtype: tor
 
 def _peft_config(ranks: dict[str, int], kinds: dict[str, Kind], anatomy: Anatomy, base: Path) -> dict[str, Any]:
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    # Anchored: PEFT tries these keys in turn on the end of every module's path.
+    # Anchored, because PEFT matches each key against the end of every module's path.
     others = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
     is_causal = anatomy.architecture.endswith(("ForCausalLM", "LMHeadModel"))
     return {
@@ -212,14 +214,14 @@ def _peft_config(ranks: dict[str, int], kinds: dict[str, Kind], anatomy: Anatomy
 
 
 def _targets(modules: list[str], anatomy: Anatomy) -> list[str] | str:
-    """The full paths, or a pattern where PEFT would take one of them for the end of another module's path."""
+    """Return the module paths, or one pattern of them if PEFT would also match a path that ends in one of them."""
     others = anatomy.modules - set(modules)
     is_ambiguous = any(other.endswith(f".{module}") for module in modules for other in others)
     return "|".join(map(re.escape, modules)) if is_ambiguous else modules
 
 
 def write_remainder(folder: Path, parts: Sequence[Part]) -> None:
-    """Write what the factors cannot carry: whole tensors by name, and new rows of a vocabulary as `NAME.new_rows`."""
+    """Write what factors cannot carry: whole tensors by name, and new vocabulary rows as `NAME.new_rows`."""
     entries = []
     for part in parts:
         with safe_open(_tensors_file(folder.parent, part.index), framework="pt") as stored:
@@ -242,9 +244,9 @@ def _loader(file: Path, key: str) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 def apply_remainder(model: Any, file: Path) -> None:
-    """Put the remainder into a model of the base's class: whole tensors, and new rows after the vocabulary has grown.
+    """Copy a remainder into a model of the base's class, and grow its vocabulary for new rows.
 
-    An adapter of the same extraction is merged before, since its factors have the base's vocabulary.
+    Merge the adapter first: its factors have the size of the base's vocabulary.
     """
     with safe_open(file, framework="pt") as stored:
         rows = {name.removesuffix(NEW_ROWS): name for name in stored.keys() if name.endswith(NEW_ROWS)}  # noqa: SIM118

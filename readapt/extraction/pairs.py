@@ -1,4 +1,4 @@
-"""Which tensors of two checkpoints belong together, and whether the two belong together at all."""
+"""Pairs the tensors of a base checkpoint with those of a tuned one, and checks that the checkpoints match."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ from cluster.checkpoints import Checkpoint
 from cluster.errors import InvalidCheckpointError
 from readapt.extraction.anatomy import Anatomy, Kind, Place, anatomy_of
 
-_NO_MATRIX = "it is no weight matrix of a module that an adapter can change"
+_NO_MATRIX = "no adapter can change it: it is not the weight matrix of a supported module"
 
 
 @dataclass(frozen=True)
 class TensorPair:
-    """One tensor of the tuned checkpoint and its counterpart: stored names, and the modules that use it.
+    """The same tensor in the base and the tuned checkpoint: its stored names, and the modules that use it.
 
-    `base` is None for a tensor that only the tuned checkpoint has. Without `places` the tensor can only be carried
-    whole, for the `reason` given.
+    `base` is None if only the tuned checkpoint has the tensor. If `places` is empty, the tensor cannot become low-rank
+    factors, and `reason` says why.
     """
 
     index: int
@@ -26,38 +26,39 @@ class TensorPair:
 
 
 def pair_tensors(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> list[TensorPair]:
-    """Pair up the tensors of both checkpoints, in order of their names.
+    """Return the pairs of all tensors, sorted by name.
 
-    A tied weight that only one of the two stores on its own is compared with what it is tied to. Rows may be added to
-    the vocabulary. InvalidCheckpointError for any other difference of shape or kind, and for tensors that the tuned
-    checkpoint lacks.
+    If only one checkpoint stores a tied weight separately, its partner is the weight that it is tied to. The vocabulary
+    may grow. Raises InvalidCheckpointError if shapes or model types differ otherwise, or if the tuned checkpoint lacks
+    a tensor.
     """
     kinds = base.config.get("model_type"), tuned.config.get("model_type")
     if kinds[0] != kinds[1]:
-        raise InvalidCheckpointError(f"{tuned.folder}: is of model type {kinds[1]!r}, {base.folder} of {kinds[0]!r}.")
+        raise InvalidCheckpointError(f"{tuned.folder} has model type {kinds[1]!r}, but {base.folder} has {kinds[0]!r}.")
     ours, theirs = _Names(base, anatomy, anatomy), _Names(tuned, anatomy, anatomy_of(tuned, base))
-    jobs = []
+    pairs = []
     for index, path in enumerate(sorted(ours.stored.keys() | theirs.stored.keys())):
         before, after = ours.find(path), theirs.find(path)
         if after is None:
-            raise InvalidCheckpointError(f"{tuned.folder}: lacks tensor {path!r}, which {base.folder} has.")
+            raise InvalidCheckpointError(f"{tuned.folder} lacks tensor {path!r}, which {base.folder} has.")
         places, reason = _places(path, before, after, anatomy, ours, theirs)
         if before is not None:
             _check_shapes(path, base, before, tuned, after, places)
-        jobs.append(TensorPair(index, path, before, after, places, reason))
-    if not any(job.base is not None and job.places for job in jobs):
-        raise InvalidCheckpointError(f"{base.folder}: has no weight matrix that an adapter can change.")
-    return jobs
+        pairs.append(TensorPair(index, path, before, after, places, reason))
+    if not any(pair.base is not None and pair.places for pair in pairs):
+        raise InvalidCheckpointError(f"{base.folder} has no weight matrix that an adapter can change.")
+    return pairs
 
 
 class _Names:
-    """Stored names by the model class's own names, tied ones found through their partners."""
+    """The stored names of a checkpoint's tensors, by the model class's own names."""
 
     def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy, own: Anatomy):
         self.stored = {anatomy.path(name): name for name in checkpoint.names()}
         self._partners = {**{source: target for target, source in own.tied.items()}, **own.tied}
 
     def find(self, path: str) -> str | None:
+        """Return the stored name of a tensor, or of the weight that it is tied to; None if neither is stored."""
         return self.stored.get(path) or self.stored.get(self._partners.get(path, ""))
 
 
@@ -68,8 +69,8 @@ def _places(
         return (), "the base model has no such tensor"
     if path not in anatomy.places:
         return (), anatomy.refused.get(path) or anatomy.refused.get(after) or _NO_MATRIX
-    on_their_own = ours.stored.keys() | theirs.stored.keys()
-    partners = [place for place in anatomy.tied_places(path) if f"{place.module}.weight" not in on_their_own]
+    stored = ours.stored.keys() | theirs.stored.keys()
+    partners = [place for place in anatomy.tied_places(path) if f"{place.module}.weight" not in stored]
     return (anatomy.places[path], *partners), ""
 
 
@@ -85,6 +86,6 @@ def _check_shapes(
     if is_vocabulary and old[1:] == new[1:] and new[0] > old[0]:
         return
     raise InvalidCheckpointError(
-        f"{tuned.folder}: {path} has shape {new}, but {old} in {base.folder}: what one architecture learned cannot be "
-        "carried to another; only a vocabulary may grow."
+        f"{tuned.folder}: {path} has shape {new}, but {old} in {base.folder}. Both checkpoints must have the same "
+        "architecture; only the vocabulary may grow."
     )

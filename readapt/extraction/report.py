@@ -1,4 +1,4 @@
-"""The report of an extraction: `extraction.json` with every figure, `spectrum.png` with the curves."""
+"""The report of an extraction: `extraction.json` has every figure, `spectrum.png` the curves."""
 
 import json
 import statistics
@@ -11,15 +11,15 @@ from rich.table import Table
 from readapt.extraction.files import REMAINDER, WEIGHTS, Extraction, Part, Status
 
 REPORT, PLOT = "extraction.json", "spectrum.png"
-_MAX_CURVES = 400  # more lines than this only blacken the plot
+_MAX_CURVES = 400  # more lines than this fill the plot
 
 
 def report_of(done: Extraction, base: Path, tuned: Path) -> dict[str, Any]:
-    """Every figure of an extraction as JSON.
+    """Return every figure of an extraction, ready for JSON.
 
-    `energy` is the held part of a module's squared Frobenius norm, `relative_norm` |change| / |base weight|, and
-    `gap_bound` the part of the energy possible at this rank that randomisation may at most have missed (certain, and
-    loose where a spectrum is flat).
+    `energy` is the share of a module's squared Frobenius norm that the adapter holds. `relative_norm` is
+    |change| / |base weight|. `gap_bound` is an upper bound on the share of the best possible energy at this rank that
+    the randomised SVD missed. It always holds, and it is loose for flat spectra.
     """
     carried = [part for part in done.parts if part.status is Status.CARRIED]
     remainder = done.folder / REMAINDER
@@ -41,7 +41,7 @@ def report_of(done: Extraction, base: Path, tuned: Path) -> dict[str, Any]:
 
 
 def write_report(done: Extraction, report: Mapping[str, Any]) -> None:
-    """Write both files of the report into the extraction's folder, over older ones."""
+    """Write both files of the report into the extraction's folder, replacing older ones."""
     aside = done.folder / f".{REPORT}"
     aside.write_text(json.dumps(report, indent=1) + "\n")
     aside.rename(done.folder / REPORT)
@@ -49,12 +49,12 @@ def write_report(done: Extraction, report: Mapping[str, Any]) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report of a finished extraction."""
+    """Read the report of a finished extraction."""
     return dict(json.loads((folder / REPORT).read_text()))
 
 
 def adapters_table(report: Mapping[str, Any]) -> Table:
-    """A summary to print: a line for each adapter, and below what is not in it."""
+    """Return a table with one row per adapter. Its caption lists what is not in the adapters."""
     likeness = report.get("verify", {}).get("adapters", {})
     table = Table("adapter", "ranks", "parameters", "MB", "energy", *(("KL", "same top-1") if likeness else ()))
     for adapter in report["adapters"]:
@@ -70,7 +70,7 @@ def adapters_table(report: Mapping[str, Any]) -> Table:
 def _not_inside(report: Mapping[str, Any]) -> str:
     remainder, left_out = report["remainder"], report["not_carried"]
     num_whole = len(remainder["tensors"]) + len(remainder["new_rows"])
-    lines = [f"{num_whole} more changed tensors are whole in {REMAINDER}"] if num_whole else []
+    lines = [f"{REMAINDER} holds {num_whole} more changed tensors"] if num_whole else []
     lines += [f"not carried: {name} ({reason})" for name, reason in left_out.items()]
     return "\n".join(lines)
 
@@ -111,8 +111,8 @@ def _module(part: Part, done: Extraction) -> dict[str, Any]:
 
 
 def _plot(file: Path, carried: Sequence[Part], verify: Mapping[str, Any] | None) -> None:
-    """Singular values and the energy left by rank, and where a verification was made, quality against rank."""
-    from matplotlib.figure import Figure  # not pyplot: it keeps global state and asks for a display
+    """Plot singular values and held energy by rank and, if there is a verification, likeness by rank."""
+    from matplotlib.figure import Figure  # pyplot keeps global state and needs a display
 
     figure = Figure(figsize=(15 if verify else 10, 4), layout="constrained")
     axes = figure.subplots(1, 3 if verify else 2)
@@ -141,7 +141,7 @@ def _plot_curve(axis: Any, verify: Mapping[str, Any]) -> None:
     curve = verify["curve"]
     ranks = [point["max_rank"] for point in curve]
     axis.plot(ranks, [point["kl"] for point in curve], "o-", color="tab:red")
-    axis.set(title="base + adapter cut to a rank, against tuned", xlabel="largest rank", xscale="log", yscale="log")
+    axis.set(title="base + truncated adapter against tuned", xlabel="largest rank", xscale="log", yscale="log")
     axis.set_ylabel("mean KL of next-token distributions, nats", color="tab:red")
     right = axis.twinx()
     right.plot(ranks, [100 * point["top1_agreement"] for point in curve], "s-", color="tab:blue")

@@ -1,9 +1,5 @@
-"""How near base + adapter come to the tuned model: KL of the next-token distributions, and the same first choice.
+"""Measures how close base + adapter come to the tuned model: KL of next-token distributions and top-1 agreement."""
 
-Shape letters: B rows, T tokens, N scored positions, V vocabulary.
-"""
-
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +13,7 @@ from cluster.errors import InvalidDataError
 from readapt.extraction.anatomy import Kind, Place
 from readapt.extraction.files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
 from readapt.extraction.report import read_report, write_report
-from readapt.training.data import Encoded, Row, by_length, collate, encoder_for
+from readapt.training.data import Encoded, Row, by_length, collate, encoder_for, read_lines
 from readapt.training.lora import load_base
 
 MAX_ROWS, MAX_TOKENS, BATCH_ROWS = 128, 512, 8
@@ -25,21 +21,24 @@ MAX_ROWS, MAX_TOKENS, BATCH_ROWS = 128, 512, 8
 
 @dataclass(frozen=True)
 class Likeness:
-    """Over all scored positions: mean KL(tuned || adapted) in nats, and the share with the same most likely token."""
+    """Mean KL(tuned || adapted) in nats over the scored positions, and the share with the same most likely token."""
 
     kl: float
     top1_agreement: float
 
 
 def verify(done: Extraction, base: Path, tuned: Path, data: Path) -> dict[str, Any]:
-    """Compare bare base, every adapter, and adapter + remainder with the tuned model, on the first rows of `data`.
+    """Compare the bare base, each adapter, and adapter + remainder with the tuned model on the first rows of `data`.
 
-    `curve` is the pruning curve: the largest adapter cut to its leading ranks. Scored are the tokens of completions, or
-    of whole texts. Where the vocabulary has grown, rows with new tokens are left out and distributions compared on the
-    shared part. Needs both models in memory. InvalidDataError for rows that cannot be used, or no language model.
+    The tokens of completions, or of whole texts, are scored. `curve` truncates the largest adapter to its leading
+    ranks. If the vocabulary has grown, rows with new tokens are skipped and the shared part of the distributions is
+    compared. Both models must fit in memory. Raises InvalidDataError for unusable rows, or if the model is not a causal
+    language model.
     """
     if not done.anatomy.architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        raise InvalidDataError(f"--verify needs a causal language model; this is {done.anatomy.architecture!r}.")
+        raise InvalidDataError(
+            f"--verify needs a causal language model, but the architecture is {done.anatomy.architecture!r}."
+        )
     model, reference = load_base(base), load_base(tuned)
     rows = encode_rows(data, tuned, len(model.get_input_embeddings().weight))
     subject = _Subject(model, done)
@@ -62,38 +61,38 @@ def verify(done: Extraction, base: Path, tuned: Path, data: Path) -> dict[str, A
 
 
 def verify_into_report(done: Extraction, base: Path, tuned: Path, data: Path) -> None:
-    """Verify, and put what comes of it into the extraction's report and plot."""
+    """Verify an extraction and add the result to its report and plot."""
     write_report(done, {**read_report(done.folder), "verify": verify(done, base, tuned, data)})
 
 
 @torch.no_grad()
 def compare(reference: Any, model: Any, rows: Sequence[Encoded]) -> Likeness:
-    """Likeness of a model to a reference on encoded rows, in batches of like length."""
+    """Return the likeness of a model to a reference on encoded rows, in batches of similar length."""
     kl, num_same, num_scored = 0.0, 0, 0
     ordered = by_length(rows)
     for start in range(0, len(ordered), BATCH_ROWS):
         batch = collate(ordered[start : start + BATCH_ROWS])
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT, "use_cache": False}
         is_scored_BT = batch.labels_BT[:, 1:] >= 0
-        ours_NV = model(**inputs).logits[:, :-1][is_scored_BT].double().log_softmax(-1)
-        theirs_NV = reference(**inputs).logits[:, :-1][is_scored_BT][:, : ours_NV.shape[1]].double().log_softmax(-1)
-        kl += float((theirs_NV.exp() * (theirs_NV - ours_NV)).sum())
-        num_same += int((theirs_NV.argmax(-1) == ours_NV.argmax(-1)).sum())
-        num_scored += len(ours_NV)
+        ours_YV = model(**inputs).logits[:, :-1][is_scored_BT].double().log_softmax(-1)
+        theirs_YV = reference(**inputs).logits[:, :-1][is_scored_BT][:, : ours_YV.shape[1]].double().log_softmax(-1)
+        kl += float((theirs_YV.exp() * (theirs_YV - ours_YV)).sum())
+        num_same += int((theirs_YV.argmax(-1) == ours_YV.argmax(-1)).sum())
+        num_scored += len(ours_YV)
     return Likeness(kl / num_scored, num_same / num_scored)
 
 
 class _Subject:
-    """A model in the base's weights that adapters are merged into, one after the other."""
+    """A model with the base's weights, into which one adapter at a time is merged."""
 
     def __init__(self, model: Any, done: Extraction):
         self._places = {place.module: place for part in done.parts for place in part.places}
-        state = model.state_dict()
-        self._state = state
-        self._originals = {m: state[f"{m}.weight"].clone() for m in self._places if f"{m}.weight" in state}
+        self._state = model.state_dict()
+        modules = [module for module in self._places if f"{module}.weight" in self._state]
+        self._originals = {module: self._state[f"{module}.weight"].clone() for module in modules}
 
     def merge(self, folder: Path, max_rank: int | None = None) -> int:
-        """Sets the weights to base + adapter, of which only the leading ranks count; returns the adapter's size."""
+        """Set the weights to base + the adapter's leading ranks, and return the number of parameters of these ranks."""
         num_parameters = 0
         for module, original in self._originals.items():
             self._state[f"{module}.weight"].copy_(original)
@@ -109,12 +108,11 @@ class _Subject:
 
 
 def _factors(stored: Any, names: set[str], place: Place) -> tuple[Tensor, Tensor] | None:
-    """Both factors as matrices (rank, in) and (out, rank), of whatever kind the module is."""
+    """Return a module's factors as matrices (rank, in) and (out, rank), or None if the adapter lacks it."""
     name = ADAPTER_PREFIX + place.module
     if f"{name}.lora_embedding_A" in names:
-        return stored.get_tensor(f"{name}.lora_embedding_B").float().T, stored.get_tensor(
-            f"{name}.lora_embedding_A"
-        ).float().T
+        a, b = (stored.get_tensor(f"{name}.lora_embedding_{side}").float().T for side in "BA")
+        return a, b
     if f"{name}.lora_A.weight" not in names:
         return None
     a, b = (stored.get_tensor(f"{name}.lora_{side}.weight").float().flatten(1) for side in "AB")
@@ -132,13 +130,13 @@ def _largest(done: Extraction) -> Path:
 
 
 def _ladder(done: Extraction) -> list[int]:
-    """1, 2, 4, ... up to the largest rank of any adapter."""
+    """Return 1, 2, 4, ... up to the largest rank of any adapter."""
     top = max(rank for ranks in done.ranks.values() for rank in ranks.values())
     return [*(1 << power for power in range(top.bit_length()) if 1 << power < top), top]
 
 
 def encode_rows(data: Path, tuned: Path, vocabulary: int) -> list[Encoded]:
-    """Encode the first rows of a JSONL file; those with tokens beyond the vocabulary are left out."""
+    """Encode the first rows of a JSONL file, without rows that have tokens beyond the vocabulary."""
     encoder = encoder_for(tuned, MAX_TOKENS)
     rows = []
     for row in read_rows(data):
@@ -150,18 +148,14 @@ def encode_rows(data: Path, tuned: Path, vocabulary: int) -> list[Encoded]:
         if max(encoded.input_ids) < vocabulary and len(encoded.input_ids) > 1:
             rows.append(encoded)
     if not rows:
-        raise InvalidDataError(f"{data}: no row is left to verify with.")
+        raise InvalidDataError(f"{data}: every row has tokens that the base lacks, or fewer than two tokens.")
     return rows
 
 
 def read_rows(data: Path) -> list[Mapping[str, Any]]:
-    """The first rows of a JSONL file of texts, or prompts and completions; InvalidDataError for any other."""
-    try:
-        lines = data.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()][:MAX_ROWS]
-    except (OSError, ValueError) as error:
-        raise InvalidDataError(f"{data}: cannot be read as one JSON object a line: {error}") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not ("text" in row or {"prompt", "completion"} <= row.keys()):
-            raise InvalidDataError(f"{data}: row {number} has neither `text` nor `prompt` and `completion`.")
-    return rows
+    """Return the first rows of a JSONL file; each has `text`, or `prompt` and `completion`, else InvalidDataError."""
+    rows = read_lines(data)[:MAX_ROWS]
+    for where, row in rows:
+        if not ("text" in row or {"prompt", "completion"} <= row.keys()):
+            raise InvalidDataError(f"{where}: a row needs `text`, or `prompt` and `completion`.")
+    return [row for _, row in rows]

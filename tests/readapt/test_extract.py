@@ -1,4 +1,4 @@
-"""Extraction on real checkpoints of many kinds, loaded by PEFT itself."""
+"""Extraction from checkpoints of many architectures. PEFT itself loads the adapters."""
 
 import json
 import math
@@ -50,14 +50,14 @@ CASES = [
 def make_model(architecture: str, settings: dict[str, Any], seed: int = 0) -> Any:
     model_class = getattr(transformers, architecture)
     config = model_class.config_class(**settings)
-    config.pad_token_id = None  # its default lies outside so small a vocabulary
+    config.pad_token_id = None  # the default is outside this small vocabulary
     torch.manual_seed(seed)
     return model_class(config).eval()
 
 
 @torch.no_grad()
 def change(model: Any, rank: int, scale: float = 0.3) -> Any:
-    """What fine-tuning does, in small: every matrix by a low rank, every vector a little."""
+    """Change every matrix by a low-rank term and every vector a little, as fine-tuning does."""
     generator = torch.Generator().manual_seed(9)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 1:
@@ -72,7 +72,7 @@ def change(model: Any, rank: int, scale: float = 0.3) -> Any:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """Saves a base and its tuned version."""
+    """Return a function that saves a base and its tuned version."""
 
     def make(architecture: str, settings: dict[str, Any], rank: int = 3, **save: Any) -> tuple[Path, Path]:
         model = make_model(architecture, settings)
@@ -95,7 +95,7 @@ def load(folder: Path) -> Any:
 
 def load_peft(base: Any, adapter: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that embeddings are tied, that a Conv1D is transposed
+        warnings.simplefilter("ignore")  # about tied embeddings and the transposed Conv1D
         return PeftModel.from_pretrained(base, str(adapter))
 
 
@@ -175,7 +175,7 @@ def test_shards_and_dtypes_do_not_matter(pair: Callable[..., tuple[Path, Path]],
     assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
 
 
-def test_equal_tensors_are_skipped_and_patterns_are_listed(pair: Callable[..., tuple[Path, Path]]) -> None:
+def test_equal_tensors_are_skipped_and_excluded_ones_are_listed(pair: Callable[..., tuple[Path, Path]]) -> None:
     base, tuned = pair(*LLAMA)
     tensors, old = load_file(tuned / "model.safetensors"), load_file(base / "model.safetensors")
     kept = {name: old[name] if "k_proj" in name else tensor for name, tensor in tensors.items()}
@@ -206,7 +206,7 @@ def test_grown_vocabulary_keeps_shared_rows_low_rank_and_new_rows_whole(tmp_path
     torch.testing.assert_close(logits(merged, inputs), logits(load(tmp_path / "tuned"), inputs), rtol=2e-3, atol=2e-4)
 
 
-def test_untied_head_is_compared_with_what_it_was_tied_to(tmp_path: Path) -> None:
+def test_untied_head_is_compared_with_the_embedding_it_was_tied_to(tmp_path: Path) -> None:
     model = make_model("LlamaForCausalLM", {**TEXT, "tie_word_embeddings": True})
     model.save_pretrained(tmp_path / "base")
     other = make_model(*LLAMA)
@@ -244,10 +244,10 @@ def test_checkpoint_of_no_known_class_is_read_by_names_and_shapes(tmp_path: Path
 
 
 class Killed(BaseException):
-    """Stands for a kill."""
+    """Stands for a killed process."""
 
 
-def test_killed_run_goes_on_where_it_was(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+def test_killed_run_resumes_from_its_parts(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     base, tuned = (open_checkpoint(folder) for folder in pair(*LLAMA))
 
     def kill_at_five(done: int, total: int) -> None:
@@ -257,15 +257,17 @@ def test_killed_run_goes_on_where_it_was(pair: Callable[..., tuple[Path, Path]],
     with pytest.raises(Killed):
         extract(base, tuned, tmp_path / "out", Settings(), report=kill_at_five)
     assert not (tmp_path / "out").exists()
-    heard: list[int] = []
-    done = extract(base, tuned, tmp_path / "out", Settings(), report=lambda done, total: heard.append(done))
-    assert heard[0] == 5
-    assert heard[-1] == len(done.parts)
+    reported: list[int] = []
+    done = extract(base, tuned, tmp_path / "out", Settings(), report=lambda done, total: reported.append(done))
+    assert reported[0] == 5
+    assert reported[-1] == len(done.parts)
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(Killed):
         extract(base, tuned, tmp_path / "other", Settings(), report=kill_at_five)
-    extract(base, tuned, tmp_path / "other", Settings((FixedRank(2),)), report=lambda done, total: heard.append(done))
-    assert heard[len(done.parts) - 4] == 0, "other settings begin anew"
+    extract(
+        base, tuned, tmp_path / "other", Settings((FixedRank(2),)), report=lambda done, total: reported.append(done)
+    )
+    assert reported[len(done.parts) - 4] == 0, "other settings start from the beginning"
 
 
 def test_bad_pairs_are_refused_and_nothing_is_left(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -301,7 +303,7 @@ def test_weights_that_are_not_finite_are_named(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned"}
 
 
-def test_missing_and_truncated_shards_are_told(pair: Callable[..., tuple[Path, Path]]) -> None:
+def test_missing_and_truncated_shards_are_reported(pair: Callable[..., tuple[Path, Path]]) -> None:
     base, tuned = pair(*LLAMA, max_shard_size="20KB")
     shard = sorted(tuned.glob("*.safetensors"))[1]
     content = shard.read_bytes()
@@ -313,17 +315,17 @@ def test_missing_and_truncated_shards_are_told(pair: Callable[..., tuple[Path, P
         run(base, tuned)
 
 
-def test_bad_settings_are_told(pair: Callable[..., tuple[Path, Path]]) -> None:
-    with pytest.raises(ConfigError, match="no regular expression"):
+def test_bad_settings_are_refused(pair: Callable[..., tuple[Path, Path]]) -> None:
+    with pytest.raises(ConfigError, match="not a regular expression"):
         Settings(include="(")
     with pytest.raises(ConfigError, match="twice"):
         Settings((FixedRank(2), FixedRank(2)))
-    with pytest.raises(ConfigError, match="too small for a single rank"):
+    with pytest.raises(ConfigError, match="too small for a rank of 1"):
         run(*pair(*LLAMA), Budget(3))
 
 
 @pytest.mark.parametrize("limit_bytes", [0, 2000, 9000])
-def test_full_disk_is_told_and_no_output_is_there(
+def test_full_disk_is_reported_and_leaves_no_output(
     pair: Callable[..., tuple[Path, Path]], tmp_path: Path, limit_bytes: int
 ) -> None:
     import resource
@@ -342,7 +344,7 @@ def test_full_disk_is_told_and_no_output_is_there(
     assert run(base, tuned).folder.exists()
 
 
-def test_quantised_weights_are_listed_not_misread(pair: Callable[..., tuple[Path, Path]]) -> None:
+def test_quantised_weights_are_listed_and_not_misread(pair: Callable[..., tuple[Path, Path]]) -> None:
     base, tuned = pair(*LLAMA)
     tensors = load_file(tuned / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"

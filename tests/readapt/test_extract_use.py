@@ -1,4 +1,4 @@
-"""What an extraction is for: serving it, verifying it, making it from the command line and on a cluster."""
+"""Extracted adapters in use: served, verified, and made from the command line and on a cluster."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ ROWS = [{"prompt": f"{n} plus {n} is ", "completion": str(2 * n)} for n in range
 
 
 def tune(base: Path, tuned: Path, rank: int | None, with_head: bool = False) -> Path:
-    """A tuned version: linears changed by `evolve`, and on request embedding and head too."""
+    """Write a tuned version: `evolve` changes the linears; `with_head` changes embedding and head too."""
     evolve(base, tuned, rank=rank, scale=0.4)
     if with_head:
         model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
@@ -59,14 +59,14 @@ def run(base: Path, tuned: Path, *rules: FixedRank | EnergyShare) -> Extraction:
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_engine_with_the_adapter_writes_what_the_tuned_model_writes(tmp_path: Path, is_tied: bool) -> None:
+def test_engine_with_the_adapter_generates_the_tokens_of_the_tuned_model(tmp_path: Path, is_tied: bool) -> None:
     base = make_checkpoint(tmp_path / "base", tie_word_embeddings=is_tied)
     tuned = tune(base, tmp_path / "tuned", rank=5, with_head=True)
     adapter = load_adapter(run(base, tuned, FixedRank(16)).folder)
     assert {"model.embed_tokens", "lm_head"} <= adapter.factors.keys()
     prompt = tuple(range(40, 60))
 
-    def written(folder: Path, ref: AdapterRef | None) -> list[int]:
+    def generated(folder: Path, ref: AdapterRef | None) -> list[int]:
         engine = Engine.open(folder, ServingConfig(memory_bytes=8 << 20))
         if ref is not None:
             engine.add_adapter(ref, adapter)
@@ -76,11 +76,11 @@ def test_engine_with_the_adapter_writes_what_the_tuned_model_writes(tmp_path: Pa
             tokens += [token for event in engine.step() for token in event.tokens]
         return tokens
 
-    ours, theirs = written(base, AdapterRef("hash", "extracted", 1, "blob")), written(tuned, None)
-    assert ours == theirs != written(base, None)
+    ours, theirs = generated(base, AdapterRef("hash", "extracted", 1, "blob")), generated(tuned, None)
+    assert ours == theirs != generated(base, None)
 
 
-def test_verification_tells_how_near_each_rank_comes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_verification_measures_how_close_each_rank_comes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     done = run(*pair, FixedRank(2), EnergyShare(0.999))
     found = verify(done, *pair, write_rows(tmp_path / "rows.jsonl", ROWS))
     by_label = found["adapters"]
@@ -96,7 +96,7 @@ def test_verification_tells_how_near_each_rank_comes(pair: tuple[Path, Path], tm
     assert whole["base"]["kl"] > 0.01
 
 
-def test_rows_that_cannot_be_used_are_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unusable_rows_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     done = run(*pair, FixedRank(2))
     for content in ("{", '{"question": "?"}', "", "[1]"):
         (tmp_path / "rows.jsonl").write_text(content)
@@ -127,7 +127,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
-def test_spread_over_a_cluster_it_is_the_same_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_cluster_extracts_the_same_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:
     from readapt.on_ray import spread
 
     base, tuned = (open_checkpoint(folder) for folder in pair)
