@@ -12,7 +12,8 @@ from readapt.ladder.relabel import PROMPTS
 from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows
 from readapt.training.evaluate import Evaluator, Metric
 from readapt.training.lora import blank, linear_shapes, load_base
-from readapt.training.train import RunSettings, TrainingRun, fine_tune
+from readapt.training.training_group import fine_tune
+from readapt.training.training_run import RunSettings, TrainingRun
 
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 3e-3
@@ -117,7 +118,7 @@ def _train(task: BenchTask, seed: int, base: Path, kit: Path) -> Adapter:
     model, encoder = load_base(base), encoder_for(base, task.max_tokens)
     rows = load_bench_task(task, kit, encoder)
     steps = task.specialist_steps
-    plan = RunSettings(
+    settings = RunSettings(
         steps,
         LEARNING_RATE,
         task.specialist_rows,
@@ -127,4 +128,4 @@ def _train(task: BenchTask, seed: int, base: Path, kit: Path) -> Adapter:
     )
     evaluate = Evaluator(model, encoder, rows.valid[:64], "exact_match")  # at the start and the end: nobody asks
     start = blank(linear_shapes(model), RANK, ALPHA, seed=seed)
-    return fine_tune(model, TrainingRun(start, encoder.encode_all(rows.train), plan, evaluate)).last
+    return fine_tune(model, TrainingRun(start, encoder.encode_all(rows.train), settings, evaluate)).last

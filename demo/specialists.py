@@ -16,7 +16,8 @@ from cluster.adapter_files import save_adapter
 from readapt.training.data import encoder_for, load_rows
 from readapt.training.evaluate import Evaluator, judge
 from readapt.training.lora import blank, linear_shapes, load_base
-from readapt.training.train import RunSettings, TrainingRun, fine_tune
+from readapt.training.training_group import fine_tune
+from readapt.training.training_run import RunSettings, TrainingRun
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -62,10 +63,10 @@ def train_specialist(spec: Specialist, base: Path, data: Path, target: Path) -> 
     valid = load_rows(data / "valid.jsonl")[: spec.valid_rows]
     start = blank(linear_shapes(model), spec.rank, spec.alpha, spec.is_rslora, spec.modules, spec.seed)
     rows = encoder.encode_all(load_rows(data / "train.jsonl"))
-    plan = RunSettings(
+    settings = RunSettings(
         spec.steps, spec.learning_rate, spec.batch_rows, eval_every=max(1, spec.steps // 4), seed=spec.seed
     )
-    result = fine_tune(model, TrainingRun(start, rows, plan, Evaluator(model, encoder, valid, "exact_match")))
+    result = fine_tune(model, TrainingRun(start, rows, settings, Evaluator(model, encoder, valid, "exact_match")))
     save_adapter(result.best, target)
     return judge(model, result.best, encoder, valid, spec.metric).quality
 

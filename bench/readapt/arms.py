@@ -37,7 +37,7 @@ from readapt.lowrank.delta import base_evolution
 from readapt.training.data import encoder_for, load_task
 from readapt.training.evaluate import Gate
 from readapt.training.lora import load_base
-from readapt.training.train import CurvePoint
+from readapt.training.training_run import CurvePoint
 
 TOLERANCE_POINTS = 0.5
 # About the best for all arms: the time to readiness of a run of T steps that is evaluated every k steps, each at the

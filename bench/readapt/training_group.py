@@ -18,7 +18,8 @@ from cluster.adapter_files import Adapter
 from readapt.training.data import Encoded
 from readapt.training.evaluate import Evaluation
 from readapt.training.lora import blank, linear_shapes, load_base
-from readapt.training.train import RunSettings, TrainingGroup, TrainingRun
+from readapt.training.training_group import TrainingGroup
+from readapt.training.training_run import RunSettings, TrainingRun
 
 NUM_ROWS = 256
 COMPLETION_TOKENS = 4

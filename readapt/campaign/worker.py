@@ -19,7 +19,8 @@ from readapt.ladder.relabel import PROMPTS, is_data_free, load_prompts, relabell
 from readapt.training.data import Encoder, Task, encoder_for, joined, load_rows
 from readapt.training.evaluate import Gate, Metric, judge
 from readapt.training.lora import load_base
-from readapt.training.train import BrokenRunError, CurvePoint, End, Failure, TrainingGroup, TrainingRun
+from readapt.training.training_group import TrainingGroup
+from readapt.training.training_run import BrokenRunError, CurvePoint, End, Failure, TrainingRun
 
 NUM_OLD_BASES_HELD = 2  # beside the new one; adapters seldom come from more
 

@@ -18,9 +18,7 @@ from readapt.continual.directions import PAPER, Decoupled, Decoupling, Direction
 from readapt.continual.moments import contrasting, input_moments, with_moments
 from readapt.training.data import shuffled_batches
 from readapt.training.lora import blank
-from readapt.training.schedule import learning_rate
-
-MAX_GRADIENT_NORM = 1.0
+from readapt.training.optimiser import MAX_GRADIENT_NORM, learning_rate
 
 MethodName = Literal["recall", "contrast", "paper", "distil", "code"]
 RowT = TypeVar("RowT", contravariant=True)

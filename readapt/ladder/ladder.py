@@ -32,7 +32,8 @@ from readapt.lowrank.delta import cosine
 from readapt.training.data import EncodedRows, Encoder, Task
 from readapt.training.evaluate import Evaluation, Evaluator, Gate, Metric, Watcher, golden
 from readapt.training.lora import attached, blank_like, row_norms
-from readapt.training.train import BrokenRunError, CurvePoint, End, RunSettings, TrainingResult, TrainingRun, fine_tune
+from readapt.training.training_group import fine_tune
+from readapt.training.training_run import BrokenRunError, CurvePoint, End, RunSettings, TrainingResult, TrainingRun
 
 RUNGS = ("copy", "transplant", "wide", "fused", "short", "full", "scratch")
 FAR_POINTS = 3.0  # less than this a short training makes up for; measured: 8 points took it 440 steps

@@ -17,7 +17,8 @@ from readapt.lowrank.svd import decompose
 from readapt.training.data import Encoder, Row
 from readapt.training.evaluate import Evaluation, Verdict
 from readapt.training.lora import blank_like, row_norms
-from readapt.training.train import CurvePoint, RunSettings, TrainingResult, TrainingRun, fine_tune, go_on
+from readapt.training.training_group import fine_tune
+from readapt.training.training_run import CurvePoint, RunSettings, TrainingResult, TrainingRun, go_on
 
 SCRATCH_WARMUP_SHARE = 0.02
 

@@ -1,7 +1,4 @@
-"""Greedy decoding of many prompts on a Hugging Face model.
-
-Shape letters: B rows, T tokens.
-"""
+"""Greedy decoding of many prompts on a Hugging Face model."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -12,12 +9,12 @@ from transformers import DynamicCache
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder
 
-KEPT_SHARE = 0.75
+KEPT_SHARE = 0.75  # finished rows leave the batch once at most this share of its rows is unfinished
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written; `is_finished` where a stop token was, rather than the last token allowed."""
+    """A generated text. `is_finished` says whether a stop token ended it, and not the limit of tokens."""
 
     text: str
     is_finished: bool
@@ -26,14 +23,14 @@ class Answer:
 def greedy(
     model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int, batch_rows: int
 ) -> list[str]:
-    """Texts that follow each prompt, up to a stop token or `max_tokens`; at most `batch_rows` side by side."""
+    """Return the text that follows each prompt, up to a stop token or `max_tokens`; at most `batch_rows` at once."""
     return [answer.text for answer in greedy_answers(model, encoder, prompts, max_tokens, batch_rows)]
 
 
 def greedy_answers(
     model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int, batch_rows: int
 ) -> list[Answer]:
-    """The same, with whether each came to an end."""
+    """Like `greedy`, but also say whether each answer is finished."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, Answer] = {}
     for start in range(0, len(order), batch_rows):
@@ -45,12 +42,14 @@ def greedy_answers(
 
 @torch.no_grad()
 def _greedy_batch(model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
-    """Rows leave the batch as they end, once a quarter of it has: taking them out copies the keys and values."""
-    width, stops = max(map(len, prompts)), _stop_ids(model, encoder)
+    """Decode one batch. Finished rows leave it a quarter at a time, because that copies the keys and values."""
+    width = max(map(len, prompts))
+    stops = _stop_ids(model, encoder)
     input_ids_BT = torch.tensor([[encoder.eos_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     is_token_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     positions_BT = (is_token_BT.cumsum(1) - 1).clamp_min(0)
-    cache, rows = DynamicCache(config=model.config), list(range(len(prompts)))
+    cache = DynamicCache(config=model.config)
+    rows = list(range(len(prompts)))  # the prompts that are still in the batch
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_tokens):
         next_B = (
@@ -69,7 +68,8 @@ def _greedy_batch(model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[
         going = [place for place, row in enumerate(rows) if stops.isdisjoint(written[row])]
         if not going:
             break
-        input_ids_BT, positions_BT = next_B[:, None], positions_BT[:, -1:] + 1
+        input_ids_BT = next_B[:, None]
+        positions_BT = positions_BT[:, -1:] + 1
         is_token_BT = torch.cat([is_token_BT, torch.ones_like(input_ids_BT)], dim=1)
         if len(going) <= KEPT_SHARE * len(rows):
             kept_B = torch.tensor(going, device=model.device)

@@ -1,7 +1,4 @@
-"""LoRA on a Hugging Face model: trainable factors beside frozen linears, without touching the model's own weights.
-
-Shape letters: D in, F out, R rank.
-"""
+"""LoRA on a Hugging Face model: trainable factors beside frozen linears. The model's own weights stay as they are."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,15 +13,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from cluster.adapter_files import Adapter, LoraFactors, check_fits
 from cluster.checkpoints import open_checkpoint
 from readapt.training.causal_lm import CausalLM
-from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, flatten
+from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, values_of
 
 
 def load_base(folder: Path, device: str | torch.device = "cpu") -> CausalLM:
-    """Loads a checkpoint as a frozen float32 Hugging Face causal LM in eval mode.
+    """Load a checkpoint as a frozen float32 Hugging Face causal LM in eval mode.
 
-    Of its generation settings only the stop tokens are kept: a repetition penalty, say, which many checkpoints come
-    with, would bend greedy decoding away from what an engine answers, for whom only the request's own settings count.
-    InvalidCheckpointError where the folder is no complete checkpoint.
+    Of its generation settings only the stop tokens are kept. Many checkpoints set others, such as a repetition
+    penalty, but the engine uses only those of the request. Greedy answers made with them would differ from the engine's.
+    InvalidCheckpointError if the folder is not a complete checkpoint.
     """
     open_checkpoint(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
@@ -33,18 +30,18 @@ def load_base(folder: Path, device: str | torch.device = "cpu") -> CausalLM:
 
 
 def linear_shapes(model: CausalLM) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear inside the model's layers, by module path; the head is not among them."""
+    """Return (out, in) of every linear in the model's layers, by module path. The head is left out."""
     modules = model.named_modules()
     return {n: (m.out_features, m.in_features) for n, m in modules if isinstance(m, nn.Linear) and ".layers." in n}
 
 
 def row_norms(model: CausalLM, modules: Iterable[str]) -> dict[str, Tensor]:
-    """Norm [F] of each row of these linears' weights, on the CPU: the magnitudes of a DoRA that adds nothing."""
+    """Return the norm [F] of each weight row of these linears, on the CPU: the magnitudes of a DoRA that adds nothing."""
     return {n: torch.linalg.vector_norm(model.get_submodule(n).weight.detach().float(), dim=1).cpu() for n in modules}
 
 
 class LoraWeights:
-    """Owner of the trainable factors of one adapter on one model; made by `attach`, undone by `detach`."""
+    """The trainable factors of one adapter on a model, from `attach` until `detach`."""
 
     def __init__(self, model: CausalLM, adapter: Adapter):
         self._model = model
@@ -52,41 +49,41 @@ class LoraWeights:
         self.load(adapter)
 
     def load(self, adapter: Adapter) -> None:
-        """Puts another adapter in place of the present one; modules and ranks may differ. Parameters are new ones.
+        """Replace the present adapter by another, whose modules and ranks may differ. `parameters` are then new tensors.
 
-        InvalidAdapterError where the adapter does not fit the model.
+        InvalidAdapterError if the adapter does not fit the model.
         """
         check_fits(adapter, linear_shapes(self._model))
-        self._stack = LoraStack([adapter], flatten(adapter)[None].to(self._model.device))
+        self._stack = LoraStack([adapter], values_of(adapter)[None].to(self._model.device))
         self._hooks.segments = (Segment(self._stack, ALL_ROWS),)
-        self._hooks.cover(adapter.factors)
+        self._hooks.set_modules(adapter.factors)
 
     @property
     def modules(self) -> list[str]:
-        """Paths of the adapted modules, in order."""
+        """The paths of the adapted modules, in order."""
         return list(self._stack.factors)
 
     def parameters(self) -> list[Tensor]:
-        """Every A [1, R, D], every B transposed [1, R, F], every magnitude of DoRA [1, F]; in order of `modules`."""
+        """Return every A [1, R, D], every B transposed [1, R, F], every DoRA magnitude [1, F], in order of `modules`."""
         return self._stack.parameters()
 
     def export(self) -> Adapter:
-        """A copy of the present factors as an adapter on the CPU."""
+        """Return a copy of the present factors as an adapter on the CPU."""
         return self._stack.adapter(0)
 
     def detach(self) -> None:
-        """Takes the adapter off the model, which then computes what the bare base computes."""
-        self._hooks.cover(())
+        """Take the adapter off the model, which then computes what the bare base computes."""
+        self._hooks.set_modules(())
 
 
 def attach(model: CausalLM, adapter: Adapter) -> LoraWeights:
-    """Puts an adapter on a model. InvalidAdapterError where it does not fit."""
+    """Put an adapter on a model. InvalidAdapterError if it does not fit."""
     return LoraWeights(model, adapter)
 
 
 @contextmanager
 def attached(model: CausalLM, adapter: Adapter) -> Iterator[LoraWeights]:
-    """An adapter on a bare model for as long as the block lasts; the model is bare again afterwards, come what may."""
+    """Put an adapter on a bare model for the length of the block. The model is bare again afterwards, even on errors."""
     lora = attach(model, adapter)
     try:
         yield lora
@@ -103,10 +100,10 @@ def blank(
     seed: int = 0,
     norms: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """An untrained adapter: A from PEFT's uniform distribution (bound 1/sqrt(D)), B zero.
+    """Return an untrained adapter: A from PEFT's uniform distribution (bound 1/sqrt(D)), B zero.
 
-    `shapes` is (out, in) by module path; `modules` are kinds such as "q_proj" (None: all of `shapes`). With `norms`,
-    the `row_norms` of the base, it is DoRA.
+    `shapes` is (out, in) by module path. `modules` are kinds such as "q_proj" (None: all of `shapes`). With `norms`,
+    the `row_norms` of the base, the adapter is DoRA.
     """
     chosen = [name for name in sorted(shapes) if modules is None or name.rsplit(".", 1)[-1] in modules]
     scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -119,9 +116,9 @@ def blank(
 
 
 def blank_like(adapter: Adapter, seed: int, norms: Mapping[str, Tensor] | None = None) -> Adapter:
-    """An untrained adapter with the modules, ranks, scalings and kind of `adapter`.
+    """Return an untrained adapter with the modules, ranks, scalings and kind of `adapter`.
 
-    Of DoRA the magnitudes are `norms`, the `row_norms` of the base that it is for; required then.
+    DoRA needs `norms`, the `row_norms` of the base that the adapter is for; they are its magnitudes.
     """
     assert norms is not None or not adapter.is_dora, "DoRA starts from the norms of its base"
     generator = torch.Generator().manual_seed(seed)

@@ -1,9 +1,8 @@
-"""Adapters of one layout side by side on a model: one batched product where there would be K small ones.
+"""Several adapters of one layout side by side on a model: one batched product instead of one small product each.
 
-All values of an adapter are one row of a K x N tensor, and so are its gradients: whatever is done to each adapter on
-its own (clipping, AdamW, the pull) is one operation on rows. B lies transposed, R x F, which is how the skinny products
-of both passes run fastest. Shape letters: K adapters, N values of one adapter, B rows of the batch, T tokens, M tokens
-of one adapter in the batch, D in, F out, R rank.
+All values of an adapter are one row of an A x Z tensor, and so are its gradients. Clipping, AdamW and the pull treat
+each adapter separately, yet each is one operation on rows. B is stored transposed, R x F: both passes run their skinny
+products fastest in this layout. U in shapes here: the tokens of one adapter in the batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,25 +18,25 @@ from cluster.adapter_files import Adapter
 from readapt.training.causal_lm import CausalLM
 
 ALL_ROWS = slice(None)
-Layout = tuple[tuple[str, tuple[int, int], int, bool], ...]  # by module: path, shape (out, in), rank, is it DoRA
+Layout = tuple[tuple[str, tuple[int, int], int, bool], ...]  # of each module: path, shape (out, in), rank, is it DoRA
 
 
 def layout_of(adapter: Adapter) -> Layout:
-    """What two adapters must have in common to be stacked."""
+    """Return what two adapters must have in common to share a `LoraStack`."""
     return tuple((name, f.shape, f.rank, f.magnitude_F is not None) for name, f in adapter.factors.items())
 
 
-def flatten(adapter: Adapter) -> Tensor:
-    """All values of an adapter as one float32 vector [N]: every A, then every B transposed, then every magnitude."""
+def values_of(adapter: Adapter) -> Tensor:
+    """Return all values of an adapter as one float32 vector [Z]: every A, every B transposed, every magnitude."""
     factors = adapter.factors.values()
     magnitudes = [f.magnitude_F for f in factors if f.magnitude_F is not None]
     tensors = [*(f.a_RD for f in factors), *(f.b_FR.T for f in factors), *magnitudes]
     return torch.cat([t.detach().reshape(-1).to(torch.float32) for t in tensors])
 
 
-def _unflatten(vector_N: Tensor, like: Adapter) -> Adapter:
-    """The adapter whose `flatten` is this vector; what is not a value (scalings, kind, base model) is from `like`."""
-    a, b, magnitudes = _split(vector_N[None], like)
+def _with_values(template: Adapter, values_Z: Tensor) -> Adapter:
+    """Return the adapter whose `values_of` are `values_Z`, with the scalings, kind and base model of `template`."""
+    a, b, magnitudes = _views(values_Z[None], template)
     factors = {
         name: replace(
             f,
@@ -45,18 +44,18 @@ def _unflatten(vector_N: Tensor, like: Adapter) -> Adapter:
             b_FR=b[name][0].T.contiguous(),
             magnitude_F=magnitudes[name][0].clone() if name in magnitudes else None,
         )
-        for name, f in like.factors.items()
+        for name, f in template.factors.items()
     }
-    return replace(like, factors=factors)
+    return replace(template, factors=factors)
 
 
-def _split(values_KN: Tensor, like: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Views of the rows, by module: A [K, R, D], B transposed [K, R, F], and the magnitudes [K, F] where there are."""
-    a = {name: (f.rank, f.shape[1]) for name, f in like.factors.items()}
-    b = {name: (f.rank, f.shape[0]) for name, f in like.factors.items()}
-    magnitudes = {name: (f.shape[0],) for name, f in like.factors.items() if f.magnitude_F is not None}
+def _views(values_AZ: Tensor, template: Adapter) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return views of the rows by module: A [A, R, D], B transposed [A, R, F], and DoRA's magnitudes [A, F]."""
+    a = {name: (f.rank, f.shape[1]) for name, f in template.factors.items()}
+    b = {name: (f.rank, f.shape[0]) for name, f in template.factors.items()}
+    magnitudes = {name: (f.shape[0],) for name, f in template.factors.items() if f.magnitude_F is not None}
     num_values = [torch.Size(shape).numel() for part in (a, b, magnitudes) for shape in part.values()]
-    views = iter(values_KN.split(num_values, dim=1))
+    views = iter(values_AZ.split(num_values, dim=1))
     a_views, b_views, magnitude_views = (
         {name: next(views).unflatten(1, shape) for name, shape in part.items()} for part in (a, b, magnitudes)
     )
@@ -65,46 +64,47 @@ def _split(values_KN: Tensor, like: Adapter) -> tuple[dict[str, Tensor], dict[st
 
 @dataclass(frozen=True)
 class StackedFactors:
-    """One module's factors of all adapters of a stack, as leaves of the autograd graph."""
+    """One module's factors of all adapters of a stack. They are leaves of the autograd graph."""
 
-    a_KRD: Tensor
-    b_KRF: Tensor
-    magnitude_KF: Tensor | None
-    scaling_K11: Tensor
+    a_ARD: Tensor
+    b_ARF: Tensor
+    magnitude_AF: Tensor | None
+    scaling_A11: Tensor
 
     def only(self, member: int) -> "StackedFactors":
-        """The same for one adapter; K is then 1."""
+        """Return the factors of one adapter, with A = 1."""
         chosen = slice(member, member + 1)
-        magnitude_KF = None if self.magnitude_KF is None else self.magnitude_KF[chosen]
-        return StackedFactors(self.a_KRD[chosen], self.b_KRF[chosen], magnitude_KF, self.scaling_K11[chosen])
+        magnitude_AF = None if self.magnitude_AF is None else self.magnitude_AF[chosen]
+        return StackedFactors(self.a_ARD[chosen], self.b_ARF[chosen], magnitude_AF, self.scaling_A11[chosen])
 
 
 class LoraStack:
-    """Owner of the values of K adapters of one layout. Values change in place; the number of adapters does not.
+    """The values of several adapters of one layout. Values change in place; the number of adapters is fixed.
 
-    `likes` say what is not a value: layout, scalings, kind. Row k of `values_KN` is adapter k as `flatten` lays it out.
+    Row i of `values_AZ` is adapter i as `values_of` lays it out. `templates[i]` gives its layout, scalings and kind.
     """
 
-    def __init__(self, likes: Sequence[Adapter], values_KN: Tensor):
-        assert len({layout_of(like) for like in likes}) == 1, "adapters of one layout"
-        assert len(likes) == len(values_KN)
-        self._likes = tuple(likes)
-        self.values_KN = values_KN
-        self._leaves = [{n: nn.Parameter(view) for n, view in part.items()} for part in _split(values_KN, likes[0])]
-        self.factors = {name: self._stacked(name) for name in likes[0].factors}
+    def __init__(self, templates: Sequence[Adapter], values_AZ: Tensor):
+        assert len({layout_of(template) for template in templates}) == 1, "adapters of one layout"
+        assert len(templates) == len(values_AZ)
+        self._templates = tuple(templates)
+        self.values_AZ = values_AZ
+        parts = _views(values_AZ, templates[0])
+        self._leaves = [{name: nn.Parameter(view) for name, view in part.items()} for part in parts]
+        self.factors = {name: self._stacked(name) for name in templates[0].factors}
 
     def _stacked(self, name: str) -> StackedFactors:
         a, b, magnitudes = self._leaves
-        scalings = [like.factors[name].scaling for like in self._likes]
-        scaling_K11 = torch.tensor(scalings, device=self.values_KN.device)[:, None, None]
-        return StackedFactors(a[name], b[name], magnitudes.get(name), scaling_K11)
+        scalings = [template.factors[name].scaling for template in self._templates]
+        scaling_A11 = torch.tensor(scalings, device=self.values_AZ.device)[:, None, None]
+        return StackedFactors(a[name], b[name], magnitudes.get(name), scaling_A11)
 
     def parameters(self) -> list[Tensor]:
-        """Every A [K, R, D], every B transposed [K, R, F], every magnitude [K, F]; in order of the modules' paths."""
+        """Return every A [A, R, D], every B transposed [A, R, F], every magnitude [A, F], in order of the modules."""
         return [leaf for part in self._leaves for leaf in part.values()]
 
     def take_gradients(self) -> Tensor:
-        """Gradients [K, N] of all backward passes since the last call, laid out as the values."""
+        """Return the gradients [A, Z] summed since the last call, in the layout of the values, and clear them."""
         leaves = self.parameters()
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         for leaf in leaves:
@@ -112,34 +112,34 @@ class LoraStack:
         return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
 
     def adapter(self, member: int) -> Adapter:
-        """A copy of one adapter as it is now, on the CPU."""
-        return _unflatten(self.values_KN[member].cpu(), self._likes[member])
+        """Return a copy of one adapter on the CPU."""
+        return _with_values(self._templates[member], self.values_AZ[member].cpu())
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Which rows of a batch go through which adapters: one `member` of the stack, or (None) all, in equal shares."""
+    """Rows of a batch and the adapters they run: `member` of the stack, or all in equal shares if it is None."""
 
     stack: LoraStack
     rows: slice
     member: int | None = None
 
     def factors(self, module: str) -> StackedFactors:
-        """What the rows go through at this module."""
+        """Return the factors that these rows run at this module."""
         stacked = self.stack.factors[module]
         return stacked if self.member is None else stacked.only(self.member)
 
 
 class LoraHooks:
-    """Owner of the forward hooks by which the linears of a model also run the adapters of `segments`."""
+    """The forward hooks that make the linears of a model also run the adapters of `segments`."""
 
     def __init__(self, model: CausalLM):
         self._model = model
         self._handles: dict[str, RemovableHandle] = {}
         self.segments: tuple[Segment, ...] = ()
 
-    def cover(self, modules: Iterable[str]) -> None:
-        """Hooks these modules and no others."""
+    def set_modules(self, modules: Iterable[str]) -> None:
+        """Put hooks on these modules and take them off all others."""
         wanted = set(modules)
         for name in self._handles.keys() - wanted:
             self._handles.pop(name).remove()
@@ -148,7 +148,7 @@ class LoraHooks:
 
     @contextmanager
     def running(self, *segments: Segment) -> Iterator[None]:
-        """Within it the model runs these segments; outside it is bare."""
+        """Run these segments inside the block; outside it the model computes what the bare base computes."""
         self.segments = segments
         try:
             yield
@@ -164,40 +164,42 @@ class LoraHooks:
 
 
 def _adapted(linear: nn.Linear, x_BTD: Tensor, y_BTF: Tensor, parts: Sequence[tuple[slice, StackedFactors]]) -> Tensor:
-    rows, scalings = [r for r, _ in parts], [f.scaling_K11 for _, f in parts]
-    y_BTF = _AddDelta.apply(y_BTF, x_BTD, rows, scalings, *(t for _, f in parts for t in (f.a_KRD, f.b_KRF)))
-    if all(f.magnitude_KF is None for _, f in parts):
+    rows = [part_rows for part_rows, _ in parts]
+    scalings = [factors.scaling_A11 for _, factors in parts]
+    y_BTF = _AddDelta.apply(y_BTF, x_BTD, rows, scalings, *(t for _, f in parts for t in (f.a_ARD, f.b_ARF)))
+    if all(f.magnitude_AF is None for _, f in parts):
         return y_BTF
     gain_B1F = _gains(linear.weight, y_BTF, parts)
     return y_BTF * gain_B1F if linear.bias is None else (y_BTF - linear.bias) * gain_B1F + linear.bias
 
 
 def _gains(weight_FD: Tensor, y_BTF: Tensor, parts: Sequence[tuple[slice, StackedFactors]]) -> Tensor:
-    """What DoRA multiplies each row's outputs by: magnitude over norm; 1 in rows without DoRA."""
+    """Return DoRA's factor for each row's outputs, magnitude / norm; it is 1 in rows without DoRA."""
     gain_B1F = torch.ones_like(y_BTF[:, :1])
     for rows, factors in parts:
-        if factors.magnitude_KF is not None:
-            gain_KF = factors.magnitude_KF / _adapted_norms(weight_FD, factors)
-            num_rows = len(gain_B1F[rows]) // len(gain_KF)
-            gain_B1F[rows] = gain_KF.repeat_interleave(num_rows, dim=0)[:, None]
+        if factors.magnitude_AF is not None:
+            gain_AF = factors.magnitude_AF / _adapted_norms(weight_FD, factors)
+            num_rows = len(gain_B1F[rows]) // len(gain_AF)
+            gain_B1F[rows] = gain_AF.repeat_interleave(num_rows, dim=0)[:, None]
     return gain_B1F
 
 
 @torch.no_grad()
 def _adapted_norms(weight_FD: Tensor, factors: StackedFactors) -> Tensor:
-    """Norm [K, F] of each row of W + scaling * B A, without forming it; a constant to the gradient (DoRA, section 4.3).
+    """Return the norm [A, F] of each row of W + scaling * B A. It is a constant to the gradient (DoRA, section 4.3).
 
-    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for a row w of W and b of B.
+    The sum is never formed: |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for a row w of W and b of B.
     """
-    a_KRD, b_KRF = factors.a_KRD, factors.b_KRF * factors.scaling_K11
-    cross_KRF = 2 * (a_KRD @ weight_FD.T) + (a_KRD @ a_KRD.mT) @ b_KRF
-    return ((b_KRF * cross_KRF).sum(1) + weight_FD.square().sum(1)).clamp(min=0).sqrt()
+    a_ARD, b_ARF = factors.a_ARD, factors.b_ARF * factors.scaling_A11
+    cross_ARF = 2 * (a_ARD @ weight_FD.T) + (a_ARD @ a_ARD.mT) @ b_ARF
+    return ((b_ARF * cross_ARF).sum(1) + weight_FD.square().sum(1)).clamp(min=0).sqrt()
 
 
 class _AddDelta(torch.autograd.Function):
-    """Adds `scaling * x A^T B^T` to the rows of y in place, each part with its own factors.
+    """Add `scaling * x A^T B^T` to the rows of y in place, with each part's own factors.
 
-    By hand, because what autograd makes of these products runs in slow layouts. `factors`: A and B of each part.
+    Written by hand because autograd's version of these products runs in slow layouts. `factors` are A and B of each
+    part in turn.
     """
 
     @staticmethod
@@ -205,11 +207,11 @@ class _AddDelta(torch.autograd.Function):
         ctx: Any, y_BTF: Tensor, x_BTD: Tensor, rows: list[slice], scalings: list[Tensor], *factors: Tensor
     ) -> Tensor:
         z_parts = []
-        for part, scaling_K11, a_KRD, b_KRF in zip(rows, scalings, factors[::2], factors[1::2], strict=True):
-            x_KMD = _by_adapter(x_BTD[part], len(a_KRD))
-            z_KRM = (a_KRD @ x_KMD.mT).mul_(scaling_K11)
-            y_BTF[part].view(*x_KMD.shape[:2], -1).baddbmm_(z_KRM.mT, b_KRF)
-            z_parts.append(z_KRM)
+        for part, scaling_A11, a_ARD, b_ARF in zip(rows, scalings, factors[::2], factors[1::2], strict=True):
+            x_AUD = _by_adapter(x_BTD[part], len(a_ARD))
+            z_ARU = (a_ARD @ x_AUD.mT).mul_(scaling_A11)
+            y_BTF[part].view(*x_AUD.shape[:2], -1).baddbmm_(z_ARU.mT, b_ARF)
+            z_parts.append(z_ARU)
         ctx.mark_dirty(y_BTF)
         ctx.save_for_backward(x_BTD, *factors, *z_parts)
         ctx.rows, ctx.scalings = rows, scalings
@@ -217,27 +219,29 @@ class _AddDelta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        [dy_BTF], (x_BTD, *saved), num_parts = gradients, ctx.saved_tensors, len(ctx.rows)
+        [dy_BTF] = gradients
+        x_BTD, *saved = ctx.saved_tensors
+        num_parts = len(ctx.rows)
         a_parts, b_parts, z_parts = saved[:-num_parts:2], saved[1:-num_parts:2], saved[-num_parts:]
-        dx_BTD = _room_for(ctx.rows, x_BTD) if ctx.needs_input_grad[1] else None
+        dx_BTD = _empty_gradient(ctx.rows, x_BTD) if ctx.needs_input_grad[1] else None
         d_factors: list[Tensor] = []
-        for part, scaling_K11, a_KRD, b_KRF, z_KRM in zip(
+        for part, scaling_A11, a_ARD, b_ARF, z_ARU in zip(
             ctx.rows, ctx.scalings, a_parts, b_parts, z_parts, strict=True
         ):
-            x_KMD, dy_KMF = (_by_adapter(t[part], len(a_KRD)) for t in (x_BTD, dy_BTF))
-            dz_KRM = (b_KRF @ dy_KMF.mT).mul_(scaling_K11)
-            d_factors += [dz_KRM @ x_KMD, z_KRM @ dy_KMF]
+            x_AUD, dy_AUF = (_by_adapter(t[part], len(a_ARD)) for t in (x_BTD, dy_BTF))
+            dz_ARU = (b_ARF @ dy_AUF.mT).mul_(scaling_A11)
+            d_factors += [dz_ARU @ x_AUD, z_ARU @ dy_AUF]
             if dx_BTD is not None:
-                torch.bmm(dz_KRM.mT, a_KRD, out=dx_BTD[part].view(x_KMD.shape))
+                torch.bmm(dz_ARU.mT, a_ARD, out=dx_BTD[part].view(x_AUD.shape))
         return dy_BTF, dx_BTD, None, None, *d_factors
 
 
 def _by_adapter(rows_BTD: Tensor, num_adapters: int) -> Tensor:
-    """[K, M, D]: the rows shared out evenly among the adapters, in order."""
+    """Return the rows as [A, U, D]: equally many in turn for each adapter."""
     return rows_BTD.reshape(num_adapters, -1, rows_BTD.shape[-1])
 
 
-def _room_for(rows: Sequence[slice], x_BTD: Tensor) -> Tensor:
-    """For the gradient of x: zero where no part will write."""
+def _empty_gradient(rows: Sequence[slice], x_BTD: Tensor) -> Tensor:
+    """Return memory for the gradient of x, which is zero in rows that no part writes to."""
     is_covered = sum(len(range(*part.indices(len(x_BTD)))) for part in rows) == len(x_BTD)
     return x_BTD.new_empty(x_BTD.shape) if is_covered else x_BTD.new_zeros(x_BTD.shape)

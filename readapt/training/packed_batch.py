@@ -1,8 +1,7 @@
-"""Rows of many lengths in few cells: sequences laid end to end in the rows of a batch, each blind to the others.
+"""Sequences of many lengths laid end to end in the rows of a batch; none of them sees another.
 
-A batch padded to its longest row wastes a third of its cells on real tasks. The positions, which begin anew with each
-sequence, tell the model's mask where one ends; the results are those of the padded batch, to rounding. Shape letters:
-B rows of the batch, T tokens in one, L label positions.
+A batch padded to its longest row wastes a third of its cells on real tasks. Positions restart at 0 with each sequence,
+which tells the model's mask where one ends. The results are those of the padded batch, up to rounding.
 """
 
 import math
@@ -14,44 +13,45 @@ from torch import Tensor
 
 from readapt.training.data import Encoded
 
-ROW_TOKENS = 96  # wide enough to fill well, narrow enough that attention, which pays for the width, stays cheap
+ROW_TOKENS = 96  # wide enough to fill well, narrow enough that attention, whose cost grows with the width, stays cheap
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One batch for several adapters: consecutive rows, equally many for each adapter of a group.
+    """One batch for the adapters of several cohorts. Each adapter of a cohort has equally many consecutive rows.
 
-    `predictors_L` are the cells (row * T + column) whose logits predict `labels_L`, `owners_L` the adapters, counted
-    through all groups, whose labels they are. `group_rows` are the rows of each group. All tensors int64, on the CPU.
+    `predictors_Y` are the cells (row * T + column) whose logits predict `labels_Y`. `owners_Y` are the adapters that
+    the labels belong to, numbered through all cohorts. `cohort_rows` are the rows of each cohort. All tensors are int64
+    and on the CPU.
     """
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
-    predictors_L: Tensor
-    labels_L: Tensor
-    owners_L: Tensor
-    group_rows: tuple[slice, ...]
+    predictors_Y: Tensor
+    labels_Y: Tensor
+    owners_Y: Tensor
+    cohort_rows: tuple[slice, ...]
 
 
-def pack(groups: Sequence[Sequence[Sequence[Encoded]]]) -> PackedBatch:
-    """Lays out `groups[g][k]`, the sequences of adapter k of group g; each adapter's go into rows of their own."""
-    longest = max(len(sequence.input_ids) for group in groups for sequences in group for sequence in sequences)
+def pack_batch(cohorts: Sequence[Sequence[Sequence[Encoded]]]) -> PackedBatch:
+    """Return the batch of `cohorts[c][a]`, the sequences of adapter a of cohort c. No two adapters share a row."""
+    longest = max(len(sequence.input_ids) for cohort in cohorts for sequences in cohort for sequence in sequences)
     width = max(longest, ROW_TOKENS)
     rows: list[list[Encoded]] = []
     owners: list[int] = []
-    group_rows: list[slice] = []
+    cohort_rows: list[slice] = []
     num_adapters = 0
-    for group in groups:
-        num_rows = max(math.ceil(sum(len(s.input_ids) for s in sequences) / width) for sequences in group)
-        group_rows.append(slice(len(rows), len(rows) + num_rows * len(group)))
-        rows += [row for sequences in group for row in _balanced(sequences, num_rows)]
-        owners += [num_adapters + k for k in range(len(group)) for _ in range(num_rows)]
-        num_adapters += len(group)
-    return _tensors(rows, owners, tuple(group_rows))
+    for cohort in cohorts:
+        num_rows = max(math.ceil(sum(len(s.input_ids) for s in sequences) / width) for sequences in cohort)
+        cohort_rows.append(slice(len(rows), len(rows) + num_rows * len(cohort)))
+        rows += [row for sequences in cohort for row in _balanced(sequences, num_rows)]
+        owners += [num_adapters + index for index in range(len(cohort)) for _ in range(num_rows)]
+        num_adapters += len(cohort)
+    return _tensors(rows, owners, tuple(cohort_rows))
 
 
 def _balanced(sequences: Sequence[Encoded], num_rows: int) -> list[list[Encoded]]:
-    """Longest first, each into the row that is the shortest so far."""
+    """Return the sequences in `num_rows` rows: longest first, each into the row that is the shortest so far."""
     rows: list[list[Encoded]] = [[] for _ in range(num_rows)]
     filled = [0] * num_rows
     for sequence in sorted(sequences, key=lambda s: -len(s.input_ids)):
@@ -61,9 +61,10 @@ def _balanced(sequences: Sequence[Encoded], num_rows: int) -> list[list[Encoded]
     return rows
 
 
-def _tensors(rows: list[list[Encoded]], owners: list[int], group_rows: tuple[slice, ...]) -> PackedBatch:
+def _tensors(rows: list[list[Encoded]], owners: list[int], cohort_rows: tuple[slice, ...]) -> PackedBatch:
     width = max(sum(len(sequence.input_ids) for sequence in row) for row in rows)
-    tokens, positions = ([[0] * width for _ in rows] for _ in range(2))  # each cell of padding is a sequence of its own
+    tokens = [[0] * width for _ in rows]
+    positions = [[0] * width for _ in rows]  # 0 in padding: each of its cells is a sequence of one token
     predictors: list[int] = []
     labels: list[int] = []
     label_owners: list[int] = []
@@ -84,5 +85,5 @@ def _tensors(rows: list[list[Encoded]], owners: list[int], group_rows: tuple[sli
         torch.tensor(predictors),
         torch.tensor(labels),
         torch.tensor(label_owners),
-        group_rows,
+        cohort_rows,
     )

@@ -16,7 +16,7 @@ from readapt.ladder.runs import anchor_adapter, train_scratch
 from readapt.lowrank.delta import base_evolution
 from readapt.training.evaluate import Evaluator, Gate, judge
 from readapt.training.lora import blank_like, load_base, row_norms
-from readapt.training.train import CurvePoint
+from readapt.training.training_run import CurvePoint
 from tests.worlds.readapt import World, evolve, logits, make_world, ready_when, try_points
 from tests.worlds.serving import make_checkpoint
 

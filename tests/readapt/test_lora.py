@@ -9,7 +9,7 @@ from cluster.adapter_files import Adapter, load_adapter, save_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidAdapterError, InvalidCheckpointError
 from readapt.training.lora import attach, blank, blank_like, linear_shapes, load_base, row_norms
-from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, flatten
+from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, values_of
 from tests.worlds.readapt import logits, random_factors
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -87,8 +87,8 @@ def test_dora_scales_all_but_the_bias() -> None:
     model, x_BTD = torch.nn.ModuleDict({"up": torch.nn.Linear(5, 7)}), torch.randn(2, 3, 5)
     expected = x_BTD @ factors.adapted(model["up"].weight).T + model["up"].bias
     adapter, hooks = Adapter({"up": factors}), LoraHooks(model)
-    hooks.cover(["up"])
-    with hooks.running(Segment(LoraStack([adapter], flatten(adapter)[None]), ALL_ROWS)):
+    hooks.set_modules(["up"])
+    with hooks.running(Segment(LoraStack([adapter], values_of(adapter)[None]), ALL_ROWS)):
         torch.testing.assert_close(model["up"](x_BTD), expected)
 
 

@@ -24,7 +24,7 @@ from readapt.lowrank.delta import base_evolution
 from readapt.on_ray import FleetSearch, RayExecutor, _Service, check_room
 from readapt.training.data import encoder_for, load_task
 from readapt.training.lora import load_base
-from readapt.training.train import CurvePoint
+from readapt.training.training_run import CurvePoint
 from tests.worlds.fleets import make_fleet, registered
 
 

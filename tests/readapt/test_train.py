@@ -12,11 +12,12 @@ from cluster.config import TrainConfig
 from readapt.ladder.runs import warm_plan
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, blank_like, linear_shapes, load_base, row_norms
-from readapt.training.schedule import learning_rate, pull
-from readapt.training.train import BrokenRunError, CurvePoint, RunSettings, TrainingResult, TrainingRun, fine_tune
+from readapt.training.optimiser import learning_rate, pull
+from readapt.training.training_group import fine_tune
+from readapt.training.training_run import BrokenRunError, CurvePoint, RunSettings, TrainingResult, TrainingRun
 from tests.worlds.readapt import World, make_world, ready_when
 
-PLAN = RunSettings(steps=30, learning_rate=1e-2, eval_every=10)
+SETTINGS = RunSettings(steps=30, learning_rate=1e-2, eval_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def model(world: World) -> Any:
     return load_base(world.base)
 
 
-def run(world: World, start: Adapter, model: Any, plan: RunSettings, **more: Any) -> TrainingResult:
+def run(world: World, start: Adapter, model: Any, settings: RunSettings, **more: Any) -> TrainingResult:
     evaluate = more.pop("evaluate", Evaluator(model, world.encoder, world.task.valid[:40], "exact_match"))
-    return fine_tune(model, TrainingRun(start, world.encoder.encode_all(world.task.train), plan, evaluate, **more))
+    return fine_tune(model, TrainingRun(start, world.encoder.encode_all(world.task.train), settings, evaluate, **more))
 
 
 def drop_at(evaluation_number: int) -> Callable[[Evaluation], Verdict]:
@@ -46,7 +47,7 @@ def distance(one: Adapter, other: Adapter) -> float:
 
 def test_training_from_nothing_lowers_the_loss(world: World, model: Any) -> None:
     seen: list[CurvePoint] = []
-    result = run(world, blank_like(world.specialist, 0), model, PLAN, report=seen.append)
+    result = run(world, blank_like(world.specialist, 0), model, SETTINGS, report=seen.append)
     assert [p.step for p in result.curve] == [0, 10, 20, 30]
     assert result.curve == seen
     assert result.curve[-1].loss < 0.5 * result.curve[0].loss
@@ -56,8 +57,8 @@ def test_training_from_nothing_lowers_the_loss(world: World, model: Any) -> None
 
 def test_same_seed_same_result_other_seed_another(world: World) -> None:
     def trained(seed: int) -> Adapter:
-        plan = replace(PLAN, steps=5, seed=seed)
-        return run(world, blank_like(world.specialist, 0), load_base(world.base), plan).last
+        settings = replace(SETTINGS, steps=5, seed=seed)
+        return run(world, blank_like(world.specialist, 0), load_base(world.base), settings).last
 
     assert distance(trained(0), trained(0)) == 0.0
     assert distance(trained(0), trained(1)) > 0.0
@@ -65,18 +66,20 @@ def test_same_seed_same_result_other_seed_another(world: World) -> None:
 
 def test_stops_at_the_first_accepted_evaluation(world: World, model: Any) -> None:
     start_loss = Evaluator(model, world.encoder, world.task.valid[:40], "exact_match").loss()
-    result = run(world, blank_like(world.specialist, 0), model, PLAN, watch=ready_when(lambda e: e.loss < start_loss))
+    result = run(
+        world, blank_like(world.specialist, 0), model, SETTINGS, watch=ready_when(lambda e: e.loss < start_loss)
+    )
     assert (result.steps_done, result.is_ready, len(result.curve)) == (10, True, 2)
 
 
 def test_good_start_is_accepted_without_a_step(world: World, model: Any) -> None:
-    result = run(world, world.specialist, model, PLAN, watch=ready_when(lambda e: e.quality >= 95))
+    result = run(world, world.specialist, model, SETTINGS, watch=ready_when(lambda e: e.quality >= 95))
     assert (result.steps_done, result.is_ready) == (0, True)
     assert distance(result.best, world.specialist) == 0.0
 
 
 def test_never_returns_worse_than_its_start(world: World, model: Any) -> None:
-    result = run(world, world.specialist, model, replace(PLAN, learning_rate=0.3))
+    result = run(world, world.specialist, model, replace(SETTINGS, learning_rate=0.3))
     assert result.curve[-1].quality < result.curve[0].quality, "the run was meant to go wrong"
     assert result.best_quality == result.curve[0].quality
     assert distance(result.best, world.specialist) == 0.0
@@ -85,14 +88,14 @@ def test_never_returns_worse_than_its_start(world: World, model: Any) -> None:
 def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any) -> None:
     losses = iter([3.0, 1.0, 2.0, float("nan")])
     start, rows = blank_like(world.specialist, 0), world.encoder.encode_all(world.task.train)
-    kept = fine_tune(model, TrainingRun(start, rows, PLAN, lambda: Evaluation(next(losses), 50.0)))
-    short = fine_tune(model, TrainingRun(start, rows, PLAN, lambda: Evaluation(1.0, 50.0), drop_at(2)))
+    kept = fine_tune(model, TrainingRun(start, rows, SETTINGS, lambda: Evaluation(next(losses), 50.0)))
+    short = fine_tune(model, TrainingRun(start, rows, SETTINGS, lambda: Evaluation(1.0, 50.0), drop_at(2)))
     assert kept.best_step == 10
     assert distance(kept.best, short.last) == 0.0
 
 
 def test_a_good_start_is_not_lost_on_the_way(world: World, model: Any) -> None:
-    """The warm plan as it is by default: neither the best nor the last checkpoint is worse than the start."""
+    """The default warm settings: neither the best nor the last checkpoint is worse than the start."""
     result = run(world, world.specialist, model, warm_plan(TrainConfig(), anchor=None))
     start, last = result.curve[0], result.curve[-1]
     assert start.quality >= 95, "the start was meant to be good"
@@ -105,8 +108,8 @@ def test_a_good_start_is_not_lost_on_the_way(world: World, model: Any) -> None:
 def test_a_dora_learns_its_magnitudes_too_and_is_pulled_by_them(world: World, model: Any) -> None:
     shapes = linear_shapes(model)
     start = blank(shapes, 4, 8.0, norms=row_norms(model, shapes))
-    free = run(world, start, model, PLAN)
-    held = run(world, start, model, replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0))
+    free = run(world, start, model, SETTINGS)
+    held = run(world, start, model, replace(SETTINGS, steps=1, pull_strong=1.0, strong_fraction=1.0))
     assert free.curve[-1].loss < 0.5 * free.curve[0].loss
     name = next(iter(start.factors))
     assert not torch.equal(magnitude(free.last, name), magnitude(start, name))
@@ -121,13 +124,13 @@ def magnitude(adapter: Adapter, module: str) -> torch.Tensor:
 
 def test_averaging_evaluates_and_keeps_the_moving_average_of_the_weights(world: World, model: Any) -> None:
     """Against the average of what runs of one to five steps without averaging end with."""
-    start, plan = blank_like(world.specialist, 0), replace(PLAN, eval_every=1, learning_rate=1e-3)
+    start, settings = blank_like(world.specialist, 0), replace(SETTINGS, eval_every=1, learning_rate=1e-3)
     rows = world.encoder.encode_all(world.task.train)
 
     def until(steps: int, averaging: float) -> TrainingResult:
         watch = drop_at(steps + 1)
         return fine_tune(
-            model, TrainingRun(start, rows, replace(plan, averaging=averaging), lambda: Evaluation(1.0, 1.0), watch)
+            model, TrainingRun(start, rows, replace(settings, averaging=averaging), lambda: Evaluation(1.0, 1.0), watch)
         )
 
     weights = [until(steps, 0.0).last for steps in range(6)]
@@ -139,14 +142,14 @@ def test_averaging_evaluates_and_keeps_the_moving_average_of_the_weights(world: 
 
 
 def test_full_pull_at_the_peak_rate_stays_at_the_start(world: World, model: Any) -> None:
-    result = run(world, world.specialist, model, replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0))
+    result = run(world, world.specialist, model, replace(SETTINGS, steps=1, pull_strong=1.0, strong_fraction=1.0))
     assert distance(result.last, world.specialist) == 0.0
 
 
 def test_pull_goes_to_the_given_anchor(world: World, model: Any) -> None:
     anchor = blank_like(world.specialist, seed=5)
-    plan = replace(PLAN, steps=1, pull_strong=1.0, strong_fraction=1.0, anchor=anchor)
-    assert distance(run(world, world.specialist, model, plan).last, anchor) == 0.0
+    settings = replace(SETTINGS, steps=1, pull_strong=1.0, strong_fraction=1.0, anchor=anchor)
+    assert distance(run(world, world.specialist, model, settings).last, anchor) == 0.0
 
 
 def test_the_pull_fades_with_the_learning_rate(world: World, model: Any) -> None:
@@ -154,18 +157,20 @@ def test_the_pull_fades_with_the_learning_rate(world: World, model: Any) -> None
     nothing = Adapter(
         {n: replace(f, a_RD=f.a_RD * 0, b_FR=f.b_FR * 0) for n, f in world.specialist.factors.items()},
     )
-    plan = replace(PLAN, learning_rate=1e-12, anchor=nothing, pull_strong=0.2, pull_weak=0.1, strong_fraction=0.5)
-    last = run(world, world.specialist, model, plan).last
-    strengths = [0.2 if step < plan.steps / 2 else 0.1 for step in range(plan.steps)]
-    left = math.prod(1 - s * learning_rate(step, plan.steps, 1.0) for step, s in enumerate(strengths))
+    settings = replace(
+        SETTINGS, learning_rate=1e-12, anchor=nothing, pull_strong=0.2, pull_weak=0.1, strong_fraction=0.5
+    )
+    last = run(world, world.specialist, model, settings).last
+    strengths = [0.2 if step < settings.steps / 2 else 0.1 for step in range(settings.steps)]
+    left = math.prod(1 - s * learning_rate(step, settings.steps, 1.0) for step, s in enumerate(strengths))
     for name, factors in last.factors.items():
         torch.testing.assert_close(factors.b_FR, left * world.specialist.factors[name].b_FR, rtol=1e-4, atol=1e-7)
 
 
 def test_stronger_pull_stays_nearer(world: World) -> None:
     def moved(strength: float) -> float:
-        plan = replace(PLAN, pull_strong=strength, pull_weak=strength)
-        return distance(run(world, world.specialist, load_base(world.base), plan).last, world.specialist)
+        settings = replace(SETTINGS, pull_strong=strength, pull_weak=strength)
+        return distance(run(world, world.specialist, load_base(world.base), settings).last, world.specialist)
 
     assert moved(0.2) < 0.7 * moved(0.0)
 
@@ -179,7 +184,7 @@ def poisoned(adapter: Adapter) -> Adapter:
 
 def test_loss_that_is_not_finite_ends_the_run_with_what_it_had_reached(world: World, model: Any) -> None:
     with pytest.raises(BrokenRunError, match="step 0") as broken:
-        run(world, poisoned(world.specialist), model, PLAN)
+        run(world, poisoned(world.specialist), model, SETTINGS)
     again = pickle.loads(pickle.dumps(broken.value))
     assert (str(again), [point.step for point in again.kept.curve]) == (str(broken.value), [0])
 

@@ -18,7 +18,8 @@ from readapt.fusion.points import Point
 from readapt.training.data import Encoder, Row, Task, encoder_for
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, linear_shapes, load_base
-from readapt.training.train import RunSettings, TrainingRun, fine_tune
+from readapt.training.training_group import fine_tune
+from readapt.training.training_run import RunSettings, TrainingRun
 from tests.worlds.serving import make_checkpoint
 
 LABELS = {"a": "red", "b": "green", "c": "blue", "d": "red"}
@@ -73,9 +74,9 @@ def train_specialist(base: Path, encoder: Encoder, task: Task) -> Adapter:
     model = load_base(base)
     start = blank(linear_shapes(model), rank=4, alpha=8.0)
     evaluate = Evaluator(model, encoder, task.valid, "exact_match")
-    plan = RunSettings(steps=200, learning_rate=1e-2, eval_every=25, warmup_steps=4)
+    settings = RunSettings(steps=200, learning_rate=1e-2, eval_every=25, warmup_steps=4)
     watch = ready_when(lambda evaluation: evaluation.quality >= 99.0)
-    result = fine_tune(model, TrainingRun(start, encoder.encode_all(task.train), plan, evaluate, watch))
+    result = fine_tune(model, TrainingRun(start, encoder.encode_all(task.train), settings, evaluate, watch))
     assert result.is_ready, result.curve
     return result.best
 
