@@ -1,4 +1,4 @@
-"""Ray for the whole system: a local cluster that cleans up after itself, a connection, jobs submitted over HTTP."""
+"""Ray for all packages: start a local cluster and clean up after it, connect to a cluster, submit jobs over HTTP."""
 
 import os
 import shutil
@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,17 +23,22 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.errors import ReloraError, StorageError
 
-# Every process of a local cluster inherits this variable; its value is the cluster's own folder. Process groups do not
-# reach them all: Ray gives job drivers and workers groups of their own.
+# Every process of a local cluster inherits this variable; its value is the cluster's folder. Process groups would not
+# find all of them, because Ray puts job drivers and workers into groups of their own.
 _MARK = "RELORA_CLUSTER"
-# More than most machines have: engines, workers and trials wait for each other most of the time.
+# More than most machines have, because engines, workers and trials wait for each other most of the time.
 LOCAL_CPUS = 16
+# A head starts in about 10 s on an idle machine; on a busy one the dashboard and the job agent take minutes.
+START_TIMEOUT_S = 300.0
+_RETRY_S = 0.5
+_NO_AGENT = "No available agent"  # how the dashboard says that the head's job agent has not registered yet
+_IS_DUPLICATE = "already exists"  # how the job agent says that it has accepted a job of this id before
 _HOST = "127.0.0.1"
 _DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_prestart_worker_first_driver": "0",  # one idle Python process for each of `num_cpus`, which may be many
-    "RAY_worker_niceness": "0",  # Ray's 15 lets whatever else runs here starve the service
+    "RAY_prestart_worker_first_driver": "0",  # do not start an idle Python process for each of `num_cpus`
+    "RAY_worker_niceness": "0",  # with Ray's default of 15, other programs on the machine would starve the service
 }
 
 
@@ -40,14 +47,14 @@ class JobFailedError(ReloraError):
 
 
 class LocalCluster:
-    """A Ray head on this machine with the dashboard and the job API on 127.0.0.1; `stop` leaves no process behind.
+    """A Ray head on this machine with dashboard and job API on 127.0.0.1; `stop` leaves no process behind.
 
-    Several may run beside each other: all ports are free ones and the session folder is the cluster's own. It lies
-    directly under /tmp because Ray's Unix sockets allow paths of about 100 characters. `ray stop` is never used, since
-    it kills every Ray process on the machine.
+    Several clusters can run side by side: each picks free ports and has its own session folder. The folder lies
+    directly under /tmp because Ray's Unix sockets allow paths of about 100 characters. We never call `ray stop`, which
+    kills every Ray process on the machine.
 
-    `num_cpus` is what Ray may hand out; more than the machine has is fine for actors that mostly wait.
-    StorageError when the head does not come up within `timeout_s`.
+    Ray hands out `num_cpus` CPUs; more than the machine has is fine for actors that mostly wait. Raises StorageError
+    if the dashboard does not answer within `timeout_s`.
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class LocalCluster:
         *,
         object_store_bytes: int = 256 * 2**20,
         env: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float = START_TIMEOUT_S,
     ):
         _settle_auth_mode()
         self.folder = Path(tempfile.mkdtemp(prefix="relora-", dir="/tmp"))
@@ -81,19 +88,19 @@ class LocalCluster:
             raise
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of this cluster, jobs and workers included.
+        """Return every living process of this cluster, including jobs and workers.
 
-        Children count besides the marked, because a process that has set its title has overwritten its environment.
+        Children of marked processes count too: a process that sets its title overwrites its environment.
         """
         marked = [p for p in psutil.process_iter() if _environment_of(p).get(_MARK) == str(self.folder)]
         return list({*marked, *(child for process in marked for child in _children_of(process))})
 
     def stop(self, grace_s: float = 3.0) -> None:
-        """Disconnects this process and ends every process of the cluster: asked first, killed after `grace_s`."""
+        """Disconnect this process and end all processes of the cluster; kill those still alive after `grace_s`."""
         if ray.is_initialized() and _port(ray.get_runtime_context().gcs_address) == _port(self.address):
             ray.shutdown()
-        known = set(self.processes())  # the children of those that end first could not be told afterwards
-        for sent in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):  # twice: what was just being born
+        known = set(self.processes())  # once a parent has ended, its children cannot be recognised any more
+        for sent in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):  # twice, for processes that were just starting
             known.update(self.processes())
             _end([process for process in known if process.is_running()], sent, grace_s)
         self._head.wait()
@@ -109,12 +116,20 @@ class LocalCluster:
         self.stop()
 
     def _wait_until_ready(self, timeout_s: float) -> None:
+        jobs_url = f"{self.dashboard_url}/api/jobs/"
         deadline = time.monotonic() + timeout_s
-        while not _answers(f"{self.dashboard_url}/api/jobs/"):
-            if self._head.poll() is not None or time.monotonic() > deadline:
-                last_lines = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-                raise StorageError(f"The local Ray cluster did not start within {timeout_s:.0f} s:\n{last_lines}")
+        while not _answers(jobs_url):
+            if self._head.poll() is not None:
+                raise StorageError(f"The local Ray head ended with code {self._head.poll()}:\n{self._last_lines()}")
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"The local Ray cluster did not start: its job API at {jobs_url} did not answer within "
+                    f"{timeout_s:.0f} s. The head's last log lines:\n{self._last_lines()}"
+                )
             time.sleep(0.2)
+
+    def _last_lines(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
 
 
 def _head_command(folder: Path, ports: list[int], num_cpus: float, object_store_bytes: int) -> list[str]:
@@ -132,7 +147,7 @@ def _head_command(folder: Path, ports: list[int], num_cpus: float, object_store_
 
 
 def _settle_auth_mode() -> None:
-    """One mode for this process and all that it starts; a cluster with tokens has RAY_AUTH_MODE=token everywhere."""
+    """Set the auth mode of this process and its children; a cluster with tokens sets RAY_AUTH_MODE=token itself."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
@@ -147,7 +162,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _port(address: str) -> str:
-    return address.rsplit(":", 1)[-1]  # Ray puts the machine's own address in place of 127.0.0.1
+    return address.rsplit(":", 1)[-1]  # compare ports only: Ray replaces 127.0.0.1 by the machine's address
 
 
 def _answers(url: str) -> bool:
@@ -160,7 +175,7 @@ def _answers(url: str) -> bool:
 def _environment_of(process: psutil.Process) -> dict[str, str]:
     try:
         return process.environ()
-    except (psutil.Error, OSError):  # gone meanwhile, or somebody else's
+    except (psutil.Error, OSError):  # it has ended, or belongs to another user
         return {}
 
 
@@ -181,12 +196,46 @@ def _end(processes: list[psutil.Process], sent: signal.Signals, grace_s: float) 
 
 
 def connect(address: str = "auto", *, namespace: str = "relora") -> None:
-    """Connects this process to a cluster as a driver; nothing happens if it is connected already.
+    """Connect this process to a cluster as a driver, unless it is connected already.
 
-    "auto" is the cluster that this process is a job of, or the one on this machine; ConnectionError if there is none.
+    "auto" is the cluster that runs this process as a job, or else the one on this machine. Raises ConnectionError if
+    there is none.
     """
     _settle_auth_mode()
     ray.init(address, namespace=namespace, ignore_reinit_error=True, log_to_driver=False, logging_level="WARNING")
+
+
+def join() -> None:
+    """Connect to the cluster that runs this process as a job, or to the one on this machine.
+
+    Raises StorageError, with what to do about it, if there is none.
+    """
+    try:
+        connect()
+    except ConnectionError as error:
+        raise StorageError(
+            "No Ray cluster is running: submit this command as a job (`ray job submit --address URL -- relora ...`), "
+            "or start a cluster here with `relora serve`, without --detach."
+        ) from error
+
+
+@contextmanager
+def join_or_start(*, may_start: bool) -> Iterator[LocalCluster | None]:
+    """Join the running cluster, or start one that lives as long as the block; yields the cluster if it was started.
+
+    Raises StorageError if no cluster is running and `may_start` is False.
+    """
+    try:
+        join()
+    except StorageError:
+        if not may_start:
+            raise
+    else:
+        yield None
+        return
+    with LocalCluster() as cluster:
+        connect(cluster.address)
+        yield cluster
 
 
 @dataclass(frozen=True)
@@ -197,15 +246,15 @@ class JobHandle:
     job_id: str
 
     def status(self) -> JobStatus:
-        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+        """Return PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
         return self.client.get_job_status(self.job_id)
 
     def logs(self) -> str:
-        """Everything that the job has printed so far."""
+        """Return what the job has printed so far."""
         return str(self.client.get_job_logs(self.job_id))
 
     def tail(self, poll_s: float = 0.5) -> Iterator[str]:
-        """Yields the log line by line as it grows; ends when the job has ended, however it did."""
+        """Yield the log line by line as it grows, until the job has ended in any status."""
         num_seen = 0
         is_over = False
         while not is_over:
@@ -218,9 +267,9 @@ class JobHandle:
                 time.sleep(poll_s)
 
     def wait(self, timeout_s: float, poll_s: float = 0.5) -> None:
-        """Returns when the job has succeeded.
+        """Wait until the job has succeeded.
 
-        JobFailedError when it failed, was stopped, or is not over after `timeout_s` (it then goes on running).
+        Raises JobFailedError if it failed, was stopped, or is still running after `timeout_s` (it is not stopped then).
         """
         deadline = time.monotonic() + timeout_s
         while not (status := self.status()).is_terminal():
@@ -232,7 +281,7 @@ class JobHandle:
             raise JobFailedError(f"Job {self.job_id} ended {status}: {message}\n{self._end()}")
 
     def stop(self) -> None:
-        """Asks the cluster to end the job; a job that is over already is left alone."""
+        """Ask the cluster to end the job; a job that has already ended stays as it is."""
         self.client.stop_job(self.job_id)
 
     def _end(self) -> str:
@@ -240,18 +289,48 @@ class JobHandle:
 
 
 def submit_job(
-    dashboard_url: str, entrypoint: str, *, env: Mapping[str, str] | None = None, working_dir: Path | None = None
+    dashboard_url: str,
+    entrypoint: str,
+    *,
+    env: Mapping[str, str] | None = None,
+    working_dir: Path | None = None,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> JobHandle:
-    """Submits a shell command to a cluster's job API, as `ray job submit --address URL -- ENTRYPOINT` does.
+    """Submit a shell command to a cluster's job API, as `ray job submit --address URL -- ENTRYPOINT` does.
 
-    `env` is set for the command and all that it starts; `working_dir` is shipped to the cluster and becomes its
-    current folder. StorageError when nothing answers at `dashboard_url`.
+    `env` is set for the command and its children; `working_dir` is uploaded to the cluster and becomes the command's
+    current folder. Right after a cluster has started, its job agent may not be up yet: the call then retries until
+    `timeout_s` have passed. Raises StorageError if no dashboard answers, or if the agent never comes up.
     """
     runtime_env: dict[str, Any] = {"env_vars": dict(env or {})}
     if working_dir is not None:
         runtime_env["working_dir"] = str(working_dir)
     try:
         client = JobSubmissionClient(dashboard_url)
-        return JobHandle(client, client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+        return JobHandle(client, _submit_with_retry(client, entrypoint, runtime_env, timeout_s))
     except ConnectionError as error:
         raise StorageError(f"No Ray dashboard answers at {dashboard_url}: {error}") from error
+
+
+def _submit_with_retry(
+    client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any], timeout_s: float
+) -> str:
+    """Submit until the job agent accepts; every attempt has the same id, so that the job cannot run twice."""
+    job_id = f"relora-{uuid.uuid4().hex}"
+    deadline = time.monotonic() + timeout_s
+    is_retry = False
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env))
+        except RuntimeError as error:  # the client raises this for every refusal of the dashboard
+            if is_retry and _IS_DUPLICATE in str(error):
+                return job_id
+            if _NO_AGENT not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"The Ray cluster's job agent did not accept the job within {timeout_s:.0f} s: {error} "
+                    "See dashboard_agent.log in the cluster's session folder."
+                ) from error
+        is_retry = True
+        time.sleep(_RETRY_S)

@@ -44,6 +44,14 @@ def test_a_job_that_takes_too_long_is_reported_and_can_be_stopped(cluster: Local
         job.wait(timeout_s=30)
 
 
+def test_a_job_can_be_submitted_as_soon_as_the_cluster_has_started():
+    """On a busy machine the job agent comes up after the dashboard; `submit_job` waits for it."""
+    with LocalCluster(num_cpus=1) as fresh:
+        job = submit_job(fresh.dashboard_url, "echo accepted")
+        job.wait(timeout_s=60)
+        assert "accepted" in job.logs()
+
+
 def test_nothing_listens_at_a_wrong_address():
     with pytest.raises(StorageError, match="No Ray dashboard"):
         submit_job("http://127.0.0.1:9", "true")
@@ -53,7 +61,9 @@ def test_two_clusters_beside_each_other_and_nothing_left_after_stop(cluster: Loc
     with LocalCluster(num_cpus=1) as second:
         connect(second.address)
         assert ray.cluster_resources()["CPU"] == 1
-        assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == 0, "Ray's default of 15 would let the service starve"
+        assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == 0, (
+            "with Ray's default of 15 the service would starve"
+        )
         job = submit_job(second.dashboard_url, "sleep 987654")  # a driver that never joins Ray dies as well
         deadline = time.monotonic() + 30
         while not _sleepers() and time.monotonic() < deadline:
