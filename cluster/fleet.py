@@ -1,6 +1,7 @@
 """A fleet file made known to the registry: its base models and the adapters that already exist."""
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.adapter_files import check_fits, load_adapter
@@ -9,6 +10,25 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import SQLITE, AdapterSpec, Fleet
 from cluster.errors import ConflictError, NotFoundError
 from cluster.registry import BaseModel, Registry, Status, Version
+
+
+@dataclass(frozen=True)
+class OpenFleet:
+    """A fleet file with its registry and its blob store open and its adapters registered.
+
+    `new_versions` are the versions that `open_fleet` has registered just now.
+    """
+
+    config: Fleet
+    registry: Registry
+    blobs: BlobStore
+    new_versions: tuple[Version, ...]
+
+
+def open_fleet(fleet: Fleet) -> OpenFleet:
+    """Open the fleet's registry and blob store, and register its adapters (see `register_adapters`)."""
+    registry, blobs = open_registry(fleet), open_blobs(fleet)
+    return OpenFleet(fleet, registry, blobs, tuple(register_adapters(fleet, registry, blobs)))
 
 
 def open_registry(fleet: Fleet) -> Registry:

@@ -21,8 +21,12 @@ FOLDERS = {  # from the top down: a folder imports only itself and folders below
     "serving": ["http", "gateway", "engine", "model", "adapters", "memory"],
     "readapt": ["campaign", "ladder", "continual", "extraction", "fusion", "training", "lowrank"],
 }
-ROOMS = set(MAY_IMPORT) | {"relora", "tests"}
-SOURCES = [*sorted(path for room in MAY_IMPORT for path in (ROOT / room).glob("**/*.py")), ROOT / "relora.py"]
+TOP = ["upgrade.py", "relora.py"]  # these compose the packages: relora.py may import upgrade.py and every package
+ROOMS = set(MAY_IMPORT) | {"relora", "upgrade", "tests"}
+SOURCES = [
+    *sorted(path for room in MAY_IMPORT for path in (ROOT / room).glob("**/*.py")),
+    *(ROOT / name for name in TOP),
+]
 
 
 def imported_roots(path: Path) -> set[str]:
@@ -40,11 +44,20 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.name != "relora.py"], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != ROOT], ids=name_of)
 def test_a_room_imports_only_the_rooms_below_it(path: Path):
     room = path.relative_to(ROOT).parts[0]
     strangers = (imported_roots(path) & ROOMS) - MAY_IMPORT[room] - {room}
     assert not strangers, f"{name_of(path)} imports {sorted(strangers)}"
+
+
+def test_upgrade_does_not_import_the_command_line_or_what_is_built_on_it():
+    assert not imported_roots(ROOT / "upgrade.py") & {"relora", "tests", "bench", "demo"}
+
+
+def test_every_module_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["py-modules"]
+    assert sorted(listed) == sorted(path.stem for path in ROOT.glob("*.py")) == sorted(name[:-3] for name in TOP)
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -82,7 +82,7 @@ def test_every_command_has_help(run: Run, command: str):
 def test_before_anything_is_registered_status_says_so_and_makes_no_file(run: Run, tmp_path: Path):
     file = tmp_path / "fleet.toml"
     file.write_text('name = "empty"')
-    said = f"nothing is registered yet: `relora register {file}` comes first\n"
+    said = f"nothing is registered yet: run `relora register {file}` first\n"
     assert run("status", file) == (0, said, "")
     assert list(tmp_path.iterdir()) == [file]
     open_registry(load_fleet(file)).close()
@@ -92,7 +92,7 @@ def test_before_anything_is_registered_status_says_so_and_makes_no_file(run: Run
 def test_register_then_status(run: Run, fleet_file: Path):
     code, output, _ = run("register", fleet_file)
     assert (code, output.strip()) == (0, "intent@1 is live on v1")
-    assert run("register", fleet_file)[:2] == (0, "intent@1 is live on v1 already\n")
+    assert run("register", fleet_file)[:2] == (0, "intent@1 is already live on v1\n")
     code, output, _ = run("status", fleet_file)
     assert code == 0
     assert [cell.strip() for cell in output.splitlines()[3].strip("│").split("│")[:3]] == ["intent@1", "v1", "live"]
@@ -249,8 +249,8 @@ def test_a_missing_fleet_file_is_a_usage_error(run: Run, tmp_path: Path):
         (["upgrade", "--to", "v9"], "No base model 'v9' in fleet 'tiny'; it has: v1, v2, gone."),
         (["serve", "--base", "v9"], "No base model 'v9' in fleet 'tiny'; it has: v1, v2, gone."),
         (["upgrade", "--to", "gone"], "no such checkpoint folder."),
-        (["upgrade", "--to", "v2"], "No Ray cluster is at hand"),
-        (["serve", "--detach"], "No Ray cluster is at hand"),
+        (["upgrade", "--to", "v2"], "No Ray cluster is running"),
+        (["serve", "--detach"], "No Ray cluster is running"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_line(run: Run, fleet_file: Path, arguments: list[str], named: str):
