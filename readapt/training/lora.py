@@ -20,7 +20,7 @@ def load_base(folder: Path, device: str | torch.device = "cpu") -> CausalLM:
     """Load a checkpoint as a frozen float32 Hugging Face causal LM in eval mode.
 
     Of its generation settings only the stop tokens are kept. Many checkpoints set others, such as a repetition
-    penalty, but the engine uses only those of the request. Greedy answers made with them would differ from the engine's.
+    penalty, but the engine uses only those of the request: with them, greedy answers would differ from the engine's.
     InvalidCheckpointError if the folder is not a complete checkpoint.
     """
     open_checkpoint(folder)
@@ -36,7 +36,7 @@ def linear_shapes(model: CausalLM) -> dict[str, tuple[int, int]]:
 
 
 def row_norms(model: CausalLM, modules: Iterable[str]) -> dict[str, Tensor]:
-    """Return the norm [F] of each weight row of these linears, on the CPU: the magnitudes of a DoRA that adds nothing."""
+    """Return the norm [F] of each weight row of these linears, on the CPU: the magnitudes of an untrained DoRA."""
     return {n: torch.linalg.vector_norm(model.get_submodule(n).weight.detach().float(), dim=1).cpu() for n in modules}
 
 
@@ -49,7 +49,7 @@ class LoraWeights:
         self.load(adapter)
 
     def load(self, adapter: Adapter) -> None:
-        """Replace the present adapter by another, whose modules and ranks may differ. `parameters` are then new tensors.
+        """Replace the adapter by another, whose modules and ranks may differ. `parameters` are then new tensors.
 
         InvalidAdapterError if the adapter does not fit the model.
         """
@@ -64,7 +64,7 @@ class LoraWeights:
         return list(self._stack.factors)
 
     def parameters(self) -> list[Tensor]:
-        """Return every A [1, R, D], every B transposed [1, R, F], every DoRA magnitude [1, F], in order of `modules`."""
+        """Return every A [1, R, D], every B transposed [1, R, F], every magnitude [1, F], in order of `modules`."""
         return self._stack.parameters()
 
     def export(self) -> Adapter:
@@ -83,7 +83,7 @@ def attach(model: CausalLM, adapter: Adapter) -> LoraWeights:
 
 @contextmanager
 def attached(model: CausalLM, adapter: Adapter) -> Iterator[LoraWeights]:
-    """Put an adapter on a bare model for the length of the block. The model is bare again afterwards, even on errors."""
+    """Put an adapter on a bare model inside the block. The model is bare again afterwards, even after an error."""
     lora = attach(model, adapter)
     try:
         yield lora
