@@ -1,6 +1,7 @@
 """The rules of the house (docs/architecture.md), held by a test: who may import whom, where Ray and Triton may be."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -27,6 +28,8 @@ SOURCES = [
     *sorted(path for room in MAY_IMPORT for path in (ROOT / room).glob("**/*.py")),
     *(ROOT / name for name in TOP),
 ]
+
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def imported_roots(path: Path) -> set[str]:
@@ -137,15 +140,30 @@ def test_errors_travel_between_processes():
         assert vars(copy) == vars(error)
 
 
-def test_the_command_line_is_what_the_readme_promises():
-    """Frozen: whoever changes a command changes the README and this list with it."""
+def test_the_command_line_is_what_the_docs_promise():
+    """Frozen: a changed command changes the docs and this list with it."""
     from relora import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert names == {"assess", "continual", "demo", "extract", "register", "rollout", "serve", "upgrade", "status"}
-    readme = (ROOT / "README.md").read_text()
-    missing = [name for name in names if f"relora {name}" not in readme]
-    assert not missing, f"README.md does not mention: {missing}"
+    docs = "\n".join(path.read_text() for path in DOCS)
+    undocumented = [name for name in names if f"relora {name}" not in docs and f"make {name}" not in docs]
+    assert not undocumented, f"neither README.md nor docs/ mention: {undocumented}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_docs_wrap_at_120_columns(path: Path):
+    """Tables, links and diagrams may be longer."""
+    lines = enumerate(path.read_text().splitlines(), start=1)
+    long = [number for number, line in lines if len(line) > 120 and not line.lstrip().startswith(("|", "[", "!", "E["))]
+    assert not long, f"{name_of(path)}: lines {long}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_links_in_docs_lead_somewhere(path: Path):
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+    broken = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert not broken, f"{name_of(path)} links to {broken}"
 
 
 def test_every_package_is_installed():
