@@ -14,7 +14,7 @@ S = Status
 
 
 @dataclass
-class World:
+class ManualRollout:
     """A real registry, a clock that tests set, and a probe whose answers tests choose."""
 
     registry: Registry
@@ -40,9 +40,9 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path) -> Iterator[ManualRollout]:
     registry = Registry(f"sqlite:///{tmp_path}/registry.db", clock=lambda: world.now)
-    world = World(registry)
+    world = ManualRollout(registry)
     registry.add_base("v1", "models/v1", "f1")
     registry.add_base("v2", "models/v2", "f2")
     registry.add_adapter("intent")
@@ -52,7 +52,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     registry.close()
 
 
-def test_a_good_version_goes_live_step_by_step(world: World):
+def test_a_good_version_goes_live_step_by_step(world: ManualRollout):
     version = world.candidate("intent")
     assert world.tick() == {"intent@2": S.READY}
     assert world.probed == ["intent@2"]
@@ -67,7 +67,7 @@ def test_a_good_version_goes_live_step_by_step(world: World):
     assert world.probed == ["intent@2"]
 
 
-def test_a_version_that_fails_its_probe_is_rolled_back(world: World):
+def test_a_version_that_fails_its_probe_is_rolled_back(world: ManualRollout):
     version = world.candidate("intent")
     world.faults["intent@2"] = InvalidAdapterError("golden prompt 1 answered differently")
     assert world.tick() == {"intent@2": S.ROLLED_BACK}
@@ -77,7 +77,7 @@ def test_a_version_that_fails_its_probe_is_rolled_back(world: World):
     assert world.tick() == {}
 
 
-def test_a_busy_replica_is_asked_again(world: World):
+def test_a_busy_replica_is_asked_again(world: ManualRollout):
     world.candidate("intent")
     world.faults["intent@2"] = OverloadedError("queue full")
     assert world.tick() == {}
@@ -86,7 +86,7 @@ def test_a_busy_replica_is_asked_again(world: World):
     assert world.probed == ["intent@2", "intent@2"]
 
 
-def test_a_fault_of_our_own_is_not_taken_for_a_bad_version(world: World):
+def test_a_fault_of_our_own_is_not_taken_for_a_bad_version(world: ManualRollout):
     version = world.candidate("intent")
     world.faults["intent@2"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
@@ -95,7 +95,7 @@ def test_a_fault_of_our_own_is_not_taken_for_a_bad_version(world: World):
 
 
 @pytest.mark.parametrize("waited_s", [0.5, 3.5])
-def test_a_canary_that_fails_is_rolled_back_however_late_one_looks(world: World, waited_s: float):
+def test_a_canary_that_fails_is_rolled_back_however_late_one_looks(world: ManualRollout, waited_s: float):
     version = world.candidate("intent")
     world.tick()
     world.tick()
@@ -106,7 +106,7 @@ def test_a_canary_that_fails_is_rolled_back_however_late_one_looks(world: World,
     assert world.registry.routes()["intent"].live.number == 1
 
 
-def test_failures_of_others_do_not_count(world: World):
+def test_failures_of_others_do_not_count(world: ManualRollout):
     first, second = world.candidate("intent"), world.candidate("other")
     world.tick()
     world.tick()
@@ -116,7 +116,7 @@ def test_failures_of_others_do_not_count(world: World):
     assert world.tick() == {"intent@2": S.LIVE, "other@1": S.ROLLED_BACK}
 
 
-def test_versions_advance_independently(world: World):
+def test_versions_advance_independently(world: ManualRollout):
     a, b, c = world.candidate("a"), world.candidate("b"), world.candidate("c")
     world.faults["b@1"] = InvalidAdapterError("rank")
     assert world.tick() == {"a@1": S.READY, "b@1": S.ROLLED_BACK, "c@1": S.READY}
@@ -127,7 +127,7 @@ def test_versions_advance_independently(world: World):
     assert [world.status(v) for v in (a, b, c, late)] == [S.LIVE, S.ROLLED_BACK, S.LIVE, S.CANARY]
 
 
-def test_an_adapter_tries_one_canary_at_a_time(world: World):
+def test_an_adapter_tries_one_canary_at_a_time(world: ManualRollout):
     first, second = world.candidate("intent"), world.candidate("intent")
     world.tick()
     assert world.tick() == {"intent@2": S.CANARY}
@@ -139,7 +139,7 @@ def test_an_adapter_tries_one_canary_at_a_time(world: World):
     assert (world.status(first), world.status(second)) == (S.RETIRED, S.LIVE)
 
 
-def test_a_version_that_somebody_else_moves_is_left_to_them(world: World):
+def test_a_version_that_somebody_else_moves_is_left_to_them(world: ManualRollout):
     version = world.candidate("intent")
 
     def probe(_: Version) -> None:
@@ -151,7 +151,7 @@ def test_a_version_that_somebody_else_moves_is_left_to_them(world: World):
     assert world.status(version) is S.ROLLED_BACK
 
 
-def test_another_rollout_goes_on_where_one_stopped(world: World):
+def test_another_rollout_goes_on_where_one_stopped(world: ManualRollout):
     version = world.candidate("intent")
     for _ in range(2):
         world.tick()
@@ -162,7 +162,7 @@ def test_another_rollout_goes_on_where_one_stopped(world: World):
     assert world.status(version) is S.LIVE
 
 
-def test_candidates_of_other_bases_neither_move_nor_keep_it_busy(world: World):
+def test_candidates_of_other_bases_neither_move_nor_keep_it_busy(world: ManualRollout):
     """Their base may have no engine: they would be asked again for ever."""
     elsewhere, here = world.candidate("other", base="v1"), world.candidate("intent")
     assert world.tick() == {here.label: S.READY}
@@ -174,7 +174,7 @@ def test_candidates_of_other_bases_neither_move_nor_keep_it_busy(world: World):
     assert world.probed == [here.label]
 
 
-def test_a_canary_that_a_dead_rollout_left_on_another_base_does_not_hold_up_its_adapter_for_ever(world: World):
+def test_a_canary_that_a_dead_rollout_left_on_another_base_does_not_hold_up_its_adapter_for_ever(world: ManualRollout):
     left = world.candidate("intent", base="v1")
     world.registry.move(left.id, S.CANDIDATE, S.READY)
     world.registry.move(left.id, S.READY, S.CANARY)

@@ -11,65 +11,21 @@ from torch import Tensor
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
-from serving.adapters.cache import AdapterCache, ResidentAdapter
 from serving.adapters.packing import PackedAdapter, dora_factors, pack_adapter, piece_width
-from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import OutOfPages, PageAllocator
-
-SHAPES = {"a.q_proj": (60, 36), "a.v_proj": (20, 36), "a.down_proj": (36, 92)}  # (out, in)
-MODULES = tuple(SHAPES)
-PAGE = 200
-BIG = 1 << 40
-
-
-def make(ranks: dict[str, int], seed: int = 0, scaling: float = 2.0) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-
-    def factors(module: str, rank: int) -> LoraFactors:
-        num_out, num_in = SHAPES[module]
-        a_RD, b_FR = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
-        return LoraFactors(a_RD, b_FR, scaling)
-
-    return Adapter({module: factors(module, rank) for module, rank in sorted(ranks.items())})
+from serving.memory.pages import OutOfPages
+from tests.worlds.adapters import MODULES, PAGE_ELEMENTS, SHAPES, AdapterMemory, make_factors
 
 
 def packed(rank: int = 4, seed: int = 0) -> PackedAdapter:
-    return pack_adapter(make({"a.q_proj": rank, "a.down_proj": rank}, seed), MODULES, PAGE, torch.float32)
-
-
-class World:
-    def __init__(self, num_pages: int, host_cache_bytes: int = BIG, device: str = "cpu"):
-        self.allocator = PageAllocator(num_pages)
-        self.evictions = EvictionQueue(self.allocator)
-        self.arena_PE = torch.full((num_pages, PAGE), float("nan"), device=device)
-        self.cache = AdapterCache(self.allocator, self.evictions, self.arena_PE, host_cache_bytes)
-
-    def rows(self, resident: ResidentAdapter, module: str) -> tuple[Tensor, Tensor]:
-        """lora_a and lora_b of a module as the kernels would read them from the arena."""
-        m = MODULES.index(module)
-        num_out, num_in = SHAPES[module]
-        table = slice(int(resident.table_starts_M[m]), int(resident.table_starts_M[m]) + int(resident.ranks_M[m]))
-        flat = self.arena_PE.view(-1)
-        a_RD = flat[resident.a_rows_I[table][:, None] + torch.arange(num_in)]
-        return a_RD, flat[resident.b_rows_I[table][:, None] + torch.arange(num_out)].T
-
-    def use(self, key: str) -> ResidentAdapter:
-        self.cache.hold(key)
-        return self.cache.acquire(key)
-
-    def unuse(self, key: str) -> None:
-        self.cache.release(key)
-        self.cache.drop(key)
-
-    def check(self, *other_owners: list[int]) -> None:
-        self.allocator.check_integrity([*self.cache.owned_pages(), *other_owners])
-        self.cache.check_integrity()
+    return pack_adapter(
+        make_factors({"a.q_proj": rank, "a.down_proj": rank}, seed), MODULES, PAGE_ELEMENTS, torch.float32
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.sampled_from(MODULES), st.integers(1, 17)), st.integers(92, 700))
 def test_packed_rows_never_straddle_or_overlap(ranks: dict[str, int], page_elements: int) -> None:
-    blob = pack_adapter(make(ranks), MODULES, page_elements, torch.float32)
+    blob = pack_adapter(make_factors(ranks), MODULES, page_elements, torch.float32)
     taken = torch.zeros(blob.blob_PE.numel(), dtype=torch.int32)
     for m, module in enumerate(MODULES):
         table = slice(blob.table_starts[m], blob.table_starts[m] + blob.ranks[m])
@@ -103,27 +59,27 @@ def test_packing_wastes_little(rank: int) -> None:
 def test_small_pages_waste_little_too() -> None:
     blob = packed(rank=16)
     num_elements = 16 * (60 + 36 + 36 + 92)
-    assert blob.num_pages <= 1.15 * num_elements / PAGE
+    assert blob.num_pages <= 1.15 * num_elements / PAGE_ELEMENTS
 
 
 def test_rows_of_one_module_are_side_by_side() -> None:
-    blob = pack_adapter(make({"a.q_proj": 5}), MODULES, PAGE, torch.float32)
+    blob = pack_adapter(make_factors({"a.q_proj": 5}), MODULES, PAGE_ELEMENTS, torch.float32)
     assert blob.a_rows_I.diff().tolist() == [36] * 4
 
 
 def test_resident_rows_are_the_adapter() -> None:
-    world, adapter = World(40), make({"a.q_proj": 3, "a.down_proj": 9})
-    scattered = world.allocator.allocate(40)
-    world.allocator.free(scattered[1::2])
-    world.cache.add("k", pack_adapter(adapter, MODULES, PAGE, torch.float32))
-    resident = world.use("k")
+    memory, adapter = AdapterMemory(40), make_factors({"a.q_proj": 3, "a.down_proj": 9})
+    scattered = memory.allocator.allocate(40)
+    memory.allocator.free(scattered[1::2])
+    memory.cache.add("k", pack_adapter(adapter, MODULES, PAGE_ELEMENTS, torch.float32))
+    resident = memory.use("k")
     for module, factors in adapter.factors.items():
-        a_RD, b_FR = world.rows(resident, module)
+        a_RD, b_FR = memory.rows(resident, module)
         assert torch.equal(a_RD, factors.a_RD)
         assert torch.equal(b_FR, factors.b_FR)
     assert resident.ranks_M.tolist() == [3, 0, 9]
     assert resident.scalings_M.tolist() == [2.0, 0.0, 2.0]
-    world.check(scattered[0::2])
+    memory.check(scattered[0::2])
 
 
 @pytest.mark.parametrize("page_elements", [41, 60, 200])
@@ -170,153 +126,153 @@ def test_a_dora_of_a_row_without_length_is_refused() -> None:
     adapter = Adapter({"a.v_proj": factors})
     factor = dora_factors(adapter, {"a.v_proj": torch.zeros(20, 36)})
     with pytest.raises(InvalidAdapterError, match="float32"):
-        pack_adapter(adapter, MODULES, PAGE, torch.float32, factor)
+        pack_adapter(adapter, MODULES, PAGE_ELEMENTS, torch.float32, factor)
 
 
 def test_values_beyond_the_dtype_are_refused() -> None:
-    adapter = make({"a.q_proj": 2})
+    adapter = make_factors({"a.q_proj": 2})
     adapter.factors["a.q_proj"].a_RD[0, 0] = 1e6
     with pytest.raises(InvalidAdapterError, match="float16"):
-        pack_adapter(adapter, MODULES, PAGE, torch.float16)
+        pack_adapter(adapter, MODULES, PAGE_ELEMENTS, torch.float16)
 
 
 def test_two_sequences_share_one_copy() -> None:
-    world = World(30)
-    world.cache.add("k", packed())
-    assert world.use("k") is world.use("k")
-    assert world.cache.num_resident == 1
-    world.check()
+    memory = AdapterMemory(30)
+    memory.cache.add("k", packed())
+    assert memory.use("k") is memory.use("k")
+    assert memory.cache.num_resident == 1
+    memory.check()
 
 
 def test_idle_adapter_stays_until_the_room_is_needed() -> None:
-    world = World(packed().num_pages)
-    world.cache.add("k", packed())
-    world.use("k")
-    assert not world.evictions.make_room(1)
-    world.unuse("k")
-    assert world.allocator.num_free == 0
-    assert world.evictions.make_room(1)
-    assert world.allocator.num_free == world.allocator.num_pages
-    assert world.cache.num_evictions == 1
-    world.check()
+    memory = AdapterMemory(packed().num_pages)
+    memory.cache.add("k", packed())
+    memory.use("k")
+    assert not memory.evictions.make_room(1)
+    memory.unuse("k")
+    assert memory.allocator.num_free == 0
+    assert memory.evictions.make_room(1)
+    assert memory.allocator.num_free == memory.allocator.num_pages
+    assert memory.cache.num_evictions == 1
+    memory.check()
 
 
 def test_least_recently_used_goes_first() -> None:
-    world = World(3 * packed().num_pages)
+    memory = AdapterMemory(3 * packed().num_pages)
     for key in "abc":
-        world.cache.add(key, packed())
-        world.use(key)
+        memory.cache.add(key, packed())
+        memory.use(key)
     for key in "bac":
-        world.unuse(key)
-    world.use("b")
-    world.unuse("b")
-    assert world.evictions.make_room(1)
-    assert world.cache.num_pages_missing("a") > 0
-    assert world.cache.num_pages_missing("b") == world.cache.num_pages_missing("c") == 0
+        memory.unuse(key)
+    memory.use("b")
+    memory.unuse("b")
+    assert memory.evictions.make_room(1)
+    assert memory.cache.num_pages_missing("a") > 0
+    assert memory.cache.num_pages_missing("b") == memory.cache.num_pages_missing("c") == 0
 
 
 def test_make_room_in_vain_evicts_nothing() -> None:
-    world = World(2 * packed().num_pages)
+    memory = AdapterMemory(2 * packed().num_pages)
     for key in "ab":
-        world.cache.add(key, packed())
-        world.use(key)
-    world.unuse("a")
-    assert not world.evictions.make_room(packed().num_pages + 1)
-    assert not world.evictions.make_room(1, keep=("a",))
-    assert world.cache.num_resident == 2
+        memory.cache.add(key, packed())
+        memory.use(key)
+    memory.unuse("a")
+    assert not memory.evictions.make_room(packed().num_pages + 1)
+    assert not memory.evictions.make_room(1, keep=("a",))
+    assert memory.cache.num_resident == 2
 
 
 def test_evicted_adapter_comes_back_the_same() -> None:
-    world, adapter = World(30), make({"a.v_proj": 4}, seed=3)
-    world.cache.add("k", pack_adapter(adapter, MODULES, PAGE, torch.float32))
-    world.use("k")
-    world.unuse("k")
-    assert world.evictions.make_room(30)
-    taken = world.allocator.allocate(7)
-    a_RD, b_FR = world.rows(world.use("k"), "a.v_proj")
+    memory, adapter = AdapterMemory(30), make_factors({"a.v_proj": 4}, seed=3)
+    memory.cache.add("k", pack_adapter(adapter, MODULES, PAGE_ELEMENTS, torch.float32))
+    memory.use("k")
+    memory.unuse("k")
+    assert memory.evictions.make_room(30)
+    taken = memory.allocator.allocate(7)
+    a_RD, b_FR = memory.rows(memory.use("k"), "a.v_proj")
     assert torch.equal(a_RD, adapter.factors["a.v_proj"].a_RD)
     assert torch.equal(b_FR, adapter.factors["a.v_proj"].b_FR)
-    world.check(taken)
+    memory.check(taken)
 
 
 def test_acquire_without_room_changes_nothing() -> None:
-    world = World(packed().num_pages)
-    world.cache.add("k", packed())
-    taken = world.allocator.allocate(1)
-    world.cache.hold("k")
+    memory = AdapterMemory(packed().num_pages)
+    memory.cache.add("k", packed())
+    taken = memory.allocator.allocate(1)
+    memory.cache.hold("k")
     with pytest.raises(OutOfPages):
-        world.cache.acquire("k")
-    world.check(taken)
-    world.allocator.free(taken)
-    assert world.cache.acquire("k").pages
+        memory.cache.acquire("k")
+    memory.check(taken)
+    memory.allocator.free(taken)
+    assert memory.cache.acquire("k").pages
 
 
 @pytest.mark.parametrize("end", ["release", "drop"])
 def test_unbalanced_end_is_our_bug(end: str) -> None:
-    world = World(30)
-    world.cache.add("k", packed())
+    memory = AdapterMemory(30)
+    memory.cache.add("k", packed())
     with pytest.raises(AssertionError, match="more often"):
-        getattr(world.cache, end)("k")
+        getattr(memory.cache, end)("k")
 
 
 def test_removed_adapter_serves_what_was_accepted() -> None:
-    world = World(30)
-    world.cache.add("k", packed())
-    world.use("k")
-    world.cache.remove("k")
-    assert not world.cache.has("k")
+    memory = AdapterMemory(30)
+    memory.cache.add("k", packed())
+    memory.use("k")
+    memory.cache.remove("k")
+    assert not memory.cache.has("k")
     with pytest.raises(NotFoundError):
-        world.cache.hold("k")
-    assert world.cache.num_resident == 1
-    world.unuse("k")
-    assert (world.allocator.num_free, world.cache.num_host_bytes) == (30, 0)
-    world.check()
+        memory.cache.hold("k")
+    assert memory.cache.num_resident == 1
+    memory.unuse("k")
+    assert (memory.allocator.num_free, memory.cache.num_host_bytes) == (30, 0)
+    memory.check()
 
 
 def test_removed_and_added_again_stays() -> None:
-    world = World(30)
-    world.cache.add("k", packed())
-    world.use("k")
-    world.cache.remove("k")
-    world.cache.add("k", packed())
-    world.unuse("k")
-    assert world.cache.has("k")
-    assert world.cache.num_on_host == 1
+    memory = AdapterMemory(30)
+    memory.cache.add("k", packed())
+    memory.use("k")
+    memory.cache.remove("k")
+    memory.cache.add("k", packed())
+    memory.unuse("k")
+    assert memory.cache.has("k")
+    assert memory.cache.num_on_host == 1
 
 
 def test_remove_of_the_unknown_is_nothing() -> None:
-    world = World(3)
-    world.cache.remove("k")
-    assert not world.cache.has("k")
+    memory = AdapterMemory(3)
+    memory.cache.remove("k")
+    assert not memory.cache.has("k")
 
 
 def test_host_keeps_to_its_budget_and_forgets_the_oldest() -> None:
-    world = World(30, host_cache_bytes=2 * packed().num_bytes)
+    memory = AdapterMemory(30, host_cache_bytes=2 * packed().num_bytes)
     for key in "ab":
-        world.cache.add(key, packed())
-    world.use("a")
-    world.unuse("a")
-    world.cache.add("c", packed())
-    assert [world.cache.has(key) for key in "abc"] == [True, False, True]
-    world.check()
+        memory.cache.add(key, packed())
+    memory.use("a")
+    memory.unuse("a")
+    memory.cache.add("c", packed())
+    assert [memory.cache.has(key) for key in "abc"] == [True, False, True]
+    memory.check()
 
 
 def test_adapters_in_use_are_not_forgotten() -> None:
-    world = World(30, host_cache_bytes=packed().num_bytes)
-    world.cache.add("a", packed())
-    world.cache.hold("a")
+    memory = AdapterMemory(30, host_cache_bytes=packed().num_bytes)
+    memory.cache.add("a", packed())
+    memory.cache.hold("a")
     with pytest.raises(OverloadedError, match="host_cache_bytes"):
-        world.cache.add("b", packed())
-    world.cache.drop("a")
-    world.cache.add("b", packed())
-    assert (world.cache.has("a"), world.cache.has("b")) == (False, True)
+        memory.cache.add("b", packed())
+    memory.cache.drop("a")
+    memory.cache.add("b", packed())
+    assert (memory.cache.has("a"), memory.cache.has("b")) == (False, True)
 
 
 def test_adapter_larger_than_any_budget_is_refused() -> None:
     with pytest.raises(InvalidAdapterError, match="memory_bytes"):
-        World(packed().num_pages - 1).cache.add("k", packed())
+        AdapterMemory(packed().num_pages - 1).cache.add("k", packed())
     with pytest.raises(InvalidAdapterError, match="host_cache_bytes"):
-        World(30, host_cache_bytes=packed().num_bytes - 1).cache.add("k", packed())
+        AdapterMemory(30, host_cache_bytes=packed().num_bytes - 1).cache.add("k", packed())
 
 
 @settings(max_examples=60, deadline=None)
@@ -327,7 +283,7 @@ def test_adapter_larger_than_any_budget_is_refused() -> None:
     )
 )
 def test_random_operations_keep_exact_books(operations: list[tuple[str, int]]) -> None:
-    world = World(25, host_cache_bytes=4 * packed(6).num_bytes)
+    memory = AdapterMemory(25, host_cache_bytes=4 * packed(6).num_bytes)
     blobs = [packed(rank, seed=rank) for rank in (1, 2, 3, 4, 6)]
     used: list[str] = []
     kv: list[list[int]] = []
@@ -335,28 +291,28 @@ def test_random_operations_keep_exact_books(operations: list[tuple[str, int]]) -
         key = f"k{i}"
         if operation == "add":
             try:
-                world.cache.add(key, blobs[i])
+                memory.cache.add(key, blobs[i])
             except OverloadedError:
                 assert used
         elif operation == "map":
-            world.cache.replace(key, replace(blobs[i], is_mapped=True))
-        elif operation == "use" and world.cache.has(key):
-            if world.evictions.make_room(world.cache.num_pages_missing(key), keep=(key,)):
-                world.use(key)
+            memory.cache.replace(key, replace(blobs[i], is_mapped=True))
+        elif operation == "use" and memory.cache.has(key):
+            if memory.evictions.make_room(memory.cache.num_pages_missing(key), keep=(key,)):
+                memory.use(key)
                 used.append(key)
         elif operation == "unuse" and used:
-            world.unuse(used.pop(i % len(used)))
+            memory.unuse(used.pop(i % len(used)))
         elif operation == "remove":
-            world.cache.remove(key)
-        elif operation == "kv" and world.evictions.make_room(i):
-            kv.append(world.allocator.allocate(i))
+            memory.cache.remove(key)
+        elif operation == "kv" and memory.evictions.make_room(i):
+            kv.append(memory.allocator.allocate(i))
         elif operation == "free" and kv:
-            world.allocator.free(kv.pop())
-        world.check(*kv)
-        assert world.cache.num_host_bytes <= 4 * packed(6).num_bytes
+            memory.allocator.free(kv.pop())
+        memory.check(*kv)
+        assert memory.cache.num_host_bytes <= 4 * packed(6).num_bytes
     for key in used:
-        world.unuse(key)
+        memory.unuse(key)
     for i in range(5):
-        world.cache.remove(f"k{i}")
-    assert world.allocator.num_free == 25 - sum(map(len, kv))
-    assert world.cache.num_host_bytes == 0
+        memory.cache.remove(f"k{i}")
+    assert memory.allocator.num_free == 25 - sum(map(len, kv))
+    assert memory.cache.num_host_bytes == 0

@@ -2,33 +2,22 @@
 
 import asyncio
 import json
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from transformers import AutoTokenizer
 
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import RolloutConfig, ServingConfig
+from cluster.config import ServingConfig
 from cluster.errors import ReloraError, StorageError
-from cluster.registry import Registry
 from serving import errors as serving_errors
-from serving.engine.engine import Engine
-from serving.engine.loop import EngineLoop
 from serving.engine.request import FinishReason, TokenEvent
 from serving.errors import HTTP_ERRORS, http_error
 from serving.gateway.backend import LocalBackend
-from serving.gateway.gateway import Gateway
-from serving.http.api import create_app
+from tests.worlds.servers import Server, serve_bases, wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 TEMPLATE = (
@@ -36,66 +25,6 @@ TEMPLATE = (
 )
 TOO_LONG = "x" * 5000  # for a file name
 CONFIG = ServingConfig(memory_bytes=8 * 2**20, max_model_tokens=400, max_rank=16)
-
-
-@dataclass
-class Server:
-    url: str
-    registry: Registry
-    loops: dict[str, EngineLoop]
-    files: Path
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    @property
-    def async_client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def post(self, path: str, **body) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60)
-
-    def num_running(self, base: str = "v1") -> float:
-        stats = self.loops[base].stats()
-        return stats["running"] + stats["waiting"]
-
-
-@contextmanager
-def serve(app) -> Iterator[str]:
-    """The application under uvicorn on a free port of 127.0.0.1, in a thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        _wait_until(lambda: server.started)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@contextmanager
-def serve_bases(files: Path, folder: Path, config: ServingConfig, bases: tuple[str, ...]) -> Iterator[Server]:
-    registry = Registry(f"sqlite:///{folder}/registry.db")
-    blobs = BlobStore(str(folder / "blobs"), folder / "cache")
-    for name in bases:
-        registry.add_base(name, str(files / name), open_checkpoint(files / name).fingerprint())
-    loops = {name: EngineLoop(Engine.open(files / name, config), packed_dir=folder / "packed") for name in bases}
-    for loop in loops.values():
-        loop.start()
-    backends = {name: LocalBackend(loop, blobs) for name, loop in loops.items()}
-    gateway = Gateway(registry, blobs, lambda: backends, config, RolloutConfig(poll_s=0.05))
-    try:
-        with serve(create_app(gateway)) as url:
-            yield Server(url, registry, loops, files)
-    finally:
-        for loop in loops.values():
-            loop.stop()
-        registry.close()
 
 
 @pytest.fixture(scope="module")
@@ -418,14 +347,14 @@ def test_a_full_queue_is_503_with_retry_after(tmp_path: Path):
         with client.stream("POST", f"{server.url}/v1/completions", json=endless) as stream:
             lines = stream.iter_lines()
             next(lines)
-            _wait_until(lambda: server.num_running("long") == 2)
+            wait_until(lambda: server.num_running("long") == 2)
             refused = server.post("/v1/completions", model="long", prompt="x", n=2)
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "overloaded"
-            _wait_until(lambda: server.num_running("long") == 2)
+            wait_until(lambda: server.num_running("long") == 2)
             assert "error" not in next(line for line in lines if line), "those who were there are not disturbed"
-        _wait_until(lambda: server.num_running("long") == 0)
+        wait_until(lambda: server.num_running("long") == 0)
         assert server.post("/v1/completions", model="long", prompt="x").status_code == 200
 
 
@@ -439,7 +368,7 @@ def test_tokens_of_a_stream_that_was_left_count(server: Server):
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
-    _wait_until(lambda: _value(httpx.get(f"{server.url}/metrics").text, line) > before, timeout_s=5)
+    wait_until(lambda: _value(httpx.get(f"{server.url}/metrics").text, line) > before, timeout_s=5)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -455,7 +384,7 @@ def test_hanging_up_aborts_the_request(server: Server, stream: bool):
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{server.url}/v1/completions", json=body)
     left_at = time.monotonic()
-    _wait_until(lambda: server.num_running() == 0, timeout_s=2)
+    wait_until(lambda: server.num_running() == 0, timeout_s=2)
     assert time.monotonic() - left_at < 2
 
 
@@ -626,10 +555,3 @@ def _text(text: str) -> dict[str, str]:
 def _value(metrics: str, line: str) -> float:
     found = [entry for entry in metrics.splitlines() if entry.startswith(line)]
     return float(found[0].split()[-1]) if found else 0.0
-
-
-def _wait_until(condition, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from serving.adapters.disk_tier import DiskTier, packing_id
 from serving.adapters.packing import PackedAdapter, pack_adapter
-from tests.serving.test_adapter_cache import MODULES, PAGE, make
+from tests.worlds.adapters import MODULES, PAGE_ELEMENTS, make_factors
 
 BIG = 1 << 30
 KEYS = [f"{i:064x}" for i in range(20)]
@@ -25,8 +25,8 @@ BOOKS = ("ranks", "scalings", "is_dora", "table_starts", "page_ends")
 
 
 def packed(rank: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> PackedAdapter:
-    adapter = make({"a.q_proj": rank, "a.down_proj": rank}, seed)
-    return pack_adapter(adapter, MODULES, PAGE, dtype, {"a.q_proj": torch.linspace(0.5, 1.5, 60)})
+    adapter = make_factors({"a.q_proj": rank, "a.down_proj": rank}, seed)
+    return pack_adapter(adapter, MODULES, PAGE_ELEMENTS, dtype, {"a.q_proj": torch.linspace(0.5, 1.5, 60)})
 
 
 def is_same(a: PackedAdapter, b: PackedAdapter) -> bool:

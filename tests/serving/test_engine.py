@@ -55,7 +55,7 @@ KIB = 1024
 
 
 @dataclass(frozen=True)
-class World:
+class BaseWithReference:
     """A checkpoint, its adapters, and what the reference generates: by adapter name and prompt length."""
 
     folder: Path
@@ -111,7 +111,7 @@ def only(engine: Engine, request: Request) -> list[TokenEvent]:
     return run(engine, [request])[request.id]
 
 
-def assert_parity(world: World, events: dict[str, list[TokenEvent]], requests: list[Request]) -> None:
+def assert_parity(world: BaseWithReference, events: dict[str, list[TokenEvent]], requests: list[Request]) -> None:
     got = tokens_of(events)
     for request in requests:
         name, _, num_prompt = request.id.partition("/")
@@ -119,17 +119,17 @@ def assert_parity(world: World, events: dict[str, list[TokenEvent]], requests: l
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseWithReference:
     checkpoint, folders = make_files(tmp_path_factory.mktemp(request.param), request.param)
     adapters = {name: load_adapter(folder) for name, folder in folders.items()}
-    return World(checkpoint, adapters, dict(generate_reference(checkpoint, folders)))
+    return BaseWithReference(checkpoint, adapters, dict(generate_reference(checkpoint, folders)))
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> BaseWithReference:
     """A world without reference, for what does not depend on the architecture."""
     checkpoint, folders = make_files(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM")
-    return World(checkpoint, {name: load_adapter(folder) for name, folder in folders.items()}, {})
+    return BaseWithReference(checkpoint, {name: load_adapter(folder) for name, folder in folders.items()}, {})
 
 
 def make_files(folder: Path, architecture: str) -> tuple[Path, dict[str, Path]]:
@@ -168,39 +168,39 @@ def greedy(model: torch.nn.Module, num_prompt: int) -> list[int]:
 # Parity with Hugging Face and PEFT.
 
 
-def test_reference_tells_the_adapters_apart(world: World) -> None:
+def test_reference_tells_the_adapters_apart(world: BaseWithReference) -> None:
     assert len({tuple(world.reference[name, 35]) for name in NAMES}) == len(NAMES)
 
 
-def test_each_alone(world: World) -> None:
+def test_each_alone(world: BaseWithReference) -> None:
     engine = world.engine()
     for request in ALL:
         assert_parity(world, run(engine, [request]), [request])
 
 
-def test_all_mixed_in_one_batch(world: World) -> None:
+def test_all_mixed_in_one_batch(world: BaseWithReference) -> None:
     engine = world.engine()
     assert_parity(world, run(engine, ALL), ALL)
     assert engine.stats()["steps"] == NUM_NEW
 
 
-def test_vocabulary_rows_longer_than_a_page(world: World) -> None:
+def test_vocabulary_rows_longer_than_a_page(world: BaseWithReference) -> None:
     """A page of 160 elements, a vocabulary of 261."""
     assert_parity(world, run(world.engine(page_tokens=2), ALL), ALL)
 
 
-def test_arriving_one_by_one(world: World) -> None:
+def test_arriving_one_by_one(world: BaseWithReference) -> None:
     assert_parity(world, run(world.engine(), ALL, submit_every=2), ALL)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [8, 31])
-def test_chunked_prefill(world: World, max_batch_tokens: int) -> None:
+def test_chunked_prefill(world: BaseWithReference, max_batch_tokens: int) -> None:
     engine = world.engine(max_batch_tokens=max_batch_tokens)
     assert_parity(world, run(engine, ALL, submit_every=3), ALL)
 
 
 @pytest.mark.parametrize("swap_bytes", [0, 8 * KIB, 1024 * KIB])
-def test_after_preemption_and_eviction(world: World, swap_bytes: int) -> None:
+def test_after_preemption_and_eviction(world: BaseWithReference, swap_bytes: int) -> None:
     engine = world.engine(memory_kib=190, page_tokens=4, swap_bytes=swap_bytes)
     assert_parity(world, run(engine, ALL), ALL)
     stats = engine.stats()
@@ -209,7 +209,7 @@ def test_after_preemption_and_eviction(world: World, swap_bytes: int) -> None:
     assert (stats["swap_pages_in"] > 0, stats["swap_pages_used"]) == (swap_bytes > 0, 0)
 
 
-def test_after_eviction_and_reload(world: World) -> None:
+def test_after_eviction_and_reload(world: BaseWithReference) -> None:
     engine = world.engine(memory_kib=190, page_tokens=4)
     for _ in range(2):
         for request in ALL:
@@ -218,7 +218,9 @@ def test_after_eviction_and_reload(world: World) -> None:
     assert engine.stats()["preemptions"] == 0
 
 
-def test_other_kinds_cost_nothing_where_no_request_is_theirs(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_kinds_cost_nothing_where_no_request_is_theirs(
+    llama: BaseWithReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = llama.engine()
     ops = engine._model._ops
     monkeypatch.setattr(engine._model, "_ops", replace(ops, dora_scale=None, lora_lookup=None))
@@ -232,7 +234,7 @@ def test_other_kinds_cost_nothing_where_no_request_is_theirs(llama: World, monke
 
 
 @pytest.fixture(scope="module")
-def sampled(llama: World) -> tuple[list[Request], dict[str, list[TokenEvent]]]:
+def sampled(llama: BaseWithReference) -> tuple[list[Request], dict[str, list[TokenEvent]]]:
     requests = [
         request_of("r8", 6, temperature=1.0, seed=1, top_p=0.9),
         request_of("base", 6, temperature=1.3, seed=2),
@@ -241,7 +243,7 @@ def sampled(llama: World) -> tuple[list[Request], dict[str, list[TokenEvent]]]:
     return requests, {request.id: only(llama.engine(), request) for request in requests}
 
 
-def test_seeded_tokens_are_the_same_in_company(llama: World, sampled: tuple) -> None:
+def test_seeded_tokens_are_the_same_in_company(llama: BaseWithReference, sampled: tuple) -> None:
     requests, alone = sampled
     others = [request for request in ALL if request.id not in alone]
     events = run(llama.engine(), [*others[:5], *requests, *others[5:]], submit_every=1)
@@ -249,7 +251,7 @@ def test_seeded_tokens_are_the_same_in_company(llama: World, sampled: tuple) -> 
     assert {id: text_of(events[id]) for id in alone} == {id: text_of(alone[id]) for id in alone}
 
 
-def test_seeded_tokens_are_the_same_after_preemption(llama: World, sampled: tuple) -> None:
+def test_seeded_tokens_are_the_same_after_preemption(llama: BaseWithReference, sampled: tuple) -> None:
     requests, alone = sampled
     engine = llama.engine(memory_kib=130, page_tokens=4)
     events = run(engine, [replace(request_of(name, 35), id=f"filler-{name}") for name in ("base", "r4")] + requests)
@@ -258,7 +260,7 @@ def test_seeded_tokens_are_the_same_after_preemption(llama: World, sampled: tupl
 
 
 @pytest.mark.parametrize("num_resumed", [1, 9, NUM_NEW - 1])
-def test_resumed_goes_on_as_if_nothing_had_happened(llama: World, sampled: tuple, num_resumed: int) -> None:
+def test_resumed_goes_on_as_if_nothing_had_happened(llama: BaseWithReference, sampled: tuple, num_resumed: int) -> None:
     requests, alone = sampled
     for request in requests:
         tokens = tokens_of(alone)[request.id]
@@ -268,7 +270,7 @@ def test_resumed_goes_on_as_if_nothing_had_happened(llama: World, sampled: tuple
         assert news[-1].finish_reason is alone[request.id][-1].finish_reason
 
 
-def test_another_seed_gives_other_tokens_and_no_seed_any(llama: World) -> None:
+def test_another_seed_gives_other_tokens_and_no_seed_any(llama: BaseWithReference) -> None:
     request = request_of("base", 6, temperature=1.5, seed=1)
     unseeded = replace(request, sampling=replace(request.sampling, seed=None))
     others = [replace(request, sampling=replace(request.sampling, seed=2)), unseeded, unseeded]
@@ -279,7 +281,7 @@ def test_another_seed_gives_other_tokens_and_no_seed_any(llama: World) -> None:
 # How a sequence ends.
 
 
-def test_resumed_at_its_end_ends_at_once(llama: World) -> None:
+def test_resumed_at_its_end_ends_at_once(llama: BaseWithReference) -> None:
     resumed = tuple(range(NUM_NEW))
     assert only(llama.engine(), replace(ALL[0], resumed_tokens=resumed)) == [
         TokenEvent(ALL[0].id, finish_reason=FinishReason.LENGTH)
@@ -288,7 +290,7 @@ def test_resumed_at_its_end_ends_at_once(llama: World) -> None:
     assert event.finish_reason is FinishReason.STOP
 
 
-def test_ends_at_eos_which_is_a_token_but_no_text(llama: World) -> None:
+def test_ends_at_eos_which_is_a_token_but_no_text(llama: BaseWithReference) -> None:
     tokens = [event.tokens[0] for event in only(llama.engine(), request_of("r8", 6))]
     end = tokens.index(tokens[4])
     model_end = {"eos_token_id": [EOS, tokens[4]]}
@@ -330,7 +332,7 @@ def test_eos_ids_come_from_either_file(tmp_path: Path, generation: dict | None, 
     assert read_eos_ids(tmp_path) == ids
 
 
-def test_stop_string_ends_and_is_not_shown(llama: World) -> None:
+def test_stop_string_ends_and_is_not_shown(llama: BaseWithReference) -> None:
     whole = only(llama.engine(), request_of("r8", 6, temperature=1.0, seed=5, max_tokens=60))
     text = text_of(whole)
     stop = next(
@@ -341,13 +343,13 @@ def test_stop_string_ends_and_is_not_shown(llama: World) -> None:
     assert news[-1].finish_reason is FinishReason.STOP
 
 
-def test_context_cuts_max_tokens(llama: World) -> None:
+def test_context_cuts_max_tokens(llama: BaseWithReference) -> None:
     news = only(llama.engine(max_model_tokens=40), request_of("base", 35, max_tokens=1000, ignore_eos=True))
     assert sum(len(event.tokens) for event in news) == 5
     assert news[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_logprobs_are_those_of_the_model(llama: World) -> None:
+def test_logprobs_are_those_of_the_model(llama: BaseWithReference) -> None:
     from transformers import AutoModelForCausalLM
 
     news = only(llama.engine(), request_of("base", 6, num_logprobs=3))
@@ -375,7 +377,7 @@ def test_logprobs_are_those_of_the_model(llama: World) -> None:
         ({"sampling": SamplingParams(max_tokens=0)}, "max_tokens is 0"),
     ],
 )
-def test_bad_request_is_refused(llama: World, change: dict, message: str) -> None:
+def test_bad_request_is_refused(llama: BaseWithReference, change: dict, message: str) -> None:
     engine = llama.engine(max_model_tokens=64)
     with pytest.raises(InvalidRequestError, match=message):
         engine.submit(replace(ALL[0], **change))
@@ -383,24 +385,24 @@ def test_bad_request_is_refused(llama: World, change: dict, message: str) -> Non
     engine.check_integrity()
 
 
-def test_longest_prompt_is_served(llama: World) -> None:
+def test_longest_prompt_is_served(llama: BaseWithReference) -> None:
     news = only(llama.engine(max_model_tokens=64), replace(ALL[0], prompt_tokens=(1,) * 63))
     assert len(news) == 1
 
 
-def test_same_id_twice_is_refused(llama: World) -> None:
+def test_same_id_twice_is_refused(llama: BaseWithReference) -> None:
     engine = llama.engine()
     engine.submit(ALL[0])
     with pytest.raises(InvalidRequestError, match="already"):
         engine.submit(ALL[0])
 
 
-def test_unknown_adapter_is_not_found(llama: World) -> None:
+def test_unknown_adapter_is_not_found(llama: BaseWithReference) -> None:
     with pytest.raises(NotFoundError):
         llama.engine(adapters=False).submit(request_of("r8", 6))
 
 
-def test_full_queue_refuses(llama: World) -> None:
+def test_full_queue_refuses(llama: BaseWithReference) -> None:
     engine = llama.engine(max_queue=1)
     engine.submit(ALL[0])
     with pytest.raises(OverloadedError):
@@ -408,7 +410,7 @@ def test_full_queue_refuses(llama: World) -> None:
     engine.check_integrity()
 
 
-def test_request_larger_than_memory_is_refused(llama: World) -> None:
+def test_request_larger_than_memory_is_refused(llama: BaseWithReference) -> None:
     with pytest.raises(InvalidRequestError, match=r"serving\.memory_bytes"):
         llama.engine(memory_kib=130, page_tokens=4).submit(request_of("r16", 35, max_tokens=200))
 
@@ -417,12 +419,12 @@ def test_request_larger_than_memory_is_refused(llama: World) -> None:
     ("settings", "message"),
     [({"page_tokens": 1}, "serving.page_tokens.* raise it to 2"), ({"memory_kib": 4}, "serving.memory_bytes")],
 )
-def test_memory_that_cannot_work_is_a_config_error(llama: World, settings: dict, message: str) -> None:
+def test_memory_that_cannot_work_is_a_config_error(llama: BaseWithReference, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         llama.engine(adapters=False, **settings)
 
 
-def test_smallest_pages_work(llama: World) -> None:
+def test_smallest_pages_work(llama: BaseWithReference) -> None:
     expected = run(llama.engine(), ALL[:7])
     assert tokens_of(run(llama.engine(page_tokens=2), ALL[:7])) == tokens_of(expected)
 
@@ -439,14 +441,14 @@ def bad_module(adapter: Adapter) -> Adapter:
 
 
 @pytest.mark.parametrize("spoil", [bad_shape, bad_module])
-def test_adapter_that_does_not_fit_is_refused(llama: World, spoil: Callable[[Adapter], Adapter]) -> None:
+def test_adapter_that_does_not_fit_is_refused(llama: BaseWithReference, spoil: Callable[[Adapter], Adapter]) -> None:
     engine = llama.engine(adapters=False)
     with pytest.raises(InvalidAdapterError, match=r"q_proj|down_proj"):
         engine.add_adapter(ref_of("r8"), spoil(llama.adapters["r8"]))
     assert not engine.has_adapter(ref_of("r8").key)
 
 
-def test_an_embedding_retrained_beside_its_lora_is_refused(llama: World) -> None:
+def test_an_embedding_retrained_beside_its_lora_is_refused(llama: BaseWithReference) -> None:
     engine, adapter = llama.engine(adapters=False), llama.adapters["embedding"]
     table = engine._model.embedding_VD.clone()
     engine.add_adapter(ref_of("embedding"), replace(adapter, base_copies={"model.embed_tokens": table}))
@@ -455,13 +457,13 @@ def test_an_embedding_retrained_beside_its_lora_is_refused(llama: World) -> None
         engine.add_adapter(ref_of("other"), replace(adapter, base_copies={"model.embed_tokens": table}))
 
 
-def test_rank_above_the_limit_is_refused(llama: World) -> None:
+def test_rank_above_the_limit_is_refused(llama: BaseWithReference) -> None:
     with pytest.raises(InvalidAdapterError, match="rank 16 is above the limit of 8"):
         llama.engine(adapters=False, max_rank=8).add_adapter(ref_of("r16"), llama.adapters["r16"])
 
 
 @pytest.mark.parametrize("max_batch_tokens", [512, 5])
-def test_poisoned_adapter_fails_alone(llama: World, max_batch_tokens: int) -> None:
+def test_poisoned_adapter_fails_alone(llama: BaseWithReference, max_batch_tokens: int) -> None:
     engine = llama.engine(max_batch_tokens=max_batch_tokens, memory_kib=400)
     expected = run(engine, ALL)
     poison = AdapterRef("hash-of-poison", "poison", 3, "")
@@ -484,7 +486,7 @@ def test_poisoned_adapter_fails_alone(llama: World, max_batch_tokens: int) -> No
 # Adapters come and go.
 
 
-def test_removed_adapter_finishes_its_requests_and_gives_its_memory_back(llama: World) -> None:
+def test_removed_adapter_finishes_its_requests_and_gives_its_memory_back(llama: BaseWithReference) -> None:
     engine = llama.engine(adapters=False)
     free = engine.stats()["pages_free"]
     engine.add_adapter(ref_of("r8"), llama.adapters["r8"])
@@ -504,7 +506,7 @@ def test_removed_adapter_finishes_its_requests_and_gives_its_memory_back(llama: 
     assert tokens_of(run(engine, [request_of("r8", 6)])) == tokens_of(expected)
 
 
-def test_adapter_is_found_again_where_it_came_back(llama: World) -> None:
+def test_adapter_is_found_again_where_it_came_back(llama: BaseWithReference) -> None:
     engine = llama.engine(adapters=False, memory_kib=80, page_tokens=4)
     engine.add_adapter(ref_of("r8"), llama.adapters["r8"])
     expected = only(engine, request_of("r8", 6))
@@ -514,7 +516,7 @@ def test_adapter_is_found_again_where_it_came_back(llama: World) -> None:
     assert only(engine, request_of("r8", 6)) == expected
 
 
-def test_waste_is_what_pages_in_use_do_not_hold(llama: World) -> None:
+def test_waste_is_what_pages_in_use_do_not_hold(llama: BaseWithReference) -> None:
     engine = llama.engine()
     assert engine.memory_waste() == (0, 0.0)
     engine.submit(request_of("base", 35))
@@ -531,14 +533,14 @@ def test_waste_is_what_pages_in_use_do_not_hold(llama: World) -> None:
     assert engine.memory_waste() == (in_use, pytest.approx(empty))
 
 
-def test_adding_twice_changes_nothing(llama: World) -> None:
+def test_adding_twice_changes_nothing(llama: BaseWithReference) -> None:
     engine = llama.engine()
     before = engine.stats()
     engine.add_adapter(ref_of("r8"), llama.adapters["r8"])
     assert engine.stats() == before
 
 
-def test_abort_forgets_the_request(llama: World) -> None:
+def test_abort_forgets_the_request(llama: BaseWithReference) -> None:
     engine = llama.engine()
     free = engine.stats()["pages_free"]
     engine.submit(ALL[0])
@@ -551,7 +553,7 @@ def test_abort_forgets_the_request(llama: World) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_operations_lose_nothing(llama: World, seed: int) -> None:
+def test_random_operations_lose_nothing(llama: BaseWithReference, seed: int) -> None:
     draw = random.Random(seed)
     engine = llama.engine(
         adapters=False, memory_kib=190, page_tokens=4, max_batch_tokens=draw.choice([6, 40]), host_cache_bytes=130 * KIB
@@ -581,7 +583,7 @@ def test_random_operations_lose_nothing(llama: World, seed: int) -> None:
     assert (stats["pages_free"], stats["host_bytes"]) == (stats["pages"], 0)
 
 
-def try_to_submit(world: World, engine: Engine, request: Request, id: str) -> bool:
+def try_to_submit(world: BaseWithReference, engine: Engine, request: Request, id: str) -> bool:
     """Submits a copy with its adapter, unless the host is full of adapters in use."""
     try:
         if request.adapter is not None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -19,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from cluster.blobs import BlobStore
 from cluster.config import ServingConfig
 from cluster.errors import OverloadedError
-from cluster.registry import Status
 from serving.engine.engine import Engine
 from serving.engine.request import Request, SamplingParams
-from tests.serving.test_api import Server, serve_bases
+from tests.worlds.servers import AdapterServer, serve_bases, wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 LOAD_TIMEOUT_S = 0.5
@@ -36,80 +34,31 @@ CONFIG = ServingConfig(
 )
 
 
-@dataclass
-class World:
-    server: Server
-    folder: Path
-    base: Path
-
-    @property
-    def blobs(self) -> BlobStore:
-        return BlobStore(str(self.folder / "blobs"), self.folder / "cache")
-
-    def make(self, name: str, **settings: object) -> Path:
-        return make_adapter(self.folder / "made" / name, self.base, **{"rank": 3, **settings})
-
-    def load(self, name: str, path: Path) -> httpx.Response:
-        return self.server.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(path))
-
-    def register(self, name: str, path: Path) -> str:
-        """As another process would, past the checks at the door; returns the blob's key."""
-        registry = self.server.registry
-        key = self.blobs.put_folder(path)
-        registry.add_adapter(name)
-        version = registry.add_version(name, "base", Status.RETIRED, blob_key=key, content_hash=key)
-        registry.promote(version.id)
-        return key
-
-    def ask(self, model: str, num_tokens: int = 12, prompt: str = "hello there", **more: object) -> httpx.Response:
-        body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
-        return self.server.post("/v1/completions", **{**body, **more})
-
-    def text(self, model: str, num_tokens: int = 12, **more: object) -> str:
-        response = self.ask(model, num_tokens, **more)
-        assert response.status_code == 200, response.text
-        return response.json()["choices"][0]["text"]
-
-    def stats(self) -> dict[str, float]:
-        return self.server.loops["base"].stats()
-
-    def where(self) -> dict[str, dict]:
-        listed = httpx.get(f"{self.server.url}/v1/adapters", timeout=10).json()["data"]
-        return {one["version"]: one for one in listed}
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("files") / "base")
 
 
 @pytest.fixture
-def world(base: Path, tmp_path: Path) -> Iterator[World]:
+def world(base: Path, tmp_path: Path) -> Iterator[AdapterServer]:
     with serve_bases(base.parent, tmp_path, CONFIG, ("base",)) as server:
-        yield World(server, tmp_path, base)
+        yield AdapterServer(server, tmp_path, base)
         assert server.loops["base"].is_healthy
-        until(lambda: server.num_running("base") == 0)
+        wait_until(lambda: server.num_running("base") == 0)
         server.loops["base"]._engine.check_integrity()
-
-
-def until(condition, timeout_s: float = 20.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
 
 
 # Adapters that come, change and go.
 
 
-def test_same_name_new_weights(world: World) -> None:
+def test_same_name_new_weights(world: AdapterServer) -> None:
     """Who began with the old weights ends with them; who comes later never sees their KV, nor the reverse."""
     old, new = (world.make(name, seed=seed) for seed, name in enumerate(("old", "new"), start=3))
     world.load("mine", old)
     expected_old = world.text("mine", 200)
     with ThreadPoolExecutor() as pool:
         under_way = [pool.submit(world.text, "mine@1", 200), pool.submit(world.text, "mine", 200)]
-        until(lambda: world.stats()["running"] > 0)
+        wait_until(lambda: world.stats()["running"] > 0)
         assert world.load("mine", new).json()["model"] == "mine@2"
         after = world.text("mine", 200)
         assert [future.result() for future in under_way] == [expected_old] * 2
@@ -118,19 +67,19 @@ def test_same_name_new_weights(world: World) -> None:
     assert world.text("alias", 200) == world.text("mine@1", 200, cache_salt="mine") == expected_old
 
 
-def test_unload_with_requests_in_flight_then_frees_the_memory(world: World) -> None:
+def test_unload_with_requests_in_flight_then_frees_the_memory(world: AdapterServer) -> None:
     expected_base = world.text("base")
     world.load("mine", world.make("mine"))
     expected = world.text("mine", 300)
     assert world.where()["mine@1"]["tier"] == "device"
     with ThreadPoolExecutor() as pool:
         under_way = [pool.submit(world.text, "mine", 300) for _ in range(3)]
-        until(lambda: world.stats()["running"] == 3)
+        wait_until(lambda: world.stats()["running"] == 3)
         assert world.server.post("/v1/unload_lora_adapter", lora_name="mine").status_code == 200
         assert world.stats()["adapters_on_host"] == 1, "it is in use"
         assert world.ask("mine").status_code == 404
         assert [future.result() for future in under_way] == [expected] * 3
-    until(lambda: world.stats()["adapters_on_host"] == 0)
+    wait_until(lambda: world.stats()["adapters_on_host"] == 0)
     stats = world.stats()
     assert (stats["host_bytes"], stats["adapters_resident"], stats["pages_adapters"]) == (0, 0, 0)
     assert world.where() == {}
@@ -141,7 +90,7 @@ def test_unload_with_requests_in_flight_then_frees_the_memory(world: World) -> N
 def test_more_adapters_than_fit(base: Path, tmp_path: Path) -> None:
     small = ServingConfig(memory_bytes=2**18, max_model_tokens=200, max_rank=16, host_cache_bytes=2**18)
     with serve_bases(base.parent, tmp_path, small, ("base",)) as server:
-        world = World(server, tmp_path, base)
+        world = AdapterServer(server, tmp_path, base)
         names = [f"a{i}" for i in range(10)]
         for seed, name in enumerate(names):
             assert world.load(name, world.make(name, seed=seed, rank=8)).status_code == 200
@@ -156,7 +105,7 @@ def test_more_adapters_than_fit(base: Path, tmp_path: Path) -> None:
         server.loops["base"]._engine.check_integrity()
 
 
-def spoil(world: World, how: str) -> Path:
+def spoil(world: AdapterServer, how: str) -> Path:
     path = world.make("bad", rank=17 if how == "rank above the limit" else 3)
     weights = path / "adapter_model.safetensors"
     if how == "corrupt":
@@ -181,7 +130,7 @@ FAULTS = ["corrupt", "truncated", "empty", "of another base", "without its B", "
 
 
 @pytest.mark.parametrize("how", [*FAULTS, "rank above the limit"])
-def test_unusable_files_are_refused_under_load(world: World, how: str) -> None:
+def test_unusable_files_are_refused_under_load(world: AdapterServer, how: str) -> None:
     world.load("mine", world.make("mine"))
     expected = world.text("mine", 200)
     with ThreadPoolExecutor() as pool:
@@ -194,7 +143,7 @@ def test_unusable_files_are_refused_under_load(world: World, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../mine", "..", "a/../../b", "/etc/passwd", "a\\b", "a\x00b", "%2e%2e%2fmine", ""])
-def test_a_name_cannot_leave_its_folder(world: World, name: str) -> None:
+def test_a_name_cannot_leave_its_folder(world: AdapterServer, name: str) -> None:
     before = set(world.folder.parent.rglob("*"))
     path = world.make("mine")
     assert world.load(name, path).status_code == 400
@@ -203,20 +152,20 @@ def test_a_name_cannot_leave_its_folder(world: World, name: str) -> None:
     assert [one for one in new if "made" not in one.parts] == []
 
 
-def test_deleted_on_disk_after_registration(world: World) -> None:
+def test_deleted_on_disk_after_registration(world: AdapterServer) -> None:
     world.load("used", world.make("used"))
     expected = world.text("used")
     world.register("lost", world.make("lost", seed=5))
     for folder in ("blobs", "cache"):
         shutil.rmtree(world.folder / folder)
-    until(lambda: world.ask("lost").status_code != 404)
+    wait_until(lambda: world.ask("lost").status_code != 404)
     lost = world.ask("lost")
     assert (lost.status_code, lost.json()["error"]["code"]) == (503, "storage_unavailable")
     assert world.where()["lost@1"]["tier"] == "store"
     assert world.text("used") == expected, "what the engine has it needs no disk for"
 
 
-def test_loads_of_one_name_racing(world: World) -> None:
+def test_loads_of_one_name_racing(world: AdapterServer) -> None:
     paths = [world.make(f"w{seed}", seed=seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda path: world.load("mine", path), paths))
@@ -233,7 +182,7 @@ def test_loads_of_one_name_racing(world: World) -> None:
 # Stores and disks.
 
 
-def test_full_disk_in_the_blob_cache(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_in_the_blob_cache(world: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
     key = world.register("mine", world.make("mine"))
     cache = world.folder / "cache"
 
@@ -242,7 +191,7 @@ def test_full_disk_in_the_blob_cache(world: World, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "makefile", no_space)
-        until(lambda: world.ask("mine").status_code != 404)
+        wait_until(lambda: world.ask("mine").status_code != 404)
         refused = world.ask("mine")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "storage_unavailable")
         assert "No space left" in refused.json()["error"]["message"]
@@ -252,7 +201,7 @@ def test_full_disk_in_the_blob_cache(world: World, monkeypatch: pytest.MonkeyPat
     assert [one.name for one in cache.glob("[!.]*")] == [key]
 
 
-def test_a_store_that_hangs_keeps_nobody_waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_hangs_keeps_nobody_waiting(world: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """More adapters hang than there are loader threads; the next one is served all the same."""
     names = [f"slow{i}" for i in range(6)]
     keys = [world.register(name, world.make(name, seed=10 + i)) for i, name in enumerate(names)]
@@ -266,7 +215,7 @@ def test_a_store_that_hangs_keeps_nobody_waiting(world: World, monkeypatch: pyte
         return fetch(self, key)
 
     monkeypatch.setattr(BlobStore, "fetch_folder", hanging)
-    until(lambda: len(world.where()) == 6)
+    wait_until(lambda: len(world.where()) == 6)
     started_at = time.monotonic()
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(world.ask, names))
@@ -280,7 +229,7 @@ def test_a_store_that_hangs_keeps_nobody_waiting(world: World, monkeypatch: pyte
 # Clients and load.
 
 
-def test_a_client_that_stops_reading(world: World) -> None:
+def test_a_client_that_stops_reading(world: AdapterServer) -> None:
     """What waits for it is bounded by its own max_tokens, and everybody else goes on."""
     body = (
         '{"model": "base", "prompt": "x", "max_tokens": 490, "ignore_eos": true, "stream": true, "n": 16, '
@@ -294,25 +243,25 @@ def test_a_client_that_stops_reading(world: World) -> None:
         client.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
         assert client.recv(15).startswith(b"HTTP/1.1 200")
         assert [world.text("base", 30) for _ in range(3)] == [world.text("base", 30, cache=False)] * 3
-        until(lambda: world.stats()["running"] == 0)
-    until(lambda: world.server.num_running("base") == 0)
+        wait_until(lambda: world.stats()["running"] == 0)
+    wait_until(lambda: world.server.num_running("base") == 0)
     assert world.text("base", 30)
 
 
 def test_a_request_longer_than_memory(base: Path, tmp_path: Path) -> None:
     tiny = ServingConfig(memory_bytes=60 * 2**10, max_model_tokens=500, max_rank=16)
     with serve_bases(base.parent, tmp_path, tiny, ("base",)) as server:
-        world = World(server, tmp_path, base)
+        world = AdapterServer(server, tmp_path, base)
         refused = world.ask("base", num_tokens=450)
         assert refused.status_code == 400
         assert "serving.memory_bytes" in refused.json()["error"]["message"]
         assert world.text("base", 20)
 
 
-def test_a_first_token_deadline_is_a_refusal_in_time(world: World) -> None:
+def test_a_first_token_deadline_is_a_refusal_in_time(world: AdapterServer) -> None:
     with ThreadPoolExecutor(40) as pool:
         busy = [pool.submit(world.ask, "base", 450, prompt=f"{i}") for i in range(32)]
-        until(lambda: world.stats()["waiting"] > 0)
+        wait_until(lambda: world.stats()["waiting"] > 0)
         started_at = time.monotonic()
         refused = world.ask("base", 5, first_token_deadline_s=0.05, priority=50)
         assert time.monotonic() - started_at < 2
@@ -323,7 +272,7 @@ def test_a_first_token_deadline_is_a_refusal_in_time(world: World) -> None:
     assert world.stats()["overdue"] == 1
 
 
-def test_one_tenant_cannot_fill_the_queue(world: World) -> None:
+def test_one_tenant_cannot_fill_the_queue(world: AdapterServer) -> None:
     url, body = f"{world.server.url}/v1/completions", {"model": "base", "prompt": "x", "max_tokens": 300, "n": 100}
     greedy = httpx.post(url, json=body, headers={"authorization": "Bearer greedy"}, timeout=60)
     assert (greedy.status_code, greedy.json()["error"]["type"]) == (429, "rate_limit_error")
@@ -353,16 +302,18 @@ def test_ten_thousand_queued_requests(base: Path) -> None:
 # Weights that are poison.
 
 
-def test_a_poisoned_adapter_hurts_only_its_own_requests(world: World) -> None:
+def test_a_poisoned_adapter_hurts_only_its_own_requests(world: AdapterServer) -> None:
     world.load("sound", world.make("sound"))
     expected = {name: world.text(name, 100) for name in ("sound", "base")}
     path = world.make("poison", seed=9)
     tensors = load_file(path / "adapter_model.safetensors")
     save_file({name: tensor * 1e18 for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
     assert world.load("poison", path).status_code == 400, "the door sees it"
-    until(lambda: world.stats()["adapters_on_host"] == 1)  # and keeps nothing of it; the gauges follow the next step
+    wait_until(
+        lambda: world.stats()["adapters_on_host"] == 1
+    )  # and keeps nothing of it; the gauges follow the next step
     world.register("poison", path)
-    until(lambda: world.ask("poison").status_code != 404)
+    wait_until(lambda: world.ask("poison").status_code != 404)
     with ThreadPoolExecutor(12) as pool:
         answers = {name: [pool.submit(world.ask, name, 100) for _ in range(4)] for name in ("poison", "sound", "base")}
     assert {future.result().status_code for future in answers["poison"]} == {500}

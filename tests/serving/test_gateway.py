@@ -77,7 +77,9 @@ class FakeBackend:
 
 
 @dataclass
-class World:
+class FakeFleet:
+    """A registry and a blob store, with fake backends for two bases."""
+
     folder: Path
     registry: Registry
     blobs: BlobStore
@@ -109,7 +111,7 @@ def world(files: Path, tmp_path: Path):
     for name in ("v1", "v2"):
         registry.add_base(name, str(files / name), open_checkpoint(files / name).fingerprint())
     backends = {"v1": FakeBackend("v1"), "v2": FakeBackend("v2")}
-    yield World(files, registry, BlobStore(str(tmp_path / "blobs"), tmp_path / "cache"), backends)
+    yield FakeFleet(files, registry, BlobStore(str(tmp_path / "blobs"), tmp_path / "cache"), backends)
     registry.close()
 
 
@@ -130,7 +132,7 @@ async def ask(gateway: Gateway, model: str, **more) -> str:
     return await text_of(await gateway.answer(call(model, **more), whole=True))
 
 
-async def test_names_lead_to_the_right_version_on_the_right_base(world: World):
+async def test_names_lead_to_the_right_version_on_the_right_base(world: FakeFleet):
     world.add("intent", "v1", Status.RETIRED)
     world.add("intent", "v2", Status.LIVE)
     gateway = world.gateway()
@@ -145,7 +147,7 @@ async def test_names_lead_to_the_right_version_on_the_right_base(world: World):
 
 
 @pytest.mark.parametrize("model", ["nobody", "intent@7", "nobody@1", "intent@2", "elsewhere", "idle"])
-async def test_what_cannot_be_served_is_not_found(world: World, model: str):
+async def test_what_cannot_be_served_is_not_found(world: FakeFleet, model: str):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.ADAPTING)
     world.add("elsewhere", "v1", Status.PLANNED)
@@ -157,12 +159,12 @@ async def test_what_cannot_be_served_is_not_found(world: World, model: str):
 
 
 @pytest.mark.parametrize("model", ["../etc", "a/b", "intent@x", "intent@", ""])
-async def test_bad_names_are_refused(world: World, model: str):
+async def test_bad_names_are_refused(world: FakeFleet, model: str):
     with pytest.raises(InvalidRequestError):
         await ask(world.gateway(), model)
 
 
-async def test_a_live_adapter_whose_engine_is_gone_is_unavailable_not_unknown(world: World):
+async def test_a_live_adapter_whose_engine_is_gone_is_unavailable_not_unknown(world: FakeFleet):
     world.add("intent", "v2", Status.LIVE)
     del world.backends["v2"]
     gateway = world.gateway()
@@ -173,7 +175,7 @@ async def test_a_live_adapter_whose_engine_is_gone_is_unavailable_not_unknown(wo
         await gateway.check_health()
 
 
-async def test_a_name_unknown_to_the_snapshot_makes_it_look_again(world: World):
+async def test_a_name_unknown_to_the_snapshot_makes_it_look_again(world: FakeFleet):
     gateway = world.gateway(poll_s=60)
     await gateway.start()
     world.add("fresh", "v1", Status.LIVE)
@@ -181,7 +183,7 @@ async def test_a_name_unknown_to_the_snapshot_makes_it_look_again(world: World):
     await gateway.stop()
 
 
-async def test_routes_are_polled_and_trouble_shows_in_health(world: World):
+async def test_routes_are_polled_and_trouble_shows_in_health(world: FakeFleet):
     version = world.add("intent", "v1", Status.LIVE)
     gateway = world.gateway(poll_s=0.02)
     await gateway.start()
@@ -201,7 +203,7 @@ async def test_routes_are_polled_and_trouble_shows_in_health(world: World):
     await gateway.stop()
 
 
-async def test_refreshes_that_come_together_share_one_look(world: World):
+async def test_refreshes_that_come_together_share_one_look(world: FakeFleet):
     gateway = world.gateway()
     looks = []
     list_backends = gateway._list_backends
@@ -210,7 +212,7 @@ async def test_refreshes_that_come_together_share_one_look(world: World):
     assert len(looks) <= 2
 
 
-async def test_a_canary_gets_its_share(world: World):
+async def test_a_canary_gets_its_share(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     gateway = world.gateway(canary_share=0.3)
@@ -223,7 +225,7 @@ async def test_a_canary_gets_its_share(world: World):
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("error", [None, StorageError("no blob"), RuntimeError("a bug")])
-async def test_a_failing_canary_is_forgiven_and_logged(world: World, whole: bool, error: Exception | None):
+async def test_a_failing_canary_is_forgiven_and_logged(world: FakeFleet, whole: bool, error: Exception | None):
     world.add("intent", "v1", Status.LIVE)
     canary = world.add("intent", "v2", Status.CANARY)
     world.backends["v2"] = FailingBackend("v2", error=error)
@@ -237,7 +239,7 @@ async def test_a_failing_canary_is_forgiven_and_logged(world: World, whole: bool
     assert events[0].details["reason"]
 
 
-async def test_a_busy_canary_is_forgiven_without_blame(world: World):
+async def test_a_busy_canary_is_forgiven_without_blame(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     world.backends["v2"].deaths, world.backends["v2"].error = [0], OverloadedError("full")
@@ -247,7 +249,7 @@ async def test_a_busy_canary_is_forgiven_without_blame(world: World):
     assert world.registry.events(kind="canary_failure") == []
 
 
-async def test_a_client_fault_on_a_canary_stays_the_clients(world: World):
+async def test_a_client_fault_on_a_canary_stays_the_clients(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     world.backends["v2"].deaths, world.backends["v2"].error = [0], InvalidRequestError("too long")
@@ -258,7 +260,7 @@ async def test_a_client_fault_on_a_canary_stays_the_clients(world: World):
     assert world.registry.events(kind="canary_failure") == []
 
 
-async def test_an_answer_that_was_not_shown_yet_can_still_change_its_version(world: World):
+async def test_an_answer_that_was_not_shown_yet_can_still_change_its_version(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     world.backends["v2"].deaths, world.backends["v2"].error = [7], StorageError("disk full")
@@ -274,7 +276,7 @@ async def test_an_answer_that_was_not_shown_yet_can_still_change_its_version(wor
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("deaths", [[0], [5], [5, 0, 8], [19]])
-async def test_a_dead_replica_does_not_show_in_the_answer(world: World, whole: bool, deaths: list[int]):
+async def test_a_dead_replica_does_not_show_in_the_answer(world: FakeFleet, whole: bool, deaths: list[int]):
     gateway = world.gateway()
     await gateway.refresh()
     expected = await ask(gateway, "v1")
@@ -288,7 +290,7 @@ async def test_a_dead_replica_does_not_show_in_the_answer(world: World, whole: b
     assert backend.num_open == 0
 
 
-async def test_resubmission_ends(world: World):
+async def test_resubmission_ends(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     world.backends["v1"].deaths = [1] * 9
@@ -297,7 +299,7 @@ async def test_resubmission_ends(world: World):
     assert len(world.backends["v1"].requests) == 4
 
 
-async def test_an_untyped_engine_error_is_typed_and_not_resubmitted(world: World):
+async def test_an_untyped_engine_error_is_typed_and_not_resubmitted(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     world.backends["v1"] = FailingBackend("v1", error=RuntimeError("a bug"))
@@ -307,7 +309,7 @@ async def test_an_untyped_engine_error_is_typed_and_not_resubmitted(world: World
     assert len(world.backends["v1"].requests) == 1
 
 
-async def test_choices_and_prompts_have_their_own_requests_and_seeds(world: World):
+async def test_choices_and_prompts_have_their_own_requests_and_seeds(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     many = Call("call", "v1", ("a", (1, 2, 3)), SamplingParams(max_tokens=4, seed=7), num_choices=3)
@@ -320,7 +322,7 @@ async def test_choices_and_prompts_have_their_own_requests_and_seeds(world: Worl
     assert (answer.num_prompt_tokens, answer.num_choices) == (4, 6)
 
 
-async def test_closing_an_answer_closes_every_stream(world: World):
+async def test_closing_an_answer_closes_every_stream(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     answer = await gateway.answer(call("v1", num_choices=4, max_tokens=50), whole=False)
@@ -330,7 +332,7 @@ async def test_closing_an_answer_closes_every_stream(world: World):
     assert world.backends["v1"].num_open == 0
 
 
-async def test_cancelling_before_the_first_part_closes_every_stream(world: World):
+async def test_cancelling_before_the_first_part_closes_every_stream(world: FakeFleet):
     world.backends["v1"] = SleepingBackend("v1")
     gateway = world.gateway()
     await gateway.refresh()
@@ -341,14 +343,14 @@ async def test_cancelling_before_the_first_part_closes_every_stream(world: World
     assert world.backends["v1"].num_open == 0
 
 
-async def test_an_unlimited_answer_may_fill_the_context(world: World):
+async def test_an_unlimited_answer_may_fill_the_context(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     await ask(gateway, "v1", is_unlimited=True)
     assert world.backends["v1"].requests[0].sampling.max_tokens == ServingConfig().max_model_tokens - 5
 
 
-async def test_an_unusable_prompt_is_the_clients_fault(world: World):
+async def test_an_unusable_prompt_is_the_clients_fault(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     for prompt in ("", (1, 999_999), (-1,)):
@@ -359,7 +361,7 @@ async def test_an_unusable_prompt_is_the_clients_fault(world: World):
 # Adapters that clients bring.
 
 
-async def test_loading_a_name_again_makes_a_new_live_version(world: World, tmp_path: Path):
+async def test_loading_a_name_again_makes_a_new_live_version(world: FakeFleet, tmp_path: Path):
     gateway = world.gateway()
     await gateway.start()
     world.registry.add_adapter("mine", data="rows", metric="chrf", traffic=3.0)
@@ -381,7 +383,7 @@ async def test_loading_a_name_again_makes_a_new_live_version(world: World, tmp_p
     await gateway.stop()
 
 
-async def test_an_adapter_without_a_base_goes_to_the_only_one_served(world: World):
+async def test_an_adapter_without_a_base_goes_to_the_only_one_served(world: FakeFleet):
     gateway = world.gateway()
     del world.backends["v2"]
     assert (await gateway.load_adapter("mine", str(world.folder / "adapter"), None)).base == "v1"
@@ -389,7 +391,7 @@ async def test_an_adapter_without_a_base_goes_to_the_only_one_served(world: Worl
         await gateway.load_adapter("mine", str(world.folder / "adapter"), "v2")
 
 
-async def test_unloading_takes_the_canary_along(world: World):
+async def test_unloading_takes_the_canary_along(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     canary = world.add("intent", "v2", Status.CANARY)
     gateway = world.gateway()
@@ -398,7 +400,7 @@ async def test_unloading_takes_the_canary_along(world: World):
     assert gateway.snapshot.routes == {}
 
 
-async def test_engines_are_told_of_adapters_that_no_name_leads_to(world: World, tmp_path: Path):
+async def test_engines_are_told_of_adapters_that_no_name_leads_to(world: FakeFleet, tmp_path: Path):
     gateway = world.gateway()
     first = await gateway.load_adapter("mine", str(world.folder / "adapter"), "v1")
     alias = await gateway.load_adapter("alias", str(world.folder / "adapter"), "v1")
@@ -413,7 +415,7 @@ async def test_engines_are_told_of_adapters_that_no_name_leads_to(world: World, 
     assert backend.released == [first.content_hash, second.content_hash]
 
 
-async def test_adapters_are_listed_with_where_they_are(world: World):
+async def test_adapters_are_listed_with_where_they_are(world: FakeFleet):
     live = world.add("intent", "v1", Status.LIVE)
     world.add("idle", "v2", Status.LIVE)
     gateway = world.gateway()
@@ -426,7 +428,7 @@ async def test_adapters_are_listed_with_where_they_are(world: World):
     }
 
 
-async def test_a_deadline_of_the_configuration_is_for_those_who_bring_none(world: World):
+async def test_a_deadline_of_the_configuration_is_for_those_who_bring_none(world: FakeFleet):
     gateway = world.gateway()
     gateway._serving = ServingConfig(first_token_deadline_s=7.0)
     await gateway.refresh()
@@ -474,7 +476,7 @@ def _other_kind(folder: Path, base: Path) -> None:
     "spoil",
     [_rank_above_limit, _for_another_base, _not_finite, _no_weights, _pickled_weights, _cut_short, _other_kind],
 )
-async def test_unusable_files_are_refused_and_disturb_nothing(world: World, tmp_path: Path, spoil):
+async def test_unusable_files_are_refused_and_disturb_nothing(world: FakeFleet, tmp_path: Path, spoil):
     spoil(tmp_path / "bad", world.folder / "v1")
     live = world.add("mine", "v1", Status.LIVE)
     gateway = world.gateway()
@@ -498,7 +500,9 @@ async def test_unusable_files_are_refused_and_disturb_nothing(world: World, tmp_
         ("v1", "adapter", "v1", ConflictError),
     ],
 )
-async def test_unusable_load_requests_are_refused(world: World, name: str, path: str, base: str | None, error: type):
+async def test_unusable_load_requests_are_refused(
+    world: FakeFleet, name: str, path: str, base: str | None, error: type
+):
     folder = path if "://" in path else str(world.folder / path)
     with pytest.raises(error):
         await world.gateway().load_adapter(name, folder, base)
@@ -520,14 +524,14 @@ class SayingBackend(FakeBackend):
         yield [TokenEvent(request.id, text=self.said[2:], finish_reason=FinishReason.LENGTH)]
 
 
-def _golden(world: World, *completions: str) -> Version:
+def _golden(world: FakeFleet, *completions: str) -> Version:
     version = world.add("intent", "v1", Status.LIVE)
     details = {"golden": [{"prompt": f"prompt {i}", "completion": text} for i, text in enumerate(completions)]}
     return replace(version, details=details)
 
 
 @pytest.mark.parametrize("said", ["right", "right and on", "rig"])
-async def test_golden_answers_agree_as_far_as_both_go(world: World, said: str):
+async def test_golden_answers_agree_as_far_as_both_go(world: FakeFleet, said: str):
     backend = SayingBackend("v1", said=said)
     await check_golden(_golden(world, "right"), Prompter(world.folder / "v1"), backend)
     [sent] = backend.requests
@@ -535,13 +539,13 @@ async def test_golden_answers_agree_as_far_as_both_go(world: World, said: str):
 
 
 @pytest.mark.parametrize(("golden", "said"), [("right", "wrong"), ("right", ""), ("", "more"), ("right", "riGht")])
-async def test_a_golden_answer_that_differs_is_named(world: World, golden: str, said: str):
+async def test_a_golden_answer_that_differs_is_named(world: FakeFleet, golden: str, said: str):
     version = _golden(world, said, golden)
     with pytest.raises(ReloraError, match=r"intent@1 on v1: golden prompt 1 .*prompt 1"):
         await check_golden(version, Prompter(world.folder / "v1"), SayingBackend("v1", said=said))
 
 
-async def test_an_engine_that_fails_a_golden_prompt_is_named(world: World):
+async def test_an_engine_that_fails_a_golden_prompt_is_named(world: FakeFleet):
     backend = FailingBackend("v1", error=StorageError("adapter lost"))
     with pytest.raises(StorageError, match="adapter lost"):
         await check_golden(_golden(world, "right"), Prompter(world.folder / "v1"), backend)

@@ -113,7 +113,7 @@ class Stream:
     pages: list[int] = field(default_factory=list)
 
 
-class World:
+class PagedModel:
     """A model with an arena full of NaN, and a minimal stand-in for cache and scheduler that places things in it."""
 
     def __init__(self, folder: Path, adapters: Sequence[Adapter] = (), is_compiled: bool = False):
@@ -206,7 +206,7 @@ def assert_same(ours: Tensor, reference: Tensor) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_prefill_in_one_step_equals_transformers(checkpoints, variant: str, is_compiled: bool):
     tokens = random_tokens(29)
-    logits = World(checkpoints(variant), is_compiled=is_compiled).run([(Stream(tokens), 0, 29)], every_row=True)
+    logits = PagedModel(checkpoints(variant), is_compiled=is_compiled).run([(Stream(tokens), 0, 29)], every_row=True)
     assert_same(logits, reference_logits(hugging_face(checkpoints(variant)), tokens))
 
 
@@ -215,7 +215,7 @@ def test_prefill_in_one_step_equals_transformers(checkpoints, variant: str, is_c
 def test_chunked_prefill_and_decode_equal_transformers(checkpoints, variant: str, is_compiled: bool):
     """Chunks that end inside and at the end of a page, then token by token; earlier KV comes from the pages."""
     tokens = random_tokens(31, seed=1)
-    world, stream = World(checkpoints(variant), is_compiled=is_compiled), Stream(tokens)
+    world, stream = PagedModel(checkpoints(variant), is_compiled=is_compiled), Stream(tokens)
     borders = [0, 3, 8, 9, 21, *range(22, 32)]
     logits = [world.run([(stream, start, end)]) for start, end in pairwise(borders)]
     reference = reference_logits(hugging_face(checkpoints(variant)), tokens)
@@ -243,7 +243,7 @@ def test_mixed_batches_equal_merged_models(checkpoints, tmp_path: Path, variant:
     """Several sequences, adapters and none, prefill chunks and decode in the same steps."""
     folder = checkpoints(variant)
     adapters = make_adapters(tmp_path, folder)
-    world = World(folder, adapters, is_compiled)
+    world = PagedModel(folder, adapters, is_compiled)
     streams = [Stream(random_tokens(12 + 3 * i, seed=i), adapter) for i, adapter in enumerate((0, 0, 1, 2, None, None))]
     steps = [
         [(streams[0], 0, 9), (streams[2], 0, 1), (streams[4], 0, 13)],
@@ -260,7 +260,7 @@ def test_mixed_batches_equal_merged_models(checkpoints, tmp_path: Path, variant:
 
 def test_adapters_change_the_outputs(checkpoints, tmp_path: Path):
     tokens = random_tokens(20)
-    world = World(checkpoints("llama"), make_adapters(tmp_path, checkpoints("llama")))
+    world = PagedModel(checkpoints("llama"), make_adapters(tmp_path, checkpoints("llama")))
     base, *adapted = [world.run([(Stream(tokens, a), 0, 20)], every_row=True).argmax(-1) for a in (None, 0, 1, 2)]
     assert all((one != base).float().mean() > 0.3 for one in adapted)
 
@@ -269,7 +269,7 @@ def test_adapters_change_the_outputs(checkpoints, tmp_path: Path):
 def test_a_poisoned_adapter_hurts_only_its_own_rows(checkpoints, tmp_path: Path, is_compiled: bool):
     adapters = make_adapters(tmp_path, checkpoints("llama"))
     next(iter(adapters[1].factors.values())).a_RD[0, 0] = float("nan")
-    world = World(checkpoints("llama"), adapters, is_compiled)
+    world = PagedModel(checkpoints("llama"), adapters, is_compiled)
     streams = [Stream(random_tokens(10, seed=i), adapter) for i, adapter in enumerate((0, 1, 2, None))]
     logits = world.run([(stream, 0, 10) for stream in streams])
     assert logits.isnan().any(-1).tolist() == [False, True, False, False]
@@ -305,7 +305,7 @@ def test_bfloat16_is_as_close_as_transformers_bfloat16(checkpoints):
     folder, tokens = checkpoints("qwen3"), random_tokens(24)
     truth = reference_logits(hugging_face(folder), tokens)
     theirs = reference_logits(hugging_face(folder, dtype=torch.bfloat16), tokens)
-    world = World(folder)
+    world = PagedModel(folder)
     world.model = load_model(folder, torch.bfloat16, "cpu")
     world.arena = world.arena.bfloat16()
     ours = world.run([(Stream(tokens), 0, 24)], every_row=True)
@@ -386,5 +386,5 @@ def test_old_spellings_of_the_config_are_read(checkpoints, tmp_path: Path):
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(5) for i in range(2)}
     save_file(load_file(weights_of(folder)) | buffers, weights_of(folder))
     tokens = random_tokens(20)
-    logits = World(folder).run([(Stream(tokens), 0, 20)], every_row=True)
+    logits = PagedModel(folder).run([(Stream(tokens), 0, 20)], every_row=True)
     assert_same(logits, reference_logits(hugging_face(checkpoints("llama-llama3")), tokens))

@@ -208,7 +208,9 @@ def test_random_operations_keep_exact_books(operations: list[tuple[str, int]]) -
 
 
 @dataclass(frozen=True)
-class World:
+class BaseWithAdapters:
+    """A checkpoint and two adapters of it."""
+
     folder: Path
     adapters: dict[str, Adapter]
 
@@ -221,14 +223,14 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseWithAdapters:
+    folder = tmp_path_factory.mktemp("base_with_adapters")
     checkpoint = make_checkpoint(folder / "base")
     names = ("first", "second")
     adapters = {
         name: load_adapter(make_adapter(folder / name, checkpoint, seed=i, scale=0.3)) for i, name in enumerate(names)
     }
-    return World(checkpoint, adapters)
+    return BaseWithAdapters(checkpoint, adapters)
 
 
 def ref(name: str, key: str | None = None) -> AdapterRef:
@@ -262,16 +264,16 @@ ALL = [None, "first", "second"]
 
 
 @pytest.fixture(scope="module")
-def expected(world: World) -> dict[str | None, list[int]]:
+def expected(base: BaseWithAdapters) -> dict[str | None, list[int]]:
     """Without a cache."""
-    found = dict(zip(ALL, answers(world.engine(prefix_cache="off"), *map(ask, ALL)), strict=True))
+    found = dict(zip(ALL, answers(base.engine(prefix_cache="off"), *map(ask, ALL)), strict=True))
     assert len({tuple(tokens) for tokens in found.values()}) == len(ALL)
     return found
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_hit_changes_no_token(world: World, expected: dict, name: str | None) -> None:
-    engine = world.engine()
+def test_a_hit_changes_no_token(base: BaseWithAdapters, expected: dict, name: str | None) -> None:
+    engine = base.engine()
     assert answers(engine, ask(name)) == [expected[name]]
     assert hits(engine) == 0
     for _ in range(2):
@@ -279,26 +281,26 @@ def test_a_hit_changes_no_token(world: World, expected: dict, name: str | None) 
     assert hits(engine) == 2 * 28  # all full pages of 30 tokens
 
 
-def test_a_prompt_of_whole_pages_still_computes_its_last_token(world: World) -> None:
+def test_a_prompt_of_whole_pages_still_computes_its_last_token(base: BaseWithAdapters) -> None:
     prompt = PROMPT[:28]
-    (expected,) = answers(world.engine(prefix_cache="off"), ask("first", prompt))
-    engine = world.engine()
+    (expected,) = answers(base.engine(prefix_cache="off"), ask("first", prompt))
+    engine = base.engine()
     for _ in range(2):
         assert answers(engine, ask("first", prompt)) == [expected]
     assert hits(engine) == 24
 
 
-def test_a_conversation_goes_on_from_its_own_answer(world: World, expected: dict) -> None:
-    engine = world.engine()
+def test_a_conversation_goes_on_from_its_own_answer(base: BaseWithAdapters, expected: dict) -> None:
+    engine = base.engine()
     answers(engine, ask("first"))
     longer = (*PROMPT, *expected["first"], 3, 1, 4)
     got = answers(engine, ask("first", longer))
     assert hits(engine) == 40  # the last token of the answer was never fed back
-    assert got == answers(world.engine(prefix_cache="off"), ask("first", longer))
+    assert got == answers(base.engine(prefix_cache="off"), ask("first", longer))
 
 
-def test_all_at_once_share_what_was_there(world: World, expected: dict) -> None:
-    engine = world.engine()
+def test_all_at_once_share_what_was_there(base: BaseWithAdapters, expected: dict) -> None:
+    engine = base.engine()
     requests = [replace(ask(name), id=f"{name}/{i}") for i in range(4) for name in ALL]
     for _ in range(2):
         assert answers(engine, *requests) == [expected[name] for _ in range(4) for name in ALL]
@@ -308,15 +310,15 @@ def test_all_at_once_share_what_was_there(world: World, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("max_batch_tokens", [5, 16])
-def test_with_chunked_prefill(world: World, expected: dict, max_batch_tokens: int) -> None:
-    engine = world.engine(max_batch_tokens=max_batch_tokens)
+def test_with_chunked_prefill(base: BaseWithAdapters, expected: dict, max_batch_tokens: int) -> None:
+    engine = base.engine(max_batch_tokens=max_batch_tokens)
     for _ in range(3):
         assert answers(engine, *map(ask, ALL)) == [expected[name] for name in ALL]
     assert hits(engine) == 6 * 28
 
 
-def test_with_preemption_and_eviction(world: World, expected: dict) -> None:
-    engine = world.engine(memory_kib=130)
+def test_with_preemption_and_eviction(base: BaseWithAdapters, expected: dict) -> None:
+    engine = base.engine(memory_kib=130)
     requests = [replace(ask(name, cache_salt=str(i)), id=f"{name}/{i}") for i in range(3) for name in ALL]
     for _ in range(3):
         assert answers(engine, *requests) == [expected[name] for _ in range(3) for name in ALL]
@@ -326,14 +328,14 @@ def test_with_preemption_and_eviction(world: World, expected: dict) -> None:
     assert stats["evictions"] > 0
 
 
-def test_other_weights_never_meet_these(world: World, expected: dict) -> None:
+def test_other_weights_never_meet_these(base: BaseWithAdapters, expected: dict) -> None:
     """The same name with new weights is another content hash; another name with the same weights is the same one."""
-    engine = world.engine()
+    engine = base.engine()
     answers(engine, ask("first"))
     assert answers(engine, ask("second"), ask()) == [expected["second"], expected[None]]
     assert hits(engine) == 0
     reloaded = ref("first", key="hash-of-new-weights")
-    engine.add_adapter(reloaded, world.adapters["second"])
+    engine.add_adapter(reloaded, base.adapters["second"])
     assert answers(engine, replace(ask("first"), adapter=reloaded)) == [expected["second"]]
     assert hits(engine) == 0
     alias = replace(ref("alias"), key=ref("first").key)
@@ -341,15 +343,15 @@ def test_other_weights_never_meet_these(world: World, expected: dict) -> None:
     assert hits(engine) == 28
 
 
-def test_salts_tenants_and_refusals_keep_apart(world: World, expected: dict) -> None:
-    engine = world.engine()
+def test_salts_tenants_and_refusals_keep_apart(base: BaseWithAdapters, expected: dict) -> None:
+    engine = base.engine()
     wishes = [{"cache_salt": "mine"}, {"can_cache": False}, {}, {"can_cache": False}, {"cache_salt": "yours"}]
     for wish in wishes:
         assert answers(engine, ask("first", **wish)) == [expected["first"]]
     assert hits(engine) == 0
     answers(engine, ask("first", tenant="anyone"), ask("first", cache_salt="mine"))
     assert hits(engine) == 2 * 28
-    apart = world.engine(prefix_cache="tenant")
+    apart = base.engine(prefix_cache="tenant")
     for tenant in "ab":
         answers(apart, ask(tenant=tenant))
     assert hits(apart) == 0
@@ -357,14 +359,16 @@ def test_salts_tenants_and_refusals_keep_apart(world: World, expected: dict) -> 
     assert hits(apart) == 28
 
 
-def test_without_a_cache_nothing_stays(world: World) -> None:
-    engine = world.engine(prefix_cache="off")
+def test_without_a_cache_nothing_stays(base: BaseWithAdapters) -> None:
+    engine = base.engine(prefix_cache="off")
     answers(engine, ask("first"), ask("first", tenant="x"))
     assert (engine.stats()["pages_cached"], engine.stats()["prefix_tokens"]) == (0, 0)
 
 
-def test_removing_an_adapter_frees_its_prefixes_when_the_last_request_ends(world: World, expected: dict) -> None:
-    engine = world.engine()
+def test_removing_an_adapter_frees_its_prefixes_when_the_last_request_ends(
+    base: BaseWithAdapters, expected: dict
+) -> None:
+    engine = base.engine()
     answers(engine, ask("second"), ask("first"))
     engine.submit(ask("first"))
     engine.step()
@@ -374,14 +378,14 @@ def test_removing_an_adapter_frees_its_prefixes_when_the_last_request_ends(world
     tokens = [token for _ in range(40) for event in engine.step() for token in event.tokens]
     assert tokens == expected["first"][1:]
     assert engine.stats()["pages_cached"] == 10
-    engine.add_adapter(ref("first"), world.adapters["first"])
+    engine.add_adapter(ref("first"), base.adapters["first"])
     before = hits(engine)
     assert answers(engine, ask("first")) == [expected["first"]]
     assert hits(engine) == before
 
 
-def test_idle_prefixes_give_way_to_everything_else(world: World) -> None:
-    engine = world.engine(memory_kib=150)
+def test_idle_prefixes_give_way_to_everything_else(base: BaseWithAdapters) -> None:
+    engine = base.engine(memory_kib=150)
     for i in range(20):
         answers(engine, ask(prompt=(i, *PROMPT)))
     stats = engine.stats()

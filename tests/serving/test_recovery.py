@@ -16,8 +16,7 @@ from cluster.registry import Status
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, Request, SamplingParams
-from tests.serving.test_api import serve_bases
-from tests.serving.test_faults import World, until
+from tests.worlds.servers import AdapterServer, serve_bases, wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 CONFIG = ServingConfig(memory_bytes=2 * MIB, max_model_tokens=400, max_rank=16)
@@ -31,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_restart_restores_what_was_served(base: Path, tmp_path: Path) -> None:
     """All of it: live versions, older ones by number, two names of one content, what was unloaded, and a canary."""
     with serve_bases(base.parent, tmp_path, CONFIG, ("base",)) as server:
-        world = World(server, tmp_path, base)
+        world = AdapterServer(server, tmp_path, base)
         old, new, other = (world.make(name, seed=seed) for seed, name in enumerate(("old", "new", "other")))
         for name, path in (("mine", old), ("mine", new), ("alias", new), ("gone", other), ("tried", old)):
             assert world.load(name, path).status_code == 200
@@ -48,7 +47,7 @@ def test_a_restart_restores_what_was_served(base: Path, tmp_path: Path) -> None:
         where = {name: entry["status"] for name, entry in world.where().items()}
     shutil.rmtree(tmp_path / "cache")
     with serve_bases(base.parent, tmp_path, CONFIG, ("base",)) as server:
-        world = World(server, tmp_path, base)
+        world = AdapterServer(server, tmp_path, base)
         assert {name: world.text(name) for name in names} == before_restart
         assert world.ask("gone").status_code == 404
         assert {name: entry["status"] for name, entry in world.where().items()} == where
@@ -68,27 +67,27 @@ def test_a_damaged_copy_on_the_machine_is_fetched_anew(base: Path, tmp_path: Pat
     """The copy of the machine was made before, and the engine that had it is gone: a restart after a power cut."""
     config = ServingConfig(memory_bytes=2 * MIB, max_model_tokens=400, max_rank=16, packed_bytes=0)
     with serve_bases(base.parent, tmp_path, config, ("base",)) as server:
-        world = World(server, tmp_path, base)
+        world = AdapterServer(server, tmp_path, base)
         assert world.load("mine", world.make("mine")).status_code == 200
         expected = world.text("mine")
     [cached] = (tmp_path / "cache").glob("[!.]*")
     DAMAGES[damage](cached / "adapter_model.safetensors")
     with serve_bases(base.parent, tmp_path, config, ("base",)) as server:
-        assert World(server, tmp_path, base).text("mine") == expected
+        assert AdapterServer(server, tmp_path, base).text("mine") == expected
 
 
 def test_an_adapter_comes_back_with_its_files(base: Path, tmp_path: Path) -> None:
     """Deleted in the store after registration, asked for in vain, put back: no restart, no reload, no operator."""
     with serve_bases(base.parent, tmp_path, CONFIG, ("base",)) as server:
-        world = World(server, tmp_path, base)
+        world = AdapterServer(server, tmp_path, base)
         path = world.make("mine")
         world.register("mine", path)
         shutil.rmtree(tmp_path / "blobs")
-        until(lambda: world.ask("mine").status_code != 404)
+        wait_until(lambda: world.ask("mine").status_code != 404)
         for _ in range(3):
             assert world.ask("mine").status_code == 503
         BlobStore(str(tmp_path / "blobs"), tmp_path / "unused").put_folder(path)
-        until(lambda: world.ask("mine").status_code == 200)
+        wait_until(lambda: world.ask("mine").status_code == 200)
 
 
 async def test_memory_really_returns_after_unloads(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, Request, SamplingParams
 from serving.engine.running import RunningTable, SchedulerOutput
 from serving.engine.sequence import Sequence
-from tests.serving.test_adapter_cache import MODULES, PAGE, World, make
+from tests.worlds.adapters import MODULES, PAGE_ELEMENTS, AdapterMemory, make_factors
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 CONFIG = ServingConfig(memory_bytes=1 << 20, max_rank=16)
@@ -329,7 +329,9 @@ def prefill(resident: ResidentAdapter, engine: Engine) -> SchedulerOutput:
 
 
 def test_rows_lie_in_the_order_in_which_they_are_read() -> None:
-    packed = pack_adapter(make(dict.fromkeys(MODULES, 12)), MODULES, PAGE, torch.float32, order=(2, 0, 1))
+    packed = pack_adapter(
+        make_factors(dict.fromkeys(MODULES, 12)), MODULES, PAGE_ELEMENTS, torch.float32, order=(2, 0, 1)
+    )
     ends = [packed.page_ends[module] for module in (2, 0, 1)]
     assert ends == sorted(ends)
     assert ends[0] < ends[1] <= packed.num_pages
@@ -338,21 +340,21 @@ def test_rows_lie_in_the_order_in_which_they_are_read() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_it_comes_on_a_stream_of_its_own() -> None:
-    packed = pack_adapter(make(dict.fromkeys(MODULES, 17)), MODULES, PAGE, torch.float32).pinned()
-    world = World(packed.num_pages + 7, device="cuda")
-    scattered = world.allocator.allocate(14)
-    world.allocator.free(scattered[1::2])
-    world.cache.add("k", packed)
-    resident = world.use("k")
+    packed = pack_adapter(make_factors(dict.fromkeys(MODULES, 17)), MODULES, PAGE_ELEMENTS, torch.float32).pinned()
+    memory = AdapterMemory(packed.num_pages + 7, device="cuda")
+    scattered = memory.allocator.allocate(14)
+    memory.allocator.free(scattered[1::2])
+    memory.cache.add("k", packed)
+    resident = memory.use("k")
     assert resident.pending_copy is not None
     for module in range(len(MODULES)):
         resident.pending_copy.wait_for(module)
         table = slice(packed.table_starts[module], packed.table_starts[module] + packed.ranks[module])
         for rows, theirs in ((packed.a_rows_I, resident.a_rows_I), (packed.b_rows_I, resident.b_rows_I)):
             ours = packed.blob_PE.view(-1)[rows[table]]
-            torch.testing.assert_close(world.arena_PE.view(-1)[theirs[table]].cpu(), ours, rtol=0, atol=0)
+            torch.testing.assert_close(memory.arena_PE.view(-1)[theirs[table]].cpu(), ours, rtol=0, atol=0)
     torch.cuda.synchronize()
     assert resident.pending_copy.has_ended
-    assert torch.equal(world.arena_PE[list(resident.pages)].cpu(), packed.blob_PE)
-    world.unuse("k")
-    assert world.evictions.make_room(packed.num_pages)
+    assert torch.equal(memory.arena_PE[list(resident.pages)].cpu(), packed.blob_PE)
+    memory.unuse("k")
+    assert memory.evictions.make_room(packed.num_pages)
