@@ -203,6 +203,15 @@ def transplant(
     _write(run(kit, work, _names(tasks), console), out)
 
 
+@app.command()
+def tables() -> None:
+    """Write the tables of docs/results.md from the records in docs/records."""
+    from bench.tables import PAGE, run
+
+    run()
+    console.print(f"wrote {PAGE}")
+
+
 def _names(listed: str) -> tuple[str, ...]:
     return tuple(filter(None, listed.split(",")))
 
