@@ -6,8 +6,8 @@ gateway finds it by name, so bases come and go while the gateway runs.
 
 import asyncio
 import platform
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from cluster.registry import Version
 from serving.adapters.residency import Residency
 from serving.engine.engine import Engine, settle_heap
 from serving.engine.loop import EngineLoop
-from serving.engine.request import FinishReason, Request, TokenEvent
+from serving.engine.request import FinishReason, Request, TokenEvent, TokenStream
 from serving.errors import BackendDiedError, BackendFailedError
-from serving.gateway.backend import Backend, LocalBackend
+from serving.gateway.backend import Backend
 from serving.gateway.gateway import Gateway
 from serving.gateway.golden import check_golden
+from serving.gateway.local_backend import LocalBackend
 from serving.gateway.prompts import Prompter
 from serving.http.api import create_app
 
@@ -55,13 +56,14 @@ class EngineDeployment:
         self._loop.start()
         self._backend = LocalBackend(self._loop, open_blobs(fleet))
 
-    async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: Request) -> TokenStream:
         """See `Backend.generate`; errors travel as events, so that Ray does not wrap them."""
         try:
-            async for events in self._backend.generate(request):
-                yield events
+            async with aclosing(self._backend.generate(request)) as events:
+                async for event in events:
+                    yield event
         except ReloraError as error:
-            yield [TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=error)]
+            yield TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=error)
 
     async def stats(self) -> dict[str, float]:
         """This replica's gauges."""
@@ -117,15 +119,15 @@ class HandleBackend:
         self._handle = handle
         self._streaming: DeploymentHandle | None = None
 
-    async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: Request) -> TokenStream:
         """See `Backend.generate`."""
         with _our_errors():
             if self._streaming is None:  # made here: in one of Serve's modes that needs the caller's event loop
                 self._streaming = self._handle.options(stream=True)
             stream = self._streaming.generate.remote(request)
             try:
-                async for events in stream:
-                    yield events
+                async for event in stream:
+                    yield event
             finally:
                 stream.cancel()
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from copy import copy
 from functools import partial
@@ -23,7 +23,8 @@ from serving.adapters.packing import PackedAdapter
 from serving.adapters.residency import Residency, Tier
 from serving.engine.adapter_loader import AdapterLoader, LoadedAdapter, LoadQueue
 from serving.engine.engine import Engine
-from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent, TokenLogprob
+from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent, TokenStream
+from serving.engine.stream import Stream
 from serving.errors import BackendDiedError
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class EngineLoop:
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # only the engine thread takes any off
         self._changed = threading.Condition()
         self._is_open = False  # whether commands are taken; guarded by _changed
-        self._streams: dict[str, _Stream] = {}  # by request id; the engine thread's own
+        self._streams: dict[str, Stream] = {}  # by request id; the engine thread's own
         self._num_loads = self._num_fetches = 0  # loads of adapters, and those that were not on disk
         self._coming: set[str] = set()  # adapters that the engine thread has been told of
         self._refusals: dict[str, OverloadedError] = {}  # why adapters that came are not here; the engine thread's own
@@ -78,20 +79,23 @@ class EngineLoop:
         """The engine's figures as of its last step, and how many adapters were loaded, and how many of them fetched."""
         return self._stats
 
-    async def generate(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def generate(self, request: Request, interval_s: float = 0.0) -> TokenStream:
         """The request's events up to the one with a finish reason; closing the iterator aborts the request.
 
-        A slow reader gets several steps' news as one event. Raises what `Engine.submit` raises, and BackendDiedError
-        where the engine has stopped or failed.
+        Events are at least `interval_s` apart, but for the first and the last, which never wait: what comes in between
+        becomes one event, as do several steps' news for a slow reader. Raises what `Engine.submit` raises, and
+        BackendDiedError where the engine has stopped or failed.
         """
-        stream = _Stream(asyncio.get_running_loop())
+        stream = Stream(asyncio.get_running_loop())
+        not_before = 0.0
         try:
             await self._call(lambda: self._submit(request, stream))
             while True:
-                event = await stream.get()
+                event = await stream.get(not_before)
                 yield event
                 if event.finish_reason is not None:
                     return
+                not_before = stream.loop.time() + interval_s
         finally:
             if not stream.has_ended:
                 self._post(lambda: self._abort(request.id, stream))
@@ -238,7 +242,7 @@ class EngineLoop:
                 future.set_exception(error)
                 raise
 
-    def _submit(self, request: Request, stream: "_Stream") -> None:
+    def _submit(self, request: Request, stream: Stream) -> None:
         key = request.adapter.key if request.adapter is not None else ""
         if key in self._refusals and not self.has_adapter(key):
             raise copy(self._refusals[key])
@@ -247,7 +251,7 @@ class EngineLoop:
         self._engine.submit(request)
         self._streams[request.id] = stream
 
-    def _abort(self, request_id: str, stream: "_Stream") -> None:
+    def _abort(self, request_id: str, stream: Stream) -> None:
         # Another request may have taken the id since.
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
@@ -255,7 +259,7 @@ class EngineLoop:
 
     def _deliver(self, events: Iterable[TokenEvent]) -> None:
         """Hand a step's events to their streams, with one wake-up per event loop."""
-        news: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent]]] = defaultdict(list)
+        news: dict[asyncio.AbstractEventLoop, list[tuple[Stream, TokenEvent]]] = defaultdict(list)
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is None:
@@ -281,51 +285,12 @@ class EngineLoop:
         self._deliver(ends)
 
 
-class _Stream:
-    """What a client has not read yet of one request, as one event. Lives on the client's event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
-        self.has_ended = False
-        self._has_news = asyncio.Event()
-        self._tokens: list[int] = []
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._last: TokenEvent | None = None
-
-    def put(self, event: TokenEvent) -> None:
-        """Add an event."""
-        self._tokens += event.tokens
-        self._text.append(event.text)
-        self._logprobs += event.logprobs
-        self._last = event
-        self.has_ended = event.finish_reason is not None
-        self._has_news.set()
-
-    async def get(self) -> TokenEvent:
-        """Wait for news and take all of it."""
-        await self._has_news.wait()
-        last = self._last
-        assert last is not None
-        event = TokenEvent(
-            last.request_id,
-            tokens=tuple(self._tokens),
-            text="".join(self._text),
-            logprobs=tuple(self._logprobs),
-            finish_reason=last.finish_reason,
-            error=last.error,
-        )
-        self._has_news.clear()
-        self._tokens, self._text, self._logprobs = [], [], []
-        return event
-
-
 def _take_note(load: "asyncio.Future[None]") -> None:
     """Of an error that nobody may be left to hear: asyncio would log it as one that was overlooked."""
     if not load.cancelled():
         load.exception()
 
 
-def _put_all(items: list[tuple[_Stream, TokenEvent]]) -> None:
+def _put_all(items: list[tuple[Stream, TokenEvent]]) -> None:
     for stream, event in items:
         stream.put(event)

@@ -1,5 +1,6 @@
 """What a client asked for, and what it gets back. All frozen: whoever holds one may keep it."""
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -93,7 +94,7 @@ class TokenLogprob:
 
 
 class TokenEvent(NamedTuple):
-    """One step's news of one request: new text and tokens, and on the last event the reason for the end.
+    """What is new of one request: tokens and text of one step or more, and on the last event the reason for the end.
 
     `text` is what may be shown: text that could still become a stop string or an unfinished UTF-8 character is held
     back until it is decided. `error` is set (and `finish_reason` is ABORT) when the request failed on its own account.
@@ -105,3 +106,7 @@ class TokenEvent(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+
+
+# The events of one request up to the one with a finish reason. Closing it aborts the request.
+TokenStream = AsyncGenerator[TokenEvent, None]

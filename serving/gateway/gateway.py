@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
@@ -31,8 +31,9 @@ from cluster.registry import Registry, Version
 from cluster.rollout import CANARY_FAILURE
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent
 from serving.errors import BackendDiedError, BackendFailedError
-from serving.gateway.backend import Backend, aclose, merge
+from serving.gateway.backend import Backend
 from serving.gateway.lifecycle import HEALTH_TIMEOUT_S, release, release_gone
+from serving.gateway.merge import merge
 from serving.gateway.prompts import Prompt, Prompter
 from serving.gateway.publish import publish, store, withdraw
 from serving.gateway.routing import Snapshot, Target
@@ -45,7 +46,7 @@ BACKOFF_S = 0.2
 # What the engine may find wrong with files while it generates: a client that only named them is not to blame.
 _NOT_THE_CLIENTS = (InvalidAdapterError, InvalidCheckpointError)
 
-Part = tuple[int, list[TokenEvent]]
+Part = tuple[int, TokenEvent]  # the index of a choice, and what is new of it
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,16 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An answer under way: who gives it, and its parts as (choice index, events) until every choice has finished."""
+    """An answer under way: who gives it, and its parts until every choice has finished.
+
+    `head` is the first part, or all of them in an answer that was asked for whole; closing `rest` aborts the others.
+    """
 
     target: Target
     prompter: Prompter
     num_prompt_tokens: int
-    num_choices: int
-    parts: AsyncIterator[Part]
+    head: list[Part]
+    rest: AsyncGenerator[Part, None]
 
 
 class Gateway:
@@ -165,7 +169,7 @@ class Gateway:
         """One token, so that what only an engine can tell is told in time: too large for its memory, or NaN logits."""
         request = Request(f"try-{uuid4().hex}", (0,), SamplingParams(temperature=0.0, max_tokens=1), adapter)
         try:
-            async for _ in self._resumed(request, Target(base)):
+            async for _ in self._generate(0, request, Target(base)):
                 pass
         except BackendFailedError as error:
             raise InvalidAdapterError(f"The adapter does not run on {base}: {error}") from error
@@ -211,10 +215,13 @@ class Gateway:
     async def _begin(self, call: Call, target: Target, whole: bool) -> Answer:
         prompter = await self._prompter(target.base)
         prompts = await asyncio.to_thread(lambda: [prompter.encode(prompt) for prompt in call.prompts])
-        requests = self._requests(call, target, prompts)
-        parts = merge([self._resumed(request, target) for request in requests])
+        streams = [
+            self._generate(index, request, target)
+            for index, request in enumerate(self._requests(call, target, prompts))
+        ]
+        parts = merge(streams) if len(streams) > 1 else streams[0]
         head = [part async for part in parts] if whole else [await anext(parts)]
-        return Answer(target, prompter, sum(map(len, prompts)), len(requests), _chain(head, parts))
+        return Answer(target, prompter, sum(map(len, prompts)), head, parts)
 
     def _requests(self, call: Call, target: Target, prompts: list[tuple[int, ...]]) -> list[Request]:
         return [
@@ -241,37 +248,26 @@ class Gateway:
             sampling = replace(sampling, seed=sampling.seed + choice)
         return sampling
 
-    async def _resumed(self, request: Request, target: Target) -> AsyncIterator[list[TokenEvent]]:
-        """The request's events; when a replica dies under it another goes on from the tokens so far."""
+    async def _generate(self, index: int, request: Request, target: Target) -> AsyncGenerator[Part, None]:
+        """The request's events as parts of choice `index`. If a replica dies, another one continues from its tokens."""
         tokens: list[int] = []
         for attempt in range(MAX_RESUBMISSIONS + 1):
-            stream = self._submitted(replace(request, resumed_tokens=tuple(tokens)), target.base)
             try:
-                async for events in stream:
-                    tokens.extend(token for event in events for token in event.tokens)
-                    yield events
-                return
+                backend = self.snapshot.backend(target.base)
+                async with aclosing(backend.generate(replace(request, resumed_tokens=tuple(tokens)))) as events:
+                    async for event in events:
+                        raise_error_of(event)
+                        tokens.extend(event.tokens)
+                        yield index, event
+                        if event.finish_reason is not None:
+                            return
+                raise BackendDiedError(f"The engine of {target.base} ended a stream without a reason.")
             except BackendDiedError as error:
                 if attempt == MAX_RESUBMISSIONS:
                     raise
                 log.warning("request %s is resubmitted after %d tokens: %s", request.id, len(tokens), error)
                 self._num_resubmissions[target.base] += 1
-            finally:
-                await aclose(stream)
             await asyncio.sleep(BACKOFF_S * 2**attempt)
-
-    async def _submitted(self, request: Request, base: str) -> AsyncIterator[list[TokenEvent]]:
-        """The request's events from one engine, up to the one with a finish reason; or what went wrong as an error."""
-        stream = self.snapshot.backend(base).generate(request)
-        try:
-            async for events in stream:
-                raise_error_of(events[-1])
-                yield events
-                if events[-1].finish_reason is not None:
-                    return
-            raise BackendDiedError(f"The engine of {base} ended a stream without a reason.")
-        finally:
-            await aclose(stream)
 
     async def _prompter(self, base: str) -> Prompter:
         if base not in self._prompters:
@@ -317,13 +313,3 @@ def raise_error_of(event: TokenEvent) -> None:
         raise BackendFailedError(f"The engine failed: {event.error}") from event.error
     if event.finish_reason is FinishReason.ABORT:
         raise BackendDiedError("The engine stopped before the answer was complete.")
-
-
-async def _chain(head: list[Part], rest: AsyncIterator[Part]) -> AsyncIterator[Part]:
-    try:
-        for part in head:
-            yield part
-        async for part in rest:
-            yield part
-    finally:
-        await aclose(rest)

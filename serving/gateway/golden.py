@@ -1,5 +1,6 @@
 """Whether a version on its engine says what it said when it was made: the readiness check of a rollout."""
 
+from contextlib import aclosing
 from uuid import uuid4
 
 from cluster.errors import ReloraError
@@ -39,8 +40,8 @@ def _request(version: Version, prompter: Prompter, prompt: str, completion: str)
 
 async def _answer(backend: Backend, request: Request) -> str:
     text = ""
-    async for events in backend.generate(request):
-        for event in events:
+    async with aclosing(backend.generate(request)) as events:
+        async for event in events:
             raise_error_of(event)
             text += event.text
     return text

@@ -6,7 +6,7 @@ aborted in the engine at once.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -22,7 +22,6 @@ from starlette.types import Receive, Scope, Send
 from cluster.errors import InvalidRequestError, ReloraError
 from serving.adapters.residency import Residency
 from serving.errors import HTTP_ERRORS, HttpError, error_body, error_headers, http_error
-from serving.gateway.backend import aclose
 from serving.gateway.gateway import Answer, Gateway
 from serving.gateway.lifecycle import residencies
 from serving.gateway.routing import Target
@@ -126,16 +125,22 @@ async def metrics(request: HttpRequest) -> Response:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events whose source is closed when the response ends, however it ends."""
+    """Server-sent events of an answer, which is closed when the response ends, however it ends."""
 
     media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, events: AsyncGenerator[bytes, None], headers: dict[str, str]):
+        super().__init__(events, headers=headers)
+        self._answer = answer
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Streams; a client that is gone ends it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await aclose(self.body_iterator)
+            await self._events.aclose()
+            await self._answer.rest.aclose()
 
 
 async def _generate(body: CompletionBody | ChatBody, request: HttpRequest, shape: Shape) -> Response:
@@ -146,26 +151,29 @@ async def _generate(body: CompletionBody | ChatBody, request: HttpRequest, shape
         return Response(status_code=CLIENT_GONE)
     base = request.state.base = answer.target.base
     headers = {"x-relora-version": answer.target.label, "x-relora-base": base}
-    reply = Reply(call.id, answer, shape)
+    reply = Reply(call.id, answer, shape, include_usage=body.stream_options.include_usage)
     if body.stream:
         first_token_s = request.app.state.metrics.first_token_s.labels(base, request.scope["route"].path)
         first_token_s.observe(time.monotonic() - started_at)
-        return EventStream(_events(request, answer, reply, body.stream_options.include_usage), headers=headers)
-    content = await reply.whole()
+        return EventStream(answer, _events(request, answer, reply), headers)
+    content = reply.whole()
     _count_tokens(request, base, reply)
     return JSONResponse(content, headers=headers)
 
 
-async def _events(request: HttpRequest, answer: Answer, reply: Reply, include_usage: bool) -> AsyncIterator[bytes]:
-    chunks = reply.chunks(include_usage)
+async def _events(request: HttpRequest, answer: Answer, reply: Reply) -> AsyncGenerator[bytes, None]:
     try:
-        async for chunk in chunks:
+        for part in answer.head:
+            for chunk in reply.chunks(part):
+                yield sse(chunk)
+        async for part in answer.rest:
+            for chunk in reply.chunks(part):
+                yield sse(chunk)
+        for chunk in reply.last_chunks():
             yield sse(chunk)
     except ReloraError as error:  # too late for a status: the client gets the error as an event
         yield sse(error_body(str(error), http_error(error)))
     finally:
-        await aclose(chunks)
-        await aclose(answer.parts)
         _count_tokens(request, answer.target.base, reply)
     yield sse("[DONE]")
 

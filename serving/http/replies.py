@@ -3,13 +3,13 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 from serving.engine.request import FinishReason, TokenEvent, TokenLogprob
-from serving.gateway.gateway import Answer
+from serving.gateway.gateway import Answer, Part
 from serving.gateway.prompts import Prompter
 
 
@@ -26,13 +26,12 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
-    def add(self, events: Iterable[TokenEvent]) -> None:
-        """Appends what the events bring."""
-        for event in events:
-            self.text += event.text
-            self.num_tokens += len(event.tokens)
-            self.logprobs.extend(event.logprobs)
-            self.finish_reason = event.finish_reason
+    def add(self, event: TokenEvent) -> None:
+        """Append what an event brings."""
+        self.text += event.text
+        self.num_tokens += len(event.tokens)
+        self.logprobs.extend(event.logprobs)
+        self.finish_reason = event.finish_reason
 
 
 class Shape(Protocol):
@@ -100,59 +99,64 @@ class ChatShape:
 class Reply:
     """One answer on its way out. Owns the count of what has been sent."""
 
-    def __init__(self, id: str, answer: Answer, shape: Shape):
+    def __init__(self, id: str, answer: Answer, shape: Shape, *, include_usage: bool):
         self._id = id
         self._answer = answer
         self._shape = shape
+        self._include_usage = include_usage
         self._created = int(time.time())
-        self._starts: dict[int, int] = defaultdict(int)
-        self.num_completion_tokens = 0
+        self._starts: dict[int, int] = {}
+        self._num_completion_tokens = 0
 
-    async def whole(self) -> dict[str, Any]:
-        """The response body of an answer that is not streamed."""
+    def whole(self) -> dict[str, Any]:
+        """The response body of an answer that was asked for whole."""
         choices: dict[int, Choice] = defaultdict(Choice)
-        async for index, events in self._answer.parts:
-            choices[index].add(events)
-        self.num_completion_tokens = sum(choice.num_tokens for choice in choices.values())
+        for index, event in self._answer.head:
+            choices[index].add(event)
+        self._num_completion_tokens = sum(choice.num_tokens for choice in choices.values())
         return self._body(
             self._shape.whole_object,
             [
-                {"index": index, **self._shape.whole(choice, self._answer.prompter), "finish_reason": _reason(choice)}
+                self._choice(index, self._shape.whole(choice, self._answer.prompter), choice.finish_reason)
                 for index, choice in sorted(choices.items())
             ],
             usage=self.usage(),
         )
 
-    async def chunks(self, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of a stream. With `include_usage` each has `usage`, null but in the last, which has no choices."""
-        usage: dict[str, Any] = {"usage": None} if include_usage else {}
-        opened: set[int] = set()
-        async for index, events in self._answer.parts:
-            for choice in self._pieces(index, events, is_first=index not in opened):
-                yield self._body(self._shape.chunk_object, [{"index": index, **choice}], **usage)
-            opened.add(index)
-        if include_usage:
-            yield self._body(self._shape.chunk_object, [], usage=self.usage())
+    def chunks(self, part: Part) -> Iterator[dict[str, Any]]:
+        """The chunks of a stream that one part of the answer makes."""
+        index, event = part
+        opening = self._shape.opening()
+        if index not in self._starts and opening is not None:
+            yield self._chunk([self._choice(index, opening, None)])
+        news = Choice(start=self._starts.setdefault(index, 0))
+        news.add(event)
+        self._num_completion_tokens += news.num_tokens
+        self._starts[index] += sum(len(self._answer.prompter.token_text(one.token)) for one in news.logprobs)
+        if news.text or news.logprobs or news.finish_reason is not None:
+            chunk = self._shape.chunk(news, self._answer.prompter)
+            yield self._chunk([self._choice(index, chunk, news.finish_reason)])
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        """The chunks after the last part: with `include_usage` one that has no choices but the token counts."""
+        if self._include_usage:
+            yield self._chunk([], usage=self.usage())
 
     def usage(self) -> dict[str, int]:
         """The token counts; a prompt counts once, however many choices continue it."""
-        num_prompt, num_completion = self._answer.num_prompt_tokens, self.num_completion_tokens
+        num_prompt, num_completion = self._answer.num_prompt_tokens, self._num_completion_tokens
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
         }
 
-    def _pieces(self, index: int, events: Sequence[TokenEvent], is_first: bool) -> Iterable[dict[str, Any]]:
-        opening = self._shape.opening()
-        if is_first and opening is not None:
-            yield {**opening, "finish_reason": None}
-        news = Choice(start=self._starts[index])
-        news.add(events)
-        self.num_completion_tokens += news.num_tokens
-        self._starts[index] += sum(len(self._answer.prompter.token_text(one.token)) for one in news.logprobs)
-        if news.text or news.logprobs or news.finish_reason is not None:
-            yield {**self._shape.chunk(news, self._answer.prompter), "finish_reason": _reason(news)}
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+        """With `include_usage` each chunk has `usage`, null but in the last one."""
+        return self._body(self._shape.chunk_object, choices, **({"usage": usage} if self._include_usage else {}))
+
+    def _choice(self, index: int, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
+        return {"index": index, **content, "finish_reason": finish_reason}
 
     def _body(self, object: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {
@@ -170,10 +174,6 @@ def sse(data: dict[str, Any] | str) -> bytes:
     """One server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"), ensure_ascii=False)
     return f"data: {text}\n\n".encode()
-
-
-def _reason(choice: Choice) -> str | None:
-    return choice.finish_reason.value if choice.finish_reason else None
 
 
 def _completion_logprobs(choice: Choice, prompter: Prompter) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from cluster.errors import ReloraError, StorageError
 from serving import errors as serving_errors
 from serving.engine.request import FinishReason, TokenEvent
 from serving.errors import HTTP_ERRORS, http_error
-from serving.gateway.backend import LocalBackend
+from serving.gateway.local_backend import LocalBackend
 from tests.worlds.servers import Server, serve_bases, wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -390,8 +390,8 @@ def test_hanging_up_aborts_the_request(server: Server, stream: bool):
 
 async def test_an_error_in_mid_stream_is_an_event(server: Server, monkeypatch: pytest.MonkeyPatch):
     async def break_off(self, request):
-        yield [TokenEvent(request.id, tokens=(65,), text="A")]
-        yield [TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=StorageError("the disk is full"))]
+        yield TokenEvent(request.id, tokens=(65,), text="A")
+        yield TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=StorageError("the disk is full"))
 
     monkeypatch.setattr(LocalBackend, "generate", break_off)
     response = server.post("/v1/completions", model="v1", prompt="x", stream=True)

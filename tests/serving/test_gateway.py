@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,12 +22,13 @@ from cluster.errors import (
 )
 from cluster.registry import Registry, Status, Version
 from serving.adapters.residency import Residency, Tier
-from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent
+from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent, TokenStream
 from serving.errors import BackendDiedError, BackendFailedError
-from serving.gateway.backend import LocalBackend, coalesce, merge
-from serving.gateway.gateway import Answer, Call, Gateway
+from serving.gateway.gateway import Answer, Call, Gateway, Part
 from serving.gateway.golden import check_golden
 from serving.gateway.lifecycle import residencies
+from serving.gateway.local_backend import LocalBackend
+from serving.gateway.merge import merge
 from serving.gateway.prompts import Prompter
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -50,7 +49,7 @@ class FakeBackend:
         who = f"{self.base}/{request.adapter.label if request.adapter else '-'}/{request.sampling.seed} "
         return (who * 9)[: request.sampling.max_tokens]
 
-    async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: Request) -> TokenStream:
         self.requests.append(request)
         left = self.deaths.pop(0) if self.deaths else 10_000
         self.num_open += 1
@@ -62,7 +61,7 @@ class FakeBackend:
                 left -= 1
                 await asyncio.sleep(0)
                 reason = FinishReason.LENGTH if at == len(text) - 1 else None
-                yield [TokenEvent(request.id, tokens=(ord(text[at]),), text=text[at], finish_reason=reason)]
+                yield TokenEvent(request.id, tokens=(ord(text[at]),), text=text[at], finish_reason=reason)
         finally:
             self.num_open -= 1
 
@@ -125,7 +124,11 @@ def call(model: str, id: str = "call", max_tokens: int = 20, **more) -> Call:
 
 
 async def text_of(answer: Answer) -> str:
-    return "".join([event.text async for _, events in answer.parts for event in events])
+    return "".join([event.text for _, event in await parts_of(answer)])
+
+
+async def parts_of(answer: Answer) -> list[Part]:
+    return [*answer.head, *[part async for part in answer.rest]]
 
 
 async def ask(gateway: Gateway, model: str, **more) -> str:
@@ -314,12 +317,12 @@ async def test_choices_and_prompts_have_their_own_requests_and_seeds(world: Fake
     await gateway.refresh()
     many = Call("call", "v1", ("a", (1, 2, 3)), SamplingParams(max_tokens=4, seed=7), num_choices=3)
     answer = await gateway.answer(many, whole=False)
-    assert {index async for index, _ in answer.parts} == set(range(6))
+    assert {index for index, _ in await parts_of(answer)} == set(range(6))
     requests = world.backends["v1"].requests
     assert [request.sampling.seed for request in requests] == [7, 8, 9] * 2
     assert [request.prompt_tokens for request in requests[::3]] == [(64,), (1, 2, 3)]
     assert len({request.id for request in requests}) == 6
-    assert (answer.num_prompt_tokens, answer.num_choices) == (4, 6)
+    assert answer.num_prompt_tokens == 4
 
 
 async def test_closing_an_answer_closes_every_stream(world: FakeFleet):
@@ -327,8 +330,8 @@ async def test_closing_an_answer_closes_every_stream(world: FakeFleet):
     await gateway.refresh()
     answer = await gateway.answer(call("v1", num_choices=4, max_tokens=50), whole=False)
     assert world.backends["v1"].num_open == 4
-    async with aclosing(answer.parts):
-        await anext(answer.parts)
+    await anext(answer.rest)
+    await answer.rest.aclose()
     assert world.backends["v1"].num_open == 0
 
 
@@ -518,10 +521,10 @@ class SayingBackend(FakeBackend):
 
     said: str = ""
 
-    async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: Request) -> TokenStream:
         self.requests.append(request)
-        yield [TokenEvent(request.id, text=self.said[:2])]
-        yield [TokenEvent(request.id, text=self.said[2:], finish_reason=FinishReason.LENGTH)]
+        yield TokenEvent(request.id, text=self.said[:2])
+        yield TokenEvent(request.id, text=self.said[2:], finish_reason=FinishReason.LENGTH)
 
 
 def _golden(world: FakeFleet, *completions: str) -> Version:
@@ -563,7 +566,7 @@ class SlowLoader:
     async def ensure_adapter(self, ref, folder):
         await asyncio.sleep(0.05)
 
-    async def generate(self, request):
+    async def generate(self, request, interval_s):
         self.seen.append(request)
         yield TokenEvent(request.id, finish_reason=FinishReason.LENGTH)
 
@@ -575,27 +578,8 @@ async def test_one_that_was_begun_elsewhere_is_not_held_to_its_first_token(tmp_p
     with pytest.raises(OverloadedError):
         await anext(backend.generate(new))
     begun = replace(new, resumed_tokens=(2,))
-    assert (await anext(backend.generate(begun)))[-1].finish_reason is FinishReason.LENGTH
+    assert (await anext(backend.generate(begun))).finish_reason is FinishReason.LENGTH
     assert loop.seen == [begun]
-
-
-async def test_coalescing_holds_no_first_event_and_no_end():
-    sent: asyncio.Queue = asyncio.Queue()
-
-    async def events():
-        while (event := await sent.get()) is not None:
-            yield event
-
-    groups = coalesce(events(), interval_s=0.05)
-    sent.put_nowait(TokenEvent("r", tokens=(0,)))
-    assert [e.tokens for e in await anext(groups)] == [(0,)]
-    for token in (1, 2, 3):
-        sent.put_nowait(TokenEvent("r", tokens=(token,)))
-    assert [e.tokens for e in await anext(groups)] == [(1,), (2,), (3,)], "those that come fast come together"
-    sent.put_nowait(TokenEvent("r", tokens=(4,), finish_reason=FinishReason.STOP))
-    assert [e.tokens for e in await asyncio.wait_for(anext(groups), 0.04)] == [(4,)], "the end does not wait"
-    sent.put_nowait(None)
-    assert [group async for group in groups] == []
 
 
 async def test_an_error_in_one_stream_closes_the_others():
@@ -610,21 +594,21 @@ async def test_an_error_in_one_stream_closes_the_others():
 class FailingBackend(FakeBackend):
     """Fails every request: it is gone if no other error is given, which comes as the event's error."""
 
-    async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: Request) -> TokenStream:
         self.requests.append(request)
         if self.error is None:
             raise BackendDiedError("gone")
-        yield [TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=self.error)]
+        yield TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=self.error)
 
 
 class SleepingBackend(FakeBackend):
     """Accepts every request and answers none."""
 
-    async def generate(self, request: Request) -> AsyncIterator[list[TokenEvent]]:
+    async def generate(self, request: Request) -> TokenStream:
         self.num_open += 1
         try:
             await asyncio.sleep(3600)
-            yield []
+            yield TokenEvent(request.id)
         finally:
             self.num_open -= 1
 

@@ -5,6 +5,7 @@ import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from cluster.errors import InvalidAdapterError, InvalidRequestError, NotFoundErr
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent
+from serving.engine.stream import Stream
 from serving.errors import BackendDiedError
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -116,6 +118,33 @@ async def test_slow_reader_gets_all_in_few_events(loop: EngineLoop, folders: tup
     assert tokens_of(events) == tokens_of(alone(folders, wanted))
     assert [logprob.token for event in events for logprob in event.logprobs] == tokens_of(events)
     assert len(events) < 50
+
+
+async def test_an_interval_holds_back_neither_the_first_event_nor_the_last() -> None:
+    loop = asyncio.get_running_loop()
+    stream = Stream(loop)
+    stream.put(TokenEvent("a", tokens=(0,), text="0"))
+    assert (await stream.get(0.0)).tokens == (0,)
+    not_before = loop.time() + 0.05
+    for token in (1, 2, 3):
+        stream.put(TokenEvent("a", tokens=(token,), text=str(token)))
+    event = await stream.get(not_before)
+    assert (event.tokens, event.text, loop.time() > not_before - 0.001) == ((1, 2, 3), "123", True)
+    waiting = asyncio.create_task(stream.get(loop.time() + 60))
+    stream.put(TokenEvent("a", tokens=(4,)))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    stream.put(TokenEvent("a", tokens=(5,), finish_reason=FinishReason.STOP))
+    assert (await asyncio.wait_for(waiting, 5)).tokens == (4, 5)
+
+
+async def test_events_of_a_stream_are_an_interval_apart(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
+    events, times = [], []
+    async for event in loop.generate(request(sampling=LONG), interval_s=0.02):
+        events.append(event)
+        times.append(asyncio.get_running_loop().time())
+    assert tokens_of(events) == tokens_of(alone(folders, request(sampling=LONG)))
+    assert min(after - before for before, after in pairwise(times[:-1])) >= 0.019
 
 
 async def test_two_event_loops_are_served(loop: EngineLoop) -> None:

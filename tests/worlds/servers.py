@@ -18,8 +18,8 @@ from cluster.config import RolloutConfig, ServingConfig
 from cluster.registry import Registry, Status
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
-from serving.gateway.backend import LocalBackend
 from serving.gateway.gateway import Gateway
+from serving.gateway.local_backend import LocalBackend
 from serving.http.api import create_app
 from tests.worlds.serving import make_adapter
 

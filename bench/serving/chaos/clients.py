@@ -38,7 +38,6 @@ from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError, 
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams
 from serving.errors import BackendDiedError
-from serving.gateway.backend import aclose
 
 HUNG_AFTER_S = 120.0
 CROWDED_BYTES = 16 * MIB
@@ -188,7 +187,7 @@ class Clients:
                     return "client left"
                 await self._dawdle(loop, request, ask, num_events)
         finally:
-            await aclose(events)
+            await events.aclose()
         raise AssertionError("a stream ended without its last event")
 
     async def _dawdle(self, loop: EngineLoop, request: Request, ask: Ask, num_events: int) -> None:

@@ -1,0 +1,52 @@
+"""The events of one request on their way from the engine's thread to the client's event loop."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain
+
+from serving.engine.request import TokenEvent
+
+
+class Stream:
+    """What the client has not read yet. Lives on the client's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._events: list[TokenEvent] = []
+        self._has_news = asyncio.Event()
+        self._has_ended = asyncio.Event()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last event has been put, read or not."""
+        return self._has_ended.is_set()
+
+    def put(self, event: TokenEvent) -> None:
+        """Add an event."""
+        self._events.append(event)
+        self._has_news.set()
+        if event.finish_reason is not None:
+            self._has_ended.set()
+
+    async def get(self, not_before: float) -> TokenEvent:
+        """Wait for news and return all of it as one event.
+
+        Events are held back until `not_before`, a time of the event loop, unless the last one is among them.
+        """
+        await self._has_news.wait()
+        if self.loop.time() < not_before:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(not_before):
+                    await self._has_ended.wait()
+        self._has_news.clear()
+        events, self._events = self._events, []
+        return _joined(events)
+
+
+def _joined(events: Sequence[TokenEvent]) -> TokenEvent:
+    return events[-1]._replace(
+        tokens=tuple(chain.from_iterable(event.tokens for event in events)),
+        text="".join(event.text for event in events),
+        logprobs=tuple(chain.from_iterable(event.logprobs for event in events)),
+    )

@@ -1,0 +1,33 @@
+"""Several streams as one."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[Item, None]:
+    """The items of several streams as they come. The first error ends the merged stream; its end closes all streams."""
+    coming = {_next(stream): stream for stream in streams}
+    try:
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                stream = coming.pop(task)
+                item = task.result()
+                if item is not None:
+                    coming[_next(stream)] = stream
+                    yield item
+    finally:
+        for task in coming:
+            task.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
+        await asyncio.gather(*(stream.aclose() for stream in streams))
+
+
+def _next(stream: AsyncGenerator[Item, None]) -> "asyncio.Task[Item | None]":
+    async def step() -> Item | None:
+        return await anext(stream, None)
+
+    return asyncio.create_task(step())

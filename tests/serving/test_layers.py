@@ -1,0 +1,108 @@
+"""The way of a token: which asynchronous generators hand it on, counted while a request runs."""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from traceback import walk_stack
+
+import httpx
+import pytest
+
+from cluster.blobs import BlobStore
+from cluster.checkpoints import open_checkpoint
+from cluster.config import RolloutConfig, ServingConfig
+from cluster.registry import Registry
+from serving.engine.engine import Engine
+from serving.engine.loop import EngineLoop
+from serving.engine.request import Request, TokenEvent, TokenStream
+from serving.engine.stream import Stream
+from serving.gateway import backend
+from serving.gateway.gateway import Gateway
+from serving.gateway.local_backend import LocalBackend
+from serving.http.api import create_app
+from serving.on_ray import EngineDeployment, HandleBackend
+from tests.worlds.serving import make_checkpoint
+
+CONFIG = ServingConfig(memory_bytes=4 * 2**20, max_model_tokens=200)
+
+
+class Call:
+    """A streaming call of a Serve handle. It awaits the deployment directly, so that all layers share one stack."""
+
+    def __init__(self, events: TokenStream):
+        self._events = events
+
+    def __aiter__(self) -> "Call":
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        return await anext(self._events)
+
+    def cancel(self) -> None:
+        """Nothing is left to cancel: the events have ended."""
+
+
+class Handle:
+    """A Serve handle whose replica is in this process."""
+
+    def __init__(self, deployment: EngineDeployment):
+        self._deployment = deployment
+        self.generate = self
+
+    def options(self, stream: bool) -> "Handle":
+        return self
+
+    def remote(self, request: Request) -> Call:
+        return Call(self._deployment.generate(request))
+
+
+def deployment_of(local: LocalBackend) -> EngineDeployment:
+    """A replica around a backend that is there already, without Ray and without a fleet."""
+    deployment = EngineDeployment.__new__(EngineDeployment)
+    deployment._backend = local
+    return deployment
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Gateway]:
+    make_checkpoint(tmp_path / "v1")
+    registry = Registry(f"sqlite:///{tmp_path}/registry.db")
+    registry.add_base("v1", str(tmp_path / "v1"), open_checkpoint(tmp_path / "v1").fingerprint())
+    blobs = BlobStore(str(tmp_path / "blobs"), tmp_path / "cache")
+    loop = EngineLoop(Engine.open(tmp_path / "v1", CONFIG))
+    loop.start()
+    backends = {"v1": HandleBackend(Handle(deployment_of(LocalBackend(loop, blobs))))}
+    yield Gateway(registry, blobs, lambda: backends, CONFIG, RolloutConfig())
+    loop.stop()
+    registry.close()
+
+
+async def generators_of(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, num_choices: int) -> list[str]:
+    """The asynchronous generators on the stack when the engine's stream is read last, the engine's first."""
+    stacks = []
+    get = Stream.get
+
+    async def noting(self: Stream, not_before: float) -> TokenEvent:
+        frames = [frame for frame, _ in walk_stack(sys._getframe())]
+        stacks.append([f.f_code.co_qualname for f in frames if f.f_code.co_flags & inspect.CO_ASYNC_GENERATOR])
+        return await get(self, not_before)
+
+    monkeypatch.setattr(Stream, "get", noting)
+    body = {"model": "v1", "prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True, "n": num_choices}
+    await gateway.refresh()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(gateway)), base_url="http://test") as client:
+        response = await client.post("/v1/completions", json=body)
+    assert "[DONE]" in response.text
+    return stacks[-1]
+
+
+async def test_the_generators_on_the_way_are_those_that_are_listed(gateway: Gateway, monkeypatch: pytest.MonkeyPatch):
+    listed = re.findall(r"^\d\. `(.+)`", backend.__doc__ or "", re.MULTILINE)
+    assert len(listed) <= 7
+    *others, merging, events = listed
+    assert (merging, events) == ("merge", "_events")
+    assert await generators_of(gateway, monkeypatch, num_choices=1) == [*others, events]
+    # `merge` reads each choice in a task, whose stack begins there.
+    assert await generators_of(gateway, monkeypatch, num_choices=2) == others
