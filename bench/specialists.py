@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.adapter_files import Adapter, save_adapter
 from readapt.ladder.relabel import PROMPTS
-from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows
+from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows, write_lines
 from readapt.training.evaluate import Evaluator, Metric
 from readapt.training.lora import blank, linear_shapes, load_base
 from readapt.training.training_group import fine_tune
@@ -75,16 +75,11 @@ def write_bench_task(task: BenchTask, kit: Path, base: Path, work: Path) -> Path
     if not record.is_file() or json.loads(record.read_text()) != wanted:
         rows = load_bench_task(task, kit, encoder_for(base, task.max_tokens))
         prompts = [{"prompt": row.prompt} for row in rows.train[: task.num_prompts]]
-        _write(folder / "logged" / PROMPTS, prompts)
+        write_lines(folder / "logged" / PROMPTS, prompts)
         for part in fields(rows):
-            _write(folder / f"{part.name}.jsonl", [asdict(row) for row in getattr(rows, part.name)])
+            write_lines(folder / f"{part.name}.jsonl", [asdict(row) for row in getattr(rows, part.name)])
         record.write_text(json.dumps(wanted))
     return folder
-
-
-def _write(path: Path, lines: Sequence[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 def _fitting(rows: Sequence[Row], encoder: Encoder) -> list[Row]:

@@ -4,7 +4,6 @@ A prompt ends with a cue (" =>") and the completion is what the specialist must 
 `{slots}` are filled with comes from `demo.lexicon`; there are far more fillings than rows, so held-out prompts are new.
 """
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from demo.lexicon import fill
+from readapt.training.data import write_lines
 
 CUE = " =>"
 SPLITS = ("train", "valid", "test")
@@ -263,6 +263,5 @@ def make_rows(task: Task, sizes: dict[str, int], seed: int) -> dict[str, list[di
 
 def write_rows(folder: Path, rows: dict[str, list[dict[str, str]]]) -> None:
     """Writes `folder`/SPLIT.jsonl, one row a line."""
-    folder.mkdir(parents=True, exist_ok=True)
     for split, lines in rows.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+        write_lines(folder / f"{split}.jsonl", lines)

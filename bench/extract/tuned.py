@@ -25,7 +25,7 @@ from readapt.extraction.files import Extraction
 from readapt.extraction.report import read_report
 from readapt.extraction.verify import verify_into_report
 from readapt.lowrank.spectra import Budget, EnergyShare, FixedRank, Knee, Rule
-from readapt.training.data import Encoder, Row, collate, encoder_for
+from readapt.training.data import Encoder, Row, collate, encoder_for, write_lines
 from readapt.training.evaluate import Evaluator
 from readapt.training.lora import load_base
 from serving.engine.engine import Engine
@@ -139,5 +139,5 @@ def _train(base: Path, recipe: Recipe, learning_rate: float, encoder: Encoder, r
 
 def _test_file(work: Path, task: str, rows: Sequence[Row]) -> Path:
     file = work / f"test-{task}.jsonl"
-    file.write_text("\n".join(json.dumps(asdict(row)) for row in rows) + "\n")
+    write_lines(file, map(asdict, rows))
     return file

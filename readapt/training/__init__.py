@@ -1,1 +1,1 @@
-"""Rows, LoRA on a Hugging Face model, fine-tuning of many adapters at once, and evaluation."""
+"""Rows and their tokens, LoRA on a Hugging Face model, training of many adapters at once, and evaluation."""

@@ -1,11 +1,11 @@
-"""Task rows and their encoding: what a specialist is trained and judged on.
+"""Task rows, from their files to tokens: what an adapter is trained and judged on.
 
-A prompt is encoded as a server encodes it for `/v1/completions` (with the tokenizer's own special tokens), so that a
-specialist meets in service exactly the tokens it was trained on. Shape letters: B rows, T tokens.
+A prompt is encoded as the server encodes it for `/v1/completions`, with the tokenizer's own special tokens. An adapter
+therefore gets exactly the tokens in service that it was trained on.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -18,12 +18,12 @@ from cluster.errors import InvalidCheckpointError, InvalidDataError
 from cluster.records import AdapterRecord, Version
 
 AnyT = TypeVar("AnyT")
-IGNORED = -100  # torch's cross_entropy skips this label
+IGNORED = -100  # the label that torch's cross_entropy skips
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example: the specialist shall answer `prompt` with exactly `completion`."""
+    """One example: the right answer to `prompt` is exactly `completion`."""
 
     prompt: str
     completion: str
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """A task's rows. Training sees `train`, search and gate share out `valid`, nobody but a report sees `test`."""
+    """A task's rows. Training uses `train`; search and gate divide `valid` between them; only reports use `test`."""
 
     train: list[Row]
     valid: list[Row]
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of prompt, completion and end-of-sequence; the first `num_prompt_tokens` are the prompt."""
+    """The tokens of a prompt, its completion and end-of-sequence. The first `num_prompt_tokens` are the prompt."""
 
     input_ids: tuple[int, ...]
     num_prompt_tokens: int
@@ -48,7 +48,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class BatchTensors:
-    """Right-padded rows. Labels are aligned with the inputs (not shifted) and -100 outside completion and eos."""
+    """Right-padded rows. Labels are aligned with the inputs (not shifted), and -100 outside completion and eos."""
 
     input_ids_BT: Tensor  # int64
     attention_mask_BT: Tensor  # int64, 1 at tokens
@@ -56,16 +56,16 @@ class BatchTensors:
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Reads one JSON object with `prompt` and `completion` a line; blank lines are skipped.
+    """Read a file with one JSON object with `prompt` and `completion` per line. Blank lines are skipped.
 
-    InvalidDataError names the file and the line: malformed JSON, a missing or wrong field, a missing or empty file.
+    InvalidDataError, with file and line, if the file is missing or empty, a line is not JSON, or a field is wrong.
     """
     lines = read_lines(path)
-    return [Row(text_field(f, "prompt", where), text_field(f, "completion", where)) for where, f in lines]
+    return [Row(text_field(fields, "prompt", at), text_field(fields, "completion", at)) for at, fields in lines]
 
 
 def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a file, each with its "file:line"; see `load_rows` for the errors."""
+    """Read a file of JSON objects, one per line. Return each with its "file:line"; errors are those of `load_rows`."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,37 +73,43 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not places:
         raise InvalidDataError(f"{path}: has no rows")
-    return [(where, _parse(line, where)) for where, line in places]
+    return [(at, _parse(line, at)) for at, line in places]
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def _parse(line: str, at: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InvalidDataError(f"{where}: is not valid JSON: {error}") from error
+        raise InvalidDataError(f"{at}: is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise InvalidDataError(f"{where}: must be a JSON object, not {type(fields).__name__}")
+        raise InvalidDataError(f"{at}: must be a JSON object, not {type(fields).__name__}")
     return fields
 
 
-def text_field(fields: dict[str, Any], name: str, where: str) -> str:
-    """A field that must be a text with something in it."""
+def text_field(fields: dict[str, Any], name: str, at: str) -> str:
+    """Return a field that must be a non-empty string. InvalidDataError otherwise; `at` is its "file:line"."""
     if name not in fields:
-        raise InvalidDataError(f"{where}: field '{name}' is missing")
+        raise InvalidDataError(f"{at}: field '{name}' is missing")
     if not isinstance(fields[name], str) or not fields[name]:
-        raise InvalidDataError(f"{where}: field '{name}' must be a non-empty string")
+        raise InvalidDataError(f"{at}: field '{name}' must be a non-empty string")
     return str(fields[name])
 
 
+def write_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON objects, one per line, as `read_lines` reads them. Missing folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(fields) + "\n" for fields in objects), encoding="utf-8")
+
+
 def load_task(folder: Path) -> Task:
-    """Reads `train.jsonl`, `valid.jsonl` and `test.jsonl` of a task's folder."""
+    """Read `train.jsonl`, `valid.jsonl` and `test.jsonl` of a task's folder."""
     return Task(*(load_rows(folder / f"{split}.jsonl") for split in ("train", "valid", "test")))
 
 
 def task_folders(record: AdapterRecord, version: Version) -> tuple[Path, ...]:
-    """Where the rows lie of all that a version can do: the adapter's own, then those of each stage it has been through.
+    """Return the data folders of everything a version was trained on: the adapter's own, then one per stage.
 
-    InvalidDataError where there are none, or where a folder is gone: what is not judged is lost unseen.
+    InvalidDataError if there are none or if one is missing: losses on unjudged rows would go unnoticed.
     """
     named = [record.data, *(stage["data"] for stage in version.details.get("stages", ()))]
     folders = tuple(Path(folder) for folder in dict.fromkeys(named) if folder)
@@ -116,7 +122,7 @@ def task_folders(record: AdapterRecord, version: Version) -> tuple[Path, ...]:
 
 
 def joined(tasks: Sequence[Task]) -> Task:
-    """One task of several, split by split."""
+    """Return one task with the rows of several, split by split."""
     return Task(
         train=[row for task in tasks for row in task.train],
         valid=[row for task in tasks for row in task.valid],
@@ -125,7 +131,7 @@ def joined(tasks: Sequence[Task]) -> Task:
 
 
 class Encoder:
-    """Turns rows into tokens. `tokenizer` is a Hugging Face one; `max_tokens` bounds prompt, completion and eos."""
+    """Turns rows into tokens, with a Hugging Face `tokenizer`. `max_tokens` limits prompt, completion and eos."""
 
     def __init__(self, tokenizer: Any, eos_id: int, max_tokens: int):
         self.tokenizer = tokenizer
@@ -133,36 +139,36 @@ class Encoder:
         self.max_tokens = max_tokens
 
     def encode(self, row: Row) -> Encoded:
-        """Encodes one row; a prompt too long loses its beginning, a completion is never cut.
+        """Encode one row. A prompt that is too long loses its beginning; a completion is never cut.
 
-        InvalidDataError when the completion alone leaves no room for a prompt token.
+        InvalidDataError if the completion leaves no room for even one prompt token.
         """
         completion = [*self.tokenizer(row.completion, add_special_tokens=False)["input_ids"], self.eos_id]
         room_tokens = self.max_tokens - len(completion)
         if room_tokens < 1:
-            size = f"{len(completion)} tokens, of {self.max_tokens} allowed"
+            size = f"{len(completion)} of at most {self.max_tokens} tokens"
             raise InvalidDataError(f"a completion leaves no room for its prompt ({size}): {row.completion[:60]!r}")
         prompt = self.encode_prompt(row.prompt)[-room_tokens:]
         return Encoded((*prompt, *completion), len(prompt))
 
     def encode_all(self, rows: Sequence[Row]) -> list[Encoded]:
-        """Encodes rows in their order."""
+        """Encode rows in their order."""
         return [self.encode(row) for row in rows]
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """A prompt's tokens as a server sees them, uncut. InvalidDataError for a prompt without tokens."""
+        """Return a prompt's tokens as the server sees them, uncut. InvalidDataError for a prompt without tokens."""
         tokens = list(self.tokenizer(prompt)["input_ids"])
         if not tokens:
             raise InvalidDataError(f"the prompt {prompt!r} has no tokens")
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens, without special tokens."""
+        """Return the text of generated tokens, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class EncodedRows(Sequence[Encoded]):
-    """Rows that are encoded when they are first asked for: a short run sees few of many."""
+    """Rows that are encoded when they are first used: a short run uses few of many."""
 
     def __init__(self, encoder: Encoder, rows: Sequence[Row]):
         self._encoder, self._rows = encoder, rows
@@ -186,7 +192,7 @@ class EncodedRows(Sequence[Encoded]):
 
 
 def collate(rows: Sequence[Encoded]) -> BatchTensors:
-    """Pads rows on the right to the longest."""
+    """Return a batch of the rows, padded on the right to the longest."""
     width = max(len(row.input_ids) for row in rows)
     input_ids_BT = torch.zeros((len(rows), width), dtype=torch.int64)
     attention_mask_BT = torch.zeros_like(input_ids_BT)
@@ -200,12 +206,12 @@ def collate(rows: Sequence[Encoded]) -> BatchTensors:
 
 
 def by_length(rows: Sequence[Encoded]) -> list[Encoded]:
-    """The same rows by rising length, which is how they cost least padding."""
+    """Return the rows by rising length, so that batches of neighbours need the least padding."""
     return sorted(rows, key=lambda row: len(row.input_ids))
 
 
 def shuffled_batches(rows: Sequence[AnyT], batch_rows: int, seed: int) -> Iterator[list[AnyT]]:
-    """Batches without end, epoch after epoch in ever new order; a batch may reach from one epoch into the next."""
+    """Yield endless batches, each epoch in a new order. A batch may continue from one epoch into the next."""
     assert rows, "files without rows are refused when they are read"
     generator = torch.Generator().manual_seed(seed)
     queue: list[int] = []
@@ -217,9 +223,10 @@ def shuffled_batches(rows: Sequence[AnyT], batch_rows: int, seed: int) -> Iterat
 
 
 def encoder_for(base_folder: Path, max_tokens: int) -> Encoder:
-    """The encoder of a checkpoint; end-of-sequence from generation_config.json, else config.json, else the tokenizer.
+    """Return the encoder of a checkpoint.
 
-    InvalidCheckpointError when the folder has no usable tokenizer or no end-of-sequence token at all.
+    End-of-sequence comes from generation_config.json, else config.json, else the tokenizer. InvalidCheckpointError if
+    the folder has no usable tokenizer or names no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_folder)

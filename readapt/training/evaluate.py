@@ -1,7 +1,4 @@
-"""How good an adapter is: loss, exact match and chrF on held-out rows, the gate, and golden completions.
-
-Shape letters: B rows, T tokens, L label positions, V vocabulary.
-"""
+"""How good an adapter is: loss, exact match and chrF on held-out rows, the gate, and golden completions."""
 
 import math
 import random
@@ -24,19 +21,21 @@ from readapt.training.lora import attached
 from readapt.training.sequential import failing_hits, fewest_hits, likely_rise, looks
 
 Metric = Literal["exact_match", "chrf"]
-SPARE_TOKENS = 8  # an answer may be so much longer than the longest reference
-ANSWER_ROWS = 64  # written side by side: the fastest of 16, 64 and 200 for a model of 3 M parameters on one core
+SPARE_TOKENS = 8  # an answer may be this much longer than the longest reference
+ANSWER_ROWS = 64  # generated at once: the fastest of 16, 64 and 200 for a model of 3 M parameters on one core
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is nats per completion token (eos included); `quality` is in points, 0 to 100, more is better.
+    """The loss and the quality of an adapter on held-out rows.
 
-    `quality` is over the `num_rows` rows that were looked at. Where these are not all (`is_complete` false), the gate
-    that was asked is certain or nearly certain not to be passed, and it is an estimate on which nothing is shipped.
-    `loss` is over the same rows or, where quality is not read off the same forward, the first of them. `first_loss` is
-    that of the rows up to the first look, always the same ones, by which evaluations are compared whatever rows they
-    saw; None for `loss` itself.
+    `loss` is nats per completion token (eos included). `quality` is in points from 0 to 100, more is better, over the
+    first `num_rows` rows. If these are not all rows (`is_complete` is false), the gate is certain or nearly certain to
+    be missed; the quality is then an estimate, and nothing is shipped on it.
+
+    `loss` is over the same rows for exact match, and over the rows up to the first look for chrF. `first_loss` is the
+    loss of the rows up to the first look. These are always the same rows, so it compares evaluations that ended at
+    different looks. None means `loss` itself.
     """
 
     loss: float
@@ -48,7 +47,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Gate:
-    """Ready means: at most `tolerance_points` below `reference`, which may be lowered as far as `floor`."""
+    """What an adapter must reach to ship: at most `tolerance_points` below `reference`.
+
+    `lowered` may reduce the reference, but not below `floor`.
+    """
 
     reference: float
     tolerance_points: float
@@ -56,29 +58,29 @@ class Gate:
 
     @classmethod
     def beside(cls, old_quality: float, config: GateConfig) -> "Gate":
-        """The gate of a successor to an adapter of that quality."""
+        """Return the gate for the successor of an adapter with quality `old_quality`."""
         return cls(old_quality, config.tolerance_points, old_quality - config.max_drop_points)
 
     @property
     def least(self) -> float:
-        """The quality that is asked for."""
+        """The lowest quality that passes."""
         return self.reference - self.tolerance_points
 
     def passes(self, quality: float) -> bool:
-        """Whether a quality, measured on all rows, is good enough to ship."""
+        """Return whether a quality, measured on all rows, is good enough to ship."""
         return quality >= self.least
 
     def lowered(self, scratch_quality: float) -> "Gate":
-        """The gate where scratch training reaches only that much: the task has become harder on the new base.
+        """Return the gate after scratch training has reached only `scratch_quality` on the new base.
 
-        Never higher than before, and never below the floor: what has lost more is not shipped, and the old version
-        serves on.
+        The task may have become harder. The reference never rises, and never falls below the floor: an adapter that
+        lost more is not shipped, and the old version keeps serving.
         """
         return replace(self, reference=min(self.reference, max(scratch_quality, self.floor)))
 
 
 class Verdict(StrEnum):
-    """What becomes of a training run after an evaluation: it goes on, is ready to ship, or is not worth more steps."""
+    """What happens to a training run after an evaluation: it goes on, is ready to ship, or is dropped as hopeless."""
 
     GO_ON = "go_on"
     READY = "ready"
@@ -86,12 +88,13 @@ class Verdict(StrEnum):
 
 
 class Watcher:
-    """Ends a training run at the second pass of the gate in a row, or at its start if that passes already.
+    """Ends a training run at the second pass of the gate in a row, or at its start if the start passes.
 
-    A run is evaluated many times on the same rows, so that a single pass may be luck; its start is evaluated once. One
-    that after `trial` further evaluations has not had a lower loss than at its start is dropped: what it began with has
-    been thrown away, or was of no use. Losses are those of the same rows each time (`first_loss`). None: it is given
-    all its steps.
+    A run is evaluated many times on the same rows, so a single pass may be luck. The start is evaluated only once.
+
+    With `trial`, a run is dropped if `trial` evaluations after its start have not lowered the loss: training then
+    destroyed what the start knew, or the start was of no use. Losses are compared on the same rows (`first_loss`).
+    Without `trial` (None) a run gets all its steps.
     """
 
     def __init__(self, gate: Gate, trial: int | None = None):
@@ -100,7 +103,7 @@ class Watcher:
         self._num_passes = 0  # in a row
 
     def __call__(self, evaluation: Evaluation) -> Verdict:
-        """Whether the run may end now; called with each evaluation in turn."""
+        """Return what happens to the run next; call it with each evaluation in turn."""
         loss = evaluation.loss if evaluation.first_loss is None else evaluation.first_loss
         self._losses.append(loss if math.isfinite(loss) else math.inf)
         self._num_passes = self._num_passes + 1 if self._gate.passes(evaluation.quality) else 0
@@ -114,9 +117,9 @@ class Watcher:
 
 
 def label_logits(model: CausalLM, batch: BatchTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [L, V] that predict each label, the labels [L] and each one's row in the batch [L].
+    """Return the logits [Y, V] that predict each label, the labels [Y], and each label's row in the batch [Y].
 
-    The head runs on label positions only: on a short label this is a few rows instead of the whole prompt.
+    The head runs only where a label is predicted. With short labels these are few positions of a long prompt.
     """
     device = model.device
     hidden_BTD = model.base_model(
@@ -124,21 +127,21 @@ def label_logits(model: CausalLM, batch: BatchTensors) -> tuple[Tensor, Tensor, 
     ).last_hidden_state
     labels_BT = batch.labels_BT[:, 1:].to(device)
     is_label_BT = labels_BT != IGNORED
-    logits_LV = model.get_output_embeddings()(hidden_BTD[:, :-1][is_label_BT])
-    return logits_LV.float(), labels_BT[is_label_BT], is_label_BT.nonzero()[:, 0]
+    logits_YV = model.get_output_embeddings()(hidden_BTD[:, :-1][is_label_BT])
+    return logits_YV.float(), labels_BT[is_label_BT], is_label_BT.nonzero()[:, 0]
 
 
 class Evaluator:
-    """Judges whatever adapter is on `model` at the time of the call, always on the same rows in the same order.
+    """Evaluates the adapter that is on `model` at the time of the call, always on the same rows in the same order.
 
-    `metric` "exact_match" is teacher-forced: greedy decoding writes the target exactly if and only if the target token
-    is the argmax at each of its positions, so one forward replaces the generation. "chrf" generates greedily, and
-    answers equal prompts once; its loss is of the rows up to the first look.
+    The metric "exact_match" is teacher-forced: greedy decoding writes the target exactly if and only if the target
+    token is the argmax at each position. One forward pass therefore replaces the generation. "chrf" generates greedily
+    and answers equal prompts once; its loss is over the rows up to the first look.
 
-    With a `gate`, an evaluation ends early where the gate will not be passed: as soon as that is so probable that of
-    the adapters that do pass at most 1 - `confidence` are given up (see `sequential`: exact for exact match, near
-    enough for chrF). An adapter passes on all rows only. `complete` looks at all rows in any case: ask it before a
-    quality is shipped or compared, or a gate is lowered to it. `seed` decides the order of the rows.
+    With a `gate`, an evaluation ends early once the gate will very probably be missed. Of the adapters that would pass,
+    at most 1 - `confidence` are given up by mistake (see `sequential`: exact for exact match, approximate for chrF). An
+    adapter passes only on all rows. `complete` always uses all rows: call it before a quality is shipped or compared,
+    or a gate is lowered to it. `seed` sets the order of the rows.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class Evaluator:
         encoded = encoder.encode_all(rows)
         self._num_rows = len(rows)
         self._chunks = [_length_sorted_batches(encoded[start:end], batch_rows) for start, end in pairwise([0, *ends])]
-        self._given_up: dict[int, int] = {}  # by look
+        self._given_up: dict[int, int] = {}  # by look: the most hits with which the evaluation ends there
         self._texts: _Texts | None = None
         if metric == "chrf":
             self._texts = _Texts(encoder, rows, encoded, ends, gate, confidence)
@@ -167,15 +170,15 @@ class Evaluator:
             self._given_up = failing_hits(len(rows), fewest_hits(len(rows), gate.passes), confidence)
 
     def __call__(self) -> Evaluation:
-        """Evaluates the model as it is now, up to the first look at which the gate is out of reach."""
+        """Evaluate the model as it is now, up to the first look at which the gate is out of reach."""
         return self._evaluate(may_stop=True)
 
     def complete(self) -> Evaluation:
-        """Evaluates the model as it is now, on all rows."""
+        """Evaluate the model as it is now, on all rows."""
         return self._evaluate(may_stop=False)
 
     def loss(self) -> float:
-        """The loss alone, on all rows: one forward whatever the metric."""
+        """Return only the loss, on all rows. It needs no generation, whatever the metric."""
         return sum((self._teacher_forced(chunk) for chunk in self._chunks), _Counts()).loss
 
     def _evaluate(self, *, may_stop: bool) -> Evaluation:
@@ -186,7 +189,8 @@ class Evaluator:
         return Evaluation(loss, quality, num_rows, num_rows == self._num_rows)
 
     def _exact_match(self, *, may_stop: bool) -> Evaluation:
-        seen, first_loss = _Counts(), None
+        seen = _Counts()
+        first_loss = None
         for chunk in self._chunks:
             seen += self._teacher_forced(chunk)
             first_loss = seen.loss if first_loss is None else first_loss
@@ -199,15 +203,16 @@ class Evaluator:
     def _teacher_forced(self, batches: Sequence[BatchTensors]) -> "_Counts":
         seen = _Counts()
         for batch in batches:
-            logits_LV, labels_L, rows_L = label_logits(self._model, batch)
-            loss_sum = cross_entropy(logits_LV, labels_L, reduction="sum").item()
-            num_rows, missed_rows = len(batch.input_ids_BT), rows_L[logits_LV.argmax(-1) != labels_L].unique()
-            seen += _Counts(loss_sum, len(labels_L), num_rows, num_rows - len(missed_rows))
+            logits_YV, labels_Y, rows_Y = label_logits(self._model, batch)
+            loss_sum = cross_entropy(logits_YV, labels_Y, reduction="sum").item()
+            num_rows = len(batch.input_ids_BT)
+            missed_rows = rows_Y[logits_YV.argmax(-1) != labels_Y].unique()
+            seen += _Counts(loss_sum, len(labels_Y), num_rows, num_rows - len(missed_rows))
         return seen
 
 
 class _Texts:
-    """Rows that are answered in free text and judged by chrF, look by look."""
+    """Rows that are answered in free text and scored by chrF, look by look."""
 
     def __init__(
         self,
@@ -226,14 +231,16 @@ class _Texts:
         self._confidence = confidence
 
     def chrf(self, model: CausalLM, *, may_stop: bool) -> tuple[float, int]:
-        """Of the whole corpus, or of the rows up to the look at which it was given up; and the number of rows."""
+        """Return the score of the corpus, or of the rows up to the look at which it was given up, and the row count."""
         from sacrebleu.metrics.chrf import CHRF  # imported here: only tasks of free text need it
 
-        chrf, found, num_rows, quality = CHRF(), dict[tuple[int, ...], str](), 0, 0.0
-        texts: list[str] = []
+        chrf = CHRF()
+        answers: dict[tuple[int, ...], str] = {}
+        num_rows = 0
+        quality = 0.0
         for num_rows in self._ends:
-            self._answer(model, self._prompts[:num_rows], found)
-            texts = [found[prompt].strip() for prompt in self._prompts[:num_rows]]
+            self._answer(model, self._prompts[:num_rows], answers)
+            texts = [answers[prompt].strip() for prompt in self._prompts[:num_rows]]
             wanted = self._references[:num_rows]
             quality = float(chrf.corpus_score(texts, [wanted]).score)
             if may_stop and num_rows < len(self._prompts):
@@ -245,11 +252,11 @@ class _Texts:
     def _margin(self, by_row: Sequence[float]) -> float:
         return likely_rise(by_row, len(self._prompts), self._confidence, num_looks=len(self._ends) - 1)
 
-    def _answer(self, model: CausalLM, prompts: Sequence[tuple[int, ...]], found: dict[tuple[int, ...], str]) -> None:
-        """Adds what is missing: many a task has several references for one prompt."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+    def _answer(self, model: CausalLM, prompts: Sequence[tuple[int, ...]], answers: dict[tuple[int, ...], str]) -> None:
+        """Answer the prompts that have no answer yet. Some tasks have several references for one prompt."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in answers]
         texts = greedy(model, self._encoder, new, self._max_answer_tokens, ANSWER_ROWS)
-        found.update(zip(new, texts, strict=True))
+        answers.update(zip(new, texts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -274,12 +281,12 @@ def _length_sorted_batches(rows: Sequence[Encoded], batch_rows: int) -> list[Bat
 
 
 def judge(model: CausalLM, adapter: Adapter, encoder: Encoder, rows: Sequence[Row], metric: Metric) -> Evaluation:
-    """Evaluates one adapter on a bare model, which is bare again afterwards."""
+    """Evaluate one adapter on a bare model, which is bare again afterwards."""
     with attached(model, adapter):
         return Evaluator(model, encoder, rows, metric)()
 
 
 def golden(model: CausalLM, encoder: Encoder, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:
-    """Greedy completions as a server answers them: `[{"prompt": ..., "completion": ...}, ...]`."""
+    """Return greedy completions as the server answers them: `[{"prompt": ..., "completion": ...}, ...]`."""
     texts = greedy(model, encoder, [encoder.encode_prompt(prompt) for prompt in prompts], max_tokens, batch_rows=16)
     return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]

@@ -89,13 +89,13 @@ def test_quality_does_not_depend_on_batching(model: Any, encoder: Encoder) -> No
 def test_logits_are_the_models_own_at_the_label_positions(model: Any, encoder: Encoder) -> None:
     rows = encoder.encode_all(make_rows(5, seed=2))
     with torch.no_grad():
-        found_LV, labels_L, rows_L = label_logits(model, collate(rows))
+        found_YV, labels_Y, rows_Y = label_logits(model, collate(rows))
         expected = [
             model(input_ids=torch.tensor([row.input_ids])).logits[0, row.num_prompt_tokens - 1 : -1] for row in rows
         ]
-    torch.testing.assert_close(found_LV, torch.cat(expected), rtol=1e-4, atol=1e-4)
-    assert labels_L.tolist() == [token for row in rows for token in row.input_ids[row.num_prompt_tokens :]]
-    assert rows_L.tolist() == [i for i, row in enumerate(rows) for _ in row.input_ids[row.num_prompt_tokens :]]
+    torch.testing.assert_close(found_YV, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert labels_Y.tolist() == [token for row in rows for token in row.input_ids[row.num_prompt_tokens :]]
+    assert rows_Y.tolist() == [i for i, row in enumerate(rows) for _ in row.input_ids[row.num_prompt_tokens :]]
 
 
 def test_golden_is_greedy_decoding_up_to_eos(model: Any, encoder: Encoder) -> None:

@@ -1,10 +1,9 @@
 """A tiny world in which to re-adapt: a learnable task, its specialist, and new versions of its base model."""
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cluster.adapter_files import Adapter, LoraFactors
 from readapt.fusion.objective import FusionObjective, SearchResult, Trial, best_of
 from readapt.fusion.points import Point
-from readapt.training.data import Encoder, Row, Task, encoder_for
+from readapt.training.data import Encoder, Row, Task, encoder_for, write_lines
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, linear_shapes, load_base
 from readapt.training.training_group import fine_tune
@@ -55,10 +54,8 @@ def make_task() -> Task:
 
 def write_task(folder: Path, task: Task) -> Path:
     """Writes a task's three files and returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", task.train), ("valid", task.valid), ("test", task.test)):
-        lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        write_lines(folder / f"{split}.jsonl", map(asdict, rows))
     return folder
 
 
