@@ -1,4 +1,4 @@
-"""Errors on their way to the client: ONE table from error type to HTTP status and OpenAI error type and code."""
+"""Maps errors to HTTP: one table from error type to HTTP status and OpenAI's error type and code."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +21,16 @@ from cluster.errors import (
 
 
 class BackendDiedError(ReloraError):
-    """The engine went away under a request: its process died, it shut down, or none runs; another may go on with it."""
+    """No engine serves the request: its process died, it shut down, or none runs. Another engine may resume it."""
 
 
 class BackendFailedError(ReloraError):
-    """The engine failed on a request in a way that it should not; the same request might fail anywhere."""
+    """The engine failed on a request because of a bug. The same request may fail on any engine."""
 
 
 @dataclass(frozen=True)
 class HttpError:
-    """How an error type looks over HTTP: the status, and `type` and `code` of OpenAI's error object."""
+    """The HTTP status of an error type, and `type` and `code` of OpenAI's error object."""
 
     status: int
     type: str
@@ -57,17 +57,17 @@ HTTP_ERRORS: dict[type[ReloraError], HttpError] = {
 
 
 def http_error(error: ReloraError) -> HttpError:
-    """The table's entry of the error's own type or of its nearest ancestor."""
+    """Return the table's entry for the error's type, or for its nearest base class."""
     return next(HTTP_ERRORS[kind] for kind in type(error).__mro__ if kind in HTTP_ERRORS)
 
 
 def error_body(message: str, http: HttpError, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     return {"error": {"message": message, "type": http.type, "param": param, "code": http.code}}
 
 
 def error_headers(error: ReloraError, http: HttpError) -> dict[str, str]:
-    """`Retry-After` in whole seconds where trying again makes sense."""
+    """Return `Retry-After` in whole seconds if the client may try again, else nothing."""
     if http.status not in (429, 503):
         return {}
     return {"Retry-After": str(max(1, round(getattr(error, "retry_after_s", 1.0))))}

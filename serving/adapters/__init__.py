@@ -1,1 +1,1 @@
-"""Where adapters are: store, disk, host or device; and how their weights are laid out in pages."""
+"""Keeps adapters on disk, host and device, and lays their weights out in pages."""

@@ -1,11 +1,8 @@
-"""Which adapters are where: on the host, packed and ready to copy; on the device, in pages of the arena.
+"""Caches adapters in two places: packed on the host, and resident in pages of the arena.
 
-There is no fixed number of slots and no padding to a largest rank: an adapter takes as many pages as its rows fill, and
-idle ones give way to other adapters and to KV cache alike (S-LoRA, arXiv 2311.03285, section 5), in the order of
+There is no fixed number of slots and no padding to the largest rank: an adapter takes the pages that its rows fill.
+Idle adapters give way to other adapters and to KV cache alike (S-LoRA, arXiv 2311.03285, section 5), in the order of
 `serving.memory.eviction`.
-
-Shape letters: M target modules of the whole model, N rows of an adapter over all modules, P pages, E elements of a
-page.
 """
 
 from collections import OrderedDict
@@ -47,24 +44,24 @@ class ResidentAdapter:
 
 @dataclass(eq=False)
 class _Entry:
-    """One adapter's books; owned by AdapterCache."""
+    """What the cache knows of one adapter."""
 
     packed: PackedAdapter
-    num_holds: int = 0  # requests accepted for it: it stays on the host
-    num_pins: int = 0  # sequences running with it: it stays on the device
-    num_uses: int = 0  # sequences that ever ran with it
-    num_requests: int = 0  # that found it on the host
+    num_holds: int = 0  # accepted requests; while there are any, the adapter stays on the host
+    num_pins: int = 0  # running sequences; while there are any, the adapter stays on the device
+    num_uses: int = 0  # sequences that have ever run with it
+    num_requests: int = 0  # requests that found it on the host
     load_s: float = 0.0
     resident: ResidentAdapter | None = None
     is_removed: bool = False
 
 
 class AdapterCache:
-    """The one owner of what is on the host, what is resident and what is pinned. Keys are content hashes.
+    """Owns which adapters are on the host, resident and pinned. Keys are content hashes.
 
-    `hold` and `drop` bracket a request's life and keep the adapter on the host; `acquire` and `release` bracket the
-    time in which a sequence runs and pin the adapter's pages. What is resident is always on the host as well.
-    `num_resident` adapters are on the device and take `num_pages_used` pages there.
+    A request calls `hold` when it is accepted and `drop` when it ends; in between the adapter stays on the host. A
+    sequence calls `acquire` when it starts running and `release` when it stops; in between the adapter's pages are
+    pinned. A resident adapter is always on the host too. `num_resident` adapters take `num_pages_used` pages.
     """
 
     def __init__(self, allocator: PageAllocator, evictions: EvictionQueue, arena_PE: Tensor, host_cache_bytes: int):
@@ -81,9 +78,9 @@ class AdapterCache:
         self.num_evictions = 0
 
     def add(self, key: str, packed: PackedAdapter, load_s: float = 0.0) -> None:
-        """Put an adapter that took so long to load on the host, or find it there; idle ones leave as the bytes demand.
+        """Put an adapter on the host unless it is there. Idle adapters are forgotten until it fits.
 
-        Raises InvalidAdapterError where it can never fit, OverloadedError where all others are in use.
+        Raises InvalidAdapterError if it can never fit, and OverloadedError if the adapters in use leave no room.
         """
         if key not in self._entries:
             self._make_host_room(packed)
@@ -93,42 +90,42 @@ class AdapterCache:
         self._entries.move_to_end(key)
 
     def replace(self, key: str, packed: PackedAdapter) -> None:
-        """Keep another copy of an adapter instead of the one on the host, if it is still there."""
+        """Replace the host's copy of an adapter, if the adapter is still there."""
         entry = self._entries.get(key)
         if entry is not None:
             self._host_bytes += packed.num_bytes - entry.packed.num_bytes
             entry.packed = packed
 
     def has(self, key: str) -> bool:
-        """Whether new requests may name it."""
+        """Whether new requests may use the adapter."""
         entry = self._entries.get(key)
         return entry is not None and not entry.is_removed
 
     def remove(self, key: str) -> None:
-        """Refuse new requests; the memory comes back at once, or with the last request that was accepted before."""
+        """Refuse new requests for an adapter, and free its memory once no accepted request needs it."""
         if key in self._entries:
             self._entries[key].is_removed = True
             self._forget_if_unused(key)
 
     def is_resident(self, key: str) -> bool:
-        """Whether it is on the device."""
+        """Whether the adapter is in the arena."""
         return self._entries[key].resident is not None
 
     def mapped(self, key: str) -> PackedAdapter | None:
-        """The adapter if its next copy reads a mapped file, of which the system may have dropped memory; any thread."""
+        """Return the adapter if its next copy into the arena will read a mapped file. Any thread may call this."""
         entry = self._entries.get(key)
         return entry.packed if entry is not None and entry.resident is None and entry.packed.is_mapped else None
 
     def num_pages(self, key: str) -> int:
-        """Pages that the adapter takes when resident."""
+        """Return how many pages the adapter takes when resident."""
         return self._entries[key].packed.num_pages
 
     def num_pages_missing(self, key: str) -> int:
-        """Pages to allocate before it is resident: 0 where it is."""
+        """Return how many pages must be free to make the adapter resident: 0 if it is."""
         return 0 if self._entries[key].resident else self.num_pages(key)
 
     def hold(self, key: str) -> None:
-        """Keep it on the host until `drop`; raises NotFoundError where it is not there."""
+        """Keep the adapter on the host until `drop`. Raises NotFoundError if it is not there."""
         if not self.has(key):
             raise NotFoundError(f"adapter {key} is not loaded")
         self._entries[key].num_holds += 1
@@ -136,7 +133,7 @@ class AdapterCache:
         self._entries.move_to_end(key)
 
     def drop(self, key: str) -> bool:
-        """End one `hold`; False if the adapter was removed and this was the last."""
+        """End one `hold`. Returns False if the adapter was removed and this was its last hold."""
         entry = self._entries[key]
         assert entry.num_holds > 0, f"adapter {key} is dropped more often than held"
         entry.num_holds -= 1
@@ -144,7 +141,10 @@ class AdapterCache:
         return key in self._entries
 
     def acquire(self, key: str) -> ResidentAdapter:
-        """Pin it, copied into the arena if it is not there; the caller holds it. Raises OutOfPages."""
+        """Pin the adapter in the arena, and copy it there if it is not resident. Raises OutOfPages.
+
+        The caller must have called `hold`.
+        """
         entry = self._entries[key]
         assert entry.num_holds > entry.num_pins, f"adapter {key} is acquired without a hold"
         if entry.resident is None:
@@ -155,14 +155,14 @@ class AdapterCache:
         return entry.resident
 
     def prefetch(self, key: str) -> None:
-        """Copy it into the arena for who comes next; it gives way like any idle one. Raises OutOfPages."""
+        """Copy the adapter into the arena for a later request. It is idle until then. Raises OutOfPages."""
         entry = self._entries[key]
         assert entry.resident is None, f"adapter {key} is resident already"
         entry.resident = self._copy_in(key, entry.packed)
         self._evictions.add(key, entry.packed.num_pages, float(entry.num_uses), self._evict)
 
     def release(self, key: str) -> None:
-        """End one `acquire`; without pins it stays resident until the room is needed."""
+        """End one `acquire`. Without pins the adapter stays resident until its pages are needed."""
         entry = self._entries[key]
         assert entry.num_pins > 0, f"adapter {key} is released more often than acquired"
         assert entry.resident is not None, f"adapter {key} is pinned but not resident"
@@ -172,26 +172,26 @@ class AdapterCache:
 
     @property
     def num_holds(self) -> int:
-        """`hold` calls without their `drop` yet."""
+        """The number of `hold` calls not yet ended by `drop`."""
         return sum(entry.num_holds for entry in self._entries.values())
 
     @property
     def num_pins(self) -> int:
-        """`acquire` calls without their `release` yet."""
+        """The number of `acquire` calls not yet ended by `release`."""
         return sum(entry.num_pins for entry in self._entries.values())
 
     @property
     def num_on_host(self) -> int:
-        """Adapters on the host, the resident ones included."""
+        """The number of adapters on the host, including the resident ones."""
         return len(self._entries)
 
     @property
     def num_host_bytes(self) -> int:
-        """Host memory that they take."""
+        """The host memory that the adapters take."""
         return self._host_bytes
 
     def residencies(self) -> list[Residency]:
-        """Where each adapter is, and how much it is used."""
+        """Report where each adapter is and how much it is used."""
         return [
             Residency(
                 key,
@@ -205,11 +205,11 @@ class AdapterCache:
         ]
 
     def residents(self) -> list[ResidentAdapter]:
-        """The adapters on the device."""
+        """Return the adapters in the arena."""
         return [entry.resident for entry in self._entries.values() if entry.resident]
 
     def owned_pages(self) -> list[tuple[int, ...]]:
-        """Pages of each resident adapter."""
+        """Return the pages of each resident adapter."""
         return [resident.pages for resident in self.residents()]
 
     def check_integrity(self) -> None:
@@ -217,17 +217,21 @@ class AdapterCache:
         for key, entry in self._entries.items():
             assert entry.num_holds >= entry.num_pins >= 0, f"adapter {key} has more pins than holds"
             is_idle = entry.resident is not None and entry.num_pins == 0
-            assert is_idle == self._evictions.has(key), f"{key} is misfiled"
+            assert is_idle == self._evictions.has(key), f"adapter {key} and the eviction queue disagree"
             assert not (entry.is_removed and entry.num_holds == 0), f"removed adapter {key} is still here"
         sizes = [len(pages) for pages in self.owned_pages()]
-        assert (self.num_resident, self.num_pages_used) == (len(sizes), sum(sizes)), "counts of residents drifted"
-        assert self._host_bytes == sum(entry.packed.num_bytes for entry in self._entries.values()), "host bytes drifted"
+        assert (self.num_resident, self.num_pages_used) == (len(sizes), sum(sizes)), (
+            "the counts of resident adapters are wrong"
+        )
+        assert self._host_bytes == sum(entry.packed.num_bytes for entry in self._entries.values()), (
+            "the count of host bytes is wrong"
+        )
 
     def check_size(self, packed: PackedAdapter) -> None:
-        """Raise InvalidAdapterError where an adapter can never fit; any thread may ask."""
+        """Raise InvalidAdapterError if an adapter can never fit. Any thread may call this."""
         if packed.num_pages > self._allocator.num_pages:
             raise InvalidAdapterError(
-                f"the adapter needs {packed.num_pages} pages of memory, the arena has {self._allocator.num_pages}: "
+                f"the adapter needs {packed.num_pages} pages of memory, but the arena has {self._allocator.num_pages}: "
                 "raise serving.memory_bytes"
             )
         if packed.num_bytes > self._host_cache_bytes:
@@ -241,7 +245,7 @@ class AdapterCache:
         limit = self._host_cache_bytes - packed.num_bytes
         in_use = sum(entry.packed.num_bytes for entry in self._entries.values() if entry.num_holds)
         if in_use > limit:
-            raise OverloadedError(f"adapters in use fill serving.host_cache_bytes ({in_use} bytes)")
+            raise OverloadedError(f"adapters in use fill serving.host_cache_bytes ({in_use} bytes): try again later")
         for key in [key for key, entry in self._entries.items() if not entry.num_holds]:
             if self._host_bytes <= limit:
                 return
@@ -249,14 +253,14 @@ class AdapterCache:
 
     def _copy_in(self, key: str, packed: PackedAdapter) -> ResidentAdapter:
         device, page_elements = self._arena_PE.device, self._arena_PE.shape[1]
-        pages = sorted(self._allocator.allocate(packed.num_pages))  # those side by side are one copy
+        pages = sorted(self._allocator.allocate(packed.num_pages))  # pages side by side are copied at once
         pages_P = torch.tensor(pages, dtype=torch.int64)
         pending_copy = self._copier.copy(packed, pages)
         self._num_copied += 1
         self.num_resident += 1
         self.num_pages_used += len(pages)
 
-        def moved(rows_I: Tensor) -> Tensor:
+        def in_arena(rows_I: Tensor) -> Tensor:
             return (pages_P[rows_I // page_elements] * page_elements + rows_I % page_elements).to(device)
 
         return ResidentAdapter(
@@ -267,8 +271,8 @@ class AdapterCache:
             scalings_M=np.array(packed.scalings, np.float32),
             table_starts_M=np.array(packed.table_starts, np.int64),
             is_dora_M=np.array(packed.is_dora, np.bool_),
-            a_rows_I=moved(packed.a_rows_I),
-            b_rows_I=moved(packed.b_rows_I),
+            a_rows_I=in_arena(packed.a_rows_I),
+            b_rows_I=in_arena(packed.b_rows_I),
             pending_copy=pending_copy,
         )
 
@@ -281,7 +285,7 @@ class AdapterCache:
         assert entry.resident is not None, f"adapter {key} is evicted but not resident"
         assert entry.num_pins == 0, f"adapter {key} is evicted but pinned"
         if entry.resident.pending_copy is not None:
-            entry.resident.pending_copy.wait()  # or it would overwrite what comes after it
+            entry.resident.pending_copy.wait()  # or it would overwrite the next owner's data
         self._allocator.free(entry.resident.pages)
         self.num_resident -= 1
         self.num_pages_used -= len(entry.resident.pages)

@@ -1,8 +1,4 @@
-"""An adapter laid out in pages: pure functions from factors to one blob that is copied into the arena as it is.
-
-Shape letters: M target modules of the whole model, N rows of an adapter over all modules, P pages, E elements of a
-page, R rank, D in, F out, 2 the two tables.
-"""
+"""Packs an adapter: lays its rows out in pages that are copied into the arena as they are. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,27 +12,28 @@ from torch import Tensor
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
 
-_PAGE_BYTES = 4096  # of the operating system's memory; each one that is mapped takes an entry of 8 bytes
-_MAP_BYTES = 32 * 1024  # of private memory for one mapped file and the Python objects beside it, about
+_OS_PAGE_BYTES = 4096  # mapping a page takes an entry of 8 bytes
+_MAP_BYTES = 32 * 1024  # private memory of a mapped file and its Python objects, about
 
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """An adapter on the host, cut into pages in the model's dtype, so that making it resident is a few large copies.
+    """An adapter on the host, laid out in pages in the model's dtype, so that few large copies bring it to the arena.
 
-    The table `a_rows_I` has the element offsets (int64) in the flat blob of the rows of `lora_a` (D elements), the
-    table `b_rows_I` those of `lora_b` transposed (F elements); module m's entries begin at `table_starts[m]` in both.
-    No row straddles a page. A row longer than a page (of vocabulary size: an embedding's `lora_a`, a head's `lora_b`)
-    is cut into pieces of `piece_width` elements: row i of piece k is entry `table_starts[m] + k * ranks[m] + i`.
+    The rows of `lora_a` (D elements each) and of `lora_b` transposed (F elements each) lie in the flat `pages_PE`.
+    `a_rows_I` and `b_rows_I` hold their offsets in elements (int64). The entries of module m start at
+    `table_starts[m]` in both. No row crosses the end of a page. A row longer than a page (of vocabulary size: an
+    embedding's `lora_a`, a head's `lora_b`) is cut into pieces of `piece_width` elements. Row i of piece k is entry
+    `table_starts[m] + k * ranks[m] + i`.
 
-    With `is_dora[m]`, the module's DoRA gains, one row of F elements (or its pieces), follow its rows of `lora_b`: what
-    the factor (magnitude / norm) of each output has over 1. `lora_b` has been multiplied by that factor.
+    If `is_dora[m]`, the rows of `lora_b` are multiplied by the DoRA factor (magnitude / norm) of each output. The
+    factors minus 1 follow them as one row of F elements (or its pieces): the module's gains.
 
-    All rows of module m lie in the first `page_ends[m]` pages, so that it can be used before the others have come.
-    With `is_mapped` the tensors are a file's bytes in the page cache, which all engines of a machine share.
+    All rows of module m lie in the first `page_ends[m]` pages, so it can be used before the other pages have come. If
+    `is_mapped`, the tensors are a file's bytes in the page cache, which all engines of a machine share.
     """
 
-    blob_PE: Tensor
+    pages_PE: Tensor
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     is_dora: tuple[bool, ...]
@@ -48,22 +45,22 @@ class PackedAdapter:
 
     @property
     def num_pages(self) -> int:
-        """Pages of the arena that it takes."""
-        return self.blob_PE.shape[0]
+        """The number of pages that it takes in the arena."""
+        return self.pages_PE.shape[0]
 
     @property
     def num_bytes(self) -> int:
-        """Private host memory that it takes: if mapped, what the map costs."""
-        size = self.blob_PE.nbytes + self.a_rows_I.nbytes + self.b_rows_I.nbytes
-        return min(size, _MAP_BYTES + size // _PAGE_BYTES * 8) if self.is_mapped else size
+        """The private host memory that it takes; if mapped, only the cost of the mapping."""
+        size = self.pages_PE.nbytes + self.a_rows_I.nbytes + self.b_rows_I.nbytes
+        return min(size, _MAP_BYTES + size // _OS_PAGE_BYTES * 8) if self.is_mapped else size
 
     def pinned(self) -> "PackedAdapter":
-        """A copy in memory that a GPU can read by itself."""
-        return replace(self, blob_PE=self.blob_PE.pin_memory(), is_mapped=False)
+        """Return a copy in pinned memory, which a GPU can read by itself."""
+        return replace(self, pages_PE=self.pages_PE.pin_memory(), is_mapped=False)
 
     def touch(self) -> None:
-        """Read a little of each page of memory, so that whoever copies it soon need not wait for a disk."""
-        self.blob_PE.view(-1)[:: _PAGE_BYTES // self.blob_PE.itemsize].max()
+        """Read a little of each page of memory, so that a later copy does not wait for the disk."""
+        self.pages_PE.view(-1)[:: _OS_PAGE_BYTES // self.pages_PE.itemsize].max()
 
 
 def pack_adapter(
@@ -76,9 +73,9 @@ def pack_adapter(
 ) -> PackedAdapter:
     """Lay an adapter's rows out in pages. `modules` are all target modules of the model, in the order of their index.
 
-    `dora_factors` has (magnitude / norm), one for each output, of the modules that are DoRA. Rows go in the `order` in
-    which the modules are used (their index, if None), as many at a time as the first page with room takes.
-    Raises InvalidAdapterError where a value overflows `dtype`.
+    `dora_factors` holds magnitude / norm, one value for each output, of the DoRA modules. Modules are laid out in the
+    `order` in which a forward pass reads them (by index if None). Each run of rows goes to the first page with room.
+    Raises InvalidAdapterError if a value overflows `dtype`.
     """
     factors = [adapter.factors.get(module) for module in modules]
     sides = [
@@ -88,7 +85,7 @@ def pack_adapter(
     places, num_pages = _lay_out(sides, range(len(modules)) if order is None else order, page_elements)
     tables = [_table(*place) for place in places]
     return PackedAdapter(
-        blob_PE=_write(sides, places, num_pages, page_elements, dtype),
+        pages_PE=_write(sides, places, num_pages, page_elements, dtype),
         ranks=tuple(0 if f is None else f.rank for f in factors),
         scalings=tuple(0.0 if f is None else f.scaling for f in factors),
         is_dora=tuple(module in dora_factors for module in modules),
@@ -100,18 +97,18 @@ def pack_adapter(
 
 
 def dora_factors(adapter: Adapter, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The (magnitude / norm) of each output of an adapter's DoRA modules on a base of these (out, in) weights."""
+    """Return magnitude / norm of each output of an adapter's DoRA modules, on a base with these (out, in) weights."""
     dora = {module: factors for module, factors in adapter.factors.items() if factors.magnitude_F is not None}
     return {module: factors.dora_factor(weights[module]) for module, factors in dora.items()}
 
 
 def piece_width(width: int, page_elements: int) -> int:
-    """The width of the pieces of a row: itself if a page holds it, else as few and as equal pieces as will fit."""
+    """Return the width of a row's pieces: the row's own width if it fits a page, else of the fewest equal pieces."""
     return -(-width // -(-width // page_elements))
 
 
 class _Run(NamedTuple):
-    """Rows [first, last) of a matrix of so many columns, side by side in one page from element `offset` on."""
+    """Rows [first, last) of a matrix with `width` columns, side by side in one page from element `offset` on."""
 
     first: int
     last: int
@@ -119,12 +116,12 @@ class _Run(NamedTuple):
     offset: int
 
 
-_Sides = tuple[list[Tensor], list[Tensor]]  # of a module: the matrices of both tables
-_Places = tuple[list[list[_Run]], list[list[_Run]]]  # where the rows of each of them go
+_Sides = tuple[list[Tensor], list[Tensor]]  # a module's matrices of both tables
+_Places = tuple[list[list[_Run]], list[list[_Run]]]  # where the rows of each of these matrices go
 
 
 def _matrices(factors: LoraFactors, dora_factor_F: Tensor | None, page_elements: int) -> _Sides:
-    """The matrices of both tables in the order of their entries, none wider than a page."""
+    """Return a module's matrices of both tables in the order of their entries, none wider than a page."""
     a_RD, b_RF = factors.a_RD, factors.b_FR.T
     width_a, width_b = (piece_width(rows.shape[1], page_elements) for rows in (a_RD, b_RF))
     if dora_factor_F is None:
@@ -134,11 +131,11 @@ def _matrices(factors: LoraFactors, dora_factor_F: Tensor | None, page_elements:
 
 
 def _lay_out(sides: Sequence[_Sides], order: Sequence[int], page_elements: int) -> tuple[list[_Places], int]:
-    """Where the rows of each module go, and how many pages that takes."""
+    """Return where the rows of each module go, and how many pages that takes."""
     places: list[_Places] = [([], []) for _ in sides]
-    used: list[int] = []  # elements taken of each page
+    used: list[int] = []  # elements used of each page
     least = min((rows.shape[1] for a, b in sides for rows in (*a, *b)), default=1)
-    first_open = 0  # the pages before are full: not even the narrowest row has room
+    first_open = 0  # pages before this one have no room for even the narrowest row
     for module in order:
         for matrices, runs in zip(sides[module], places[module], strict=True):
             for rows in matrices:
@@ -149,7 +146,7 @@ def _lay_out(sides: Sequence[_Sides], order: Sequence[int], page_elements: int) 
 
 
 def _place(num_rows: int, width: int, page_elements: int, used: list[int], page: int) -> list[_Run]:
-    """Rows into what is left of the pages from `page` on, then into new ones."""
+    """Place rows into the room left in the pages from `page` on, then into new pages."""
     assert width <= page_elements, f"a row of {width} elements does not fit a page of {page_elements}"
     runs: list[_Run] = []
     first = 0
@@ -165,7 +162,7 @@ def _place(num_rows: int, width: int, page_elements: int, used: list[int], page:
 
 
 def _table(a: Sequence[Sequence[_Run]], b: Sequence[Sequence[_Run]]) -> tuple[list[int], list[int]]:
-    """One module's entries of both tables, the shorter one padded with zeros that nobody reads."""
+    """Return a module's entries of both tables, the shorter one padded with zeros that are never read."""
     a_rows, b_rows = (
         [run.offset + i * run.width for runs in side for run in runs for i in range(run.last - run.first)]
         for side in (a, b)
@@ -177,12 +174,12 @@ def _table(a: Sequence[Sequence[_Run]], b: Sequence[Sequence[_Run]]) -> tuple[li
 def _write(
     sides: Sequence[_Sides], places: Sequence[_Places], num_pages: int, page_elements: int, dtype: torch.dtype
 ) -> Tensor:
-    """The blob; raises InvalidAdapterError where a value overflows."""
-    blob = torch.zeros(num_pages * page_elements, dtype=dtype)
+    """Write the rows to their places [P, E]; raises InvalidAdapterError if a value overflows `dtype`."""
+    flat = torch.zeros(num_pages * page_elements, dtype=dtype)
     for matrices, all_runs in zip(sides, places, strict=True):
         for rows, runs in zip(matrices[0] + matrices[1], all_runs[0] + all_runs[1], strict=True):
             for first, last, width, offset in runs:
-                blob[offset : offset + (last - first) * width].view(-1, width).copy_(rows[first:last])
-    if num_pages and not torch.stack(blob.aminmax()).isfinite().all():
-        raise InvalidAdapterError(f"the adapter has values that {dtype} cannot hold")
-    return blob.view(num_pages, page_elements)
+                flat[offset : offset + (last - first) * width].view(-1, width).copy_(rows[first:last])
+    if num_pages and not torch.stack(flat.aminmax()).isfinite().all():
+        raise InvalidAdapterError(f"the adapter has values that overflow {dtype}")
+    return flat.view(num_pages, page_elements)

@@ -1,4 +1,4 @@
-"""Where adapters are, as told to people: by one engine, and summed up over a base's engines."""
+"""Reports where adapters are: on one engine, and summed up over all engines of a base."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -6,11 +6,11 @@ from enum import StrEnum
 
 
 class Tier(StrEnum):
-    """Where an adapter's weights are, the quickest place that has them."""
+    """Where an adapter's weights are. If several places have them, the fastest counts."""
 
-    DEVICE = "device"  # in an engine's pages
-    HOST = "host"  # packed, in an engine's host memory
-    DISK = "disk"  # packed, in a file of a machine that has an engine; the next request maps it
+    DEVICE = "device"  # in the arena of an engine
+    HOST = "host"  # packed, in the host memory of an engine
+    DISK = "disk"  # packed, in a file on an engine's machine; the next request maps it
     STORE = "store"  # in the blob store only; the next request fetches it
 
 
@@ -18,8 +18,8 @@ class Tier(StrEnum):
 class Residency:
     """One adapter on the engines that have it.
 
-    `num_bytes` is what it takes of private host memory, all engines together. `num_hits` is how many requests found it
-    there, `num_running` how many run with it now. `load_s` is the slowest load: mapped, or fetched, checked and packed.
+    `num_bytes` is its private host memory on all engines together. `num_hits` requests found it loaded, and
+    `num_running` sequences run with it now. `load_s` is the time of the slowest load.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Residency:
 
 
 def summed(reports: Iterable[Residency]) -> dict[str, Residency]:
-    """The reports of several engines as one for each adapter, by key."""
+    """Sum up the reports of several engines: one for each adapter, by key."""
     known: dict[str, Residency] = {}
     for report in reports:
         known[report.key] = _joined(known[report.key], report) if report.key in known else report

@@ -291,7 +291,7 @@ class Engine:
 
     def _book_step(self, seconds: float, batch: Batch | None) -> None:
         if batch is not None and batch.max_query_tokens > 1:
-            self._swaps.book_prefill(len(batch.tokens_T), seconds)
+            self._swaps.record_prefill(len(batch.tokens_T), seconds)
         self._num_steps += 1
         self._step_seconds += seconds
         self._recent_step_s += _STEP_WEIGHT * (seconds - self._recent_step_s)

@@ -1,1 +1,1 @@
-"""The paged memory that KV cache and adapters share: pages, cached prefixes, eviction and swap."""
+"""The arena that KV cache and adapters share: its pages, cached prefixes, eviction and swapping."""

@@ -1,7 +1,4 @@
-"""The one memory that KV cache and adapters share.
-
-Shape letters: P pages, E elements of a page.
-"""
+"""The arena: the one tensor of pages that KV cache and adapters share."""
 
 import mmap
 from contextlib import suppress
@@ -11,15 +8,15 @@ from torch import Tensor
 
 
 def new_arena(num_pages: int, page_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros [P, E]; on a Linux CPU in huge pages where the kernel grants them.
+    """Return zeros [P, E]. On a Linux CPU they lie in huge pages if the kernel grants them.
 
-    A step reads a little in many places of the arena: with pages of 4 KiB most of that waits for address translation.
+    A step reads a little from many places of the arena. With pages of 4 KiB most of that time is address translation.
     """
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_pages, page_elements, dtype=dtype, device=device)
-    # Private, not Python's default: for shared memory the kernel has another switch, which nearly everywhere says no.
+    # Private, unlike Python's default: huge pages of shared memory have their own kernel switch, usually off.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     buffer = mmap.mmap(-1, num_pages * page_elements * dtype.itemsize, flags=flags)
-    with suppress(OSError):  # a kernel without huge pages
+    with suppress(OSError):  # the kernel has no huge pages
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(buffer, dtype=dtype).view(num_pages, page_elements)  # keeps the buffer alive

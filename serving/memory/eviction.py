@@ -1,8 +1,9 @@
-"""Which of the idle things in the arena goes first when room is needed: one order for adapters and cached prefixes.
+"""Decides what leaves the arena when room is needed: one eviction order for idle adapters and cached prefixes.
 
-GreedyDual-Size-Frequency (Cherkasova, HP Labs report HPL-98-69R1, 1998): a thing's priority is a floor plus its uses
-times what its pages cost to bring back, per page. The floor is the priority of the last thing that was evicted, so
-what was useful long ago sinks below what is useful now. With equal values this is least recently used.
+The order is GreedyDual-Size-Frequency (Cherkasova, HP Labs report HPL-98-69R1, 1998). A thing's priority is a floor
+plus its uses times the cost per page of bringing it back; the lowest priority goes first. The floor is the priority of
+the last thing evicted, so things that were useful long ago sink below things that are useful now. With equal values
+the order is least recently used.
 """
 
 import heapq
@@ -13,24 +14,24 @@ from serving.memory.pages import PageAllocator
 
 
 class _Idle(NamedTuple):
-    number: int  # of its coming, which tells it from what it was when it was idle before
+    number: int  # a new one each time the thing is added
     num_pages: int
     evict: Callable[[Any], None]
 
 
 class EvictionQueue:
-    """The owner of the order in which idle things go. Their owners add what nobody uses, and take back what is used."""
+    """Owns the eviction order. Owners of things add them when they become idle and discard them when they are used."""
 
     def __init__(self, allocator: PageAllocator):
         self._allocator = allocator
         self._idle: dict[Hashable, _Idle] = {}
-        self._heap: list[tuple[float, int, Hashable]] = []  # may hold things that are not idle any more
+        self._heap: list[tuple[float, int, Hashable]] = []  # may hold entries of things no longer idle
         self._floor = 0.0
         self._num_added = 0
         self.num_pages = 0
 
     def add(self, thing: Hashable, num_pages: int, value: float, evict: Callable[[Any], None]) -> None:
-        """Offer a thing: uses times the cost of a page of it, and what frees its `num_pages` pages, given it."""
+        """Add an idle thing. `value` is its uses times its cost per page; `evict(thing)` must free its pages."""
         assert thing not in self._idle, f"{thing} is idle already"
         self._num_added += 1
         self._idle[thing] = _Idle(self._num_added, num_pages, evict)
@@ -41,7 +42,7 @@ class EvictionQueue:
             heapq.heapify(self._heap)
 
     def discard(self, thing: Hashable) -> None:
-        """Take a thing back because it is used again, if it is here."""
+        """Remove a thing that is used again, if it is here."""
         idle = self._idle.pop(thing, None)
         if idle is not None:
             self.num_pages -= idle.num_pages
@@ -51,7 +52,10 @@ class EvictionQueue:
         return thing in self._idle
 
     def make_room(self, num_pages: int, keep: Collection[Hashable] = ()) -> bool:
-        """Evict things not in `keep` until that many pages are free; False, and none evicted, if in vain."""
+        """Evict things that are not in `keep` until `num_pages` pages are free.
+
+        Returns False, and evicts nothing, if that many cannot be freed.
+        """
         if self._allocator.num_free >= num_pages:
             return True
         num_kept = sum(self._idle[thing].num_pages for thing in keep if thing in self._idle)
@@ -70,15 +74,15 @@ class EvictionQueue:
         return True
 
     def check_integrity(self) -> None:
-        """Assert that the heap holds every idle thing, and that the count of pages is right."""
-        assert self.num_pages == sum(idle.num_pages for idle in self._idle.values()), "idle pages drifted"
-        assert sum(map(self._is_idle, self._heap)) == len(self._idle), "an idle thing has no place in the order"
+        """Assert that the heap holds every idle thing, and that the page count is right."""
+        assert self.num_pages == sum(idle.num_pages for idle in self._idle.values()), "the count of idle pages is wrong"
+        assert sum(map(self._is_idle, self._heap)) == len(self._idle), "an idle thing is missing from the heap"
 
     def _evict(self, entry: tuple[float, int, Hashable]) -> None:
         priority, _, thing = entry
         idle = self._idle.pop(thing)
         self.num_pages -= idle.num_pages
-        self._floor = max(self._floor, priority)  # what was passed over, because it was kept, may go later
+        self._floor = max(self._floor, priority)  # a thing kept earlier may have a lower priority
         num_free = self._allocator.num_free
         idle.evict(thing)
         assert self._allocator.num_free == num_free + idle.num_pages, f"{thing} did not free its pages"

@@ -26,7 +26,7 @@ def packed(rank: int = 4, seed: int = 0) -> PackedAdapter:
 @given(st.dictionaries(st.sampled_from(MODULES), st.integers(1, 17)), st.integers(92, 700))
 def test_packed_rows_never_straddle_or_overlap(ranks: dict[str, int], page_elements: int) -> None:
     blob = pack_adapter(make_factors(ranks), MODULES, page_elements, torch.float32)
-    taken = torch.zeros(blob.blob_PE.numel(), dtype=torch.int32)
+    taken = torch.zeros(blob.pages_PE.numel(), dtype=torch.int32)
     for m, module in enumerate(MODULES):
         table = slice(blob.table_starts[m], blob.table_starts[m] + blob.ranks[m])
         for width, rows in zip(SHAPES[module], (blob.b_rows_I[table], blob.a_rows_I[table]), strict=True):
@@ -109,9 +109,9 @@ def read(blob: PackedAdapter, offsets: Tensor, num_elements: int, width: int) ->
     """A row from its pieces; each lies in one page."""
     pieces = []
     for start, offset in zip(range(0, num_elements, width), offsets.tolist(), strict=False):
-        length, page = min(width, num_elements - start), blob.blob_PE.shape[1]
+        length, page = min(width, num_elements - start), blob.pages_PE.shape[1]
         assert offset // page == (offset + length - 1) // page
-        pieces.append(blob.blob_PE.view(-1)[offset : offset + length])
+        pieces.append(blob.pages_PE.view(-1)[offset : offset + length])
     return torch.cat(pieces)
 
 

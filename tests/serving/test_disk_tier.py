@@ -30,7 +30,7 @@ def packed(rank: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def is_same(a: PackedAdapter, b: PackedAdapter) -> bool:
-    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("blob_PE", "a_rows_I", "b_rows_I"))
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("pages_PE", "a_rows_I", "b_rows_I"))
     return tensors and all(getattr(a, name) == getattr(b, name) for name in BOOKS)
 
 
@@ -57,8 +57,8 @@ def test_what_is_stored_comes_back_mapped(disk: DiskTier, tmp_path: Path, dtype:
 
 
 def test_a_map_takes_no_private_memory_for_its_blob(disk: DiskTier) -> None:
-    blob_PE = torch.ones(64, 1 << 16)
-    original = PackedAdapter(blob_PE, (), (), (), (), (), torch.zeros(0).long(), torch.zeros(0).long())
+    pages_PE = torch.ones(64, 1 << 16)
+    original = PackedAdapter(pages_PE, (), (), (), (), (), torch.zeros(0).long(), torch.zeros(0).long())
     stored = disk.put(KEY, original)
     assert stored.num_bytes < original.num_bytes / 100
     stored.touch()
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_made_is_no_obstacle(tmp_path: Path, caplog: pyt
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
-    size = DiskTier(tmp_path / "one", "here", BIG).put(KEY, packed()).blob_PE.nbytes
+    size = DiskTier(tmp_path / "one", "here", BIG).put(KEY, packed()).pages_PE.nbytes
     size = files_below(tmp_path / "one")[0].stat().st_size
     disk = DiskTier(tmp_path / "all", "here", int(4.5 * size))
     for age, key in enumerate(KEYS[:4]):
@@ -223,7 +223,7 @@ def files_size(folder: Path) -> int:
 
 def test_what_is_larger_than_the_budget_stays_in_memory(tmp_path: Path) -> None:
     original = packed()
-    assert DiskTier(tmp_path, "here", original.blob_PE.nbytes - 1).put(KEY, original) is original
+    assert DiskTier(tmp_path, "here", original.pages_PE.nbytes - 1).put(KEY, original) is original
     assert files_below(tmp_path) == []
 
 

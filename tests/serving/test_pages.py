@@ -32,7 +32,7 @@ def test_zero_pages_is_an_empty_list() -> None:
 
 @pytest.mark.parametrize("page", [-1, 3])
 def test_foreign_page_is_refused(page: int) -> None:
-    with pytest.raises(AssertionError, match="not of this arena"):
+    with pytest.raises(AssertionError, match="not a page of this arena"):
         PageAllocator(3).free([page])
 
 

@@ -148,20 +148,20 @@ def test_what_costs_more_than_computing_anew_is_not_swapped() -> None:
     assert first is not None, "nothing is known yet"
     space.drop(first)
     for _ in range(100):
-        space.book_prefill(1000, 1e-9)
+        space.record_prefill(1000, 1e-9)
     assert space.save([0, 1], 0, 8) is None
     for _ in range(100):
-        space.book_prefill(1, 10.0)
+        space.record_prefill(1, 10.0)
     assert space.save([0, 1], 0, 8) is not None
 
 
 def test_one_slow_copy_does_not_end_swapping_for_good() -> None:
     space = SwapSpace(torch.zeros(4, PAGE_ELEMENTS), 8 * PAGE_BYTES, PAGE_TOKENS)
-    space.book_prefill(1000, 1.0)
+    space.record_prefill(1000, 1.0)
     space._page_s = 60.0  # the machine stood still meanwhile
     results = [space.save([0, 1], 0, 8) for _ in range(200)]
     assert results[0] is None
-    assert results[-1] is not None or space._free.num_free < 2
+    assert results[-1] is not None or space._allocator.num_free < 2
 
 
 @settings(max_examples=60, deadline=None)

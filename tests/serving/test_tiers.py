@@ -351,10 +351,10 @@ def test_on_a_gpu_it_comes_on_a_stream_of_its_own() -> None:
         resident.pending_copy.wait_for(module)
         table = slice(packed.table_starts[module], packed.table_starts[module] + packed.ranks[module])
         for rows, theirs in ((packed.a_rows_I, resident.a_rows_I), (packed.b_rows_I, resident.b_rows_I)):
-            ours = packed.blob_PE.view(-1)[rows[table]]
+            ours = packed.pages_PE.view(-1)[rows[table]]
             torch.testing.assert_close(memory.arena_PE.view(-1)[theirs[table]].cpu(), ours, rtol=0, atol=0)
     torch.cuda.synchronize()
     assert resident.pending_copy.has_ended
-    assert torch.equal(memory.arena_PE[list(resident.pages)].cpu(), packed.blob_PE)
+    assert torch.equal(memory.arena_PE[list(resident.pages)].cpu(), packed.pages_PE)
     memory.unuse("k")
     assert memory.evictions.make_room(packed.num_pages)
