@@ -244,13 +244,6 @@ def _is_running(name: str) -> bool:
     return app is not None and app.status is ApplicationStatus.RUNNING
 
 
-def remove_base(base: str) -> None:
-    """Takes the engine of one base away; requests under way finish first."""
-    with _our_errors():
-        serve.delete(ENGINE_PREFIX + base)
-        _refresh_gateway()
-
-
 def probe(fleet: Fleet, version: Version) -> None:
     """Asks an engine of the version's base for the version's golden answers, past the gateway. For `cluster.rollout`.
 
@@ -265,9 +258,15 @@ def probe(fleet: Fleet, version: Version) -> None:
 
 
 def _outside_handle(app: str) -> DeploymentHandle:
-    """A handle for callers without a lasting event loop; some of Serve's modes would take the caller's as granted."""
+    """Return a handle that works without an event loop, or in one that `asyncio.run` closes again.
+
+    With RAY_SERVE_THROUGHPUT_OPTIMIZED=1 (as in `ray_cluster.yaml`) a handle's router runs on the event loop of its
+    first caller, unless the handle is initialised otherwise. Ray 2.60 has no public way to say so for one handle:
+    `DeploymentHandle._init` is the only one. The variable RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP holds for the whole
+    process and is inherited by the replicas that it starts.
+    """
     handle = serve.get_app_handle(app)
-    if not handle.is_initialized:  # Serve hands out one handle per application
+    if not handle.is_initialized:  # Serve returns the same handle each time, and it can be initialised only once
         handle._init(_run_router_in_separate_loop=True)
     return handle
 

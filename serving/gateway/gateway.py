@@ -32,11 +32,10 @@ from cluster.rollout import CANARY_FAILURE
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway.backend import Backend
-from serving.gateway.lifecycle import HEALTH_TIMEOUT_S, release, release_gone
 from serving.gateway.merge import merge
 from serving.gateway.prompts import Prompt, Prompter
 from serving.gateway.publish import publish, store, withdraw
-from serving.gateway.routing import Snapshot, Target
+from serving.gateway.routing import HEALTH_TIMEOUT_S, Snapshot, Target, release, release_gone
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,19 @@
 """From a model's name to who answers: the routes at one moment, and the draw between a live version and its canary."""
 
+import asyncio
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from cluster.errors import NotFoundError
+from cluster.errors import NotFoundError, ReloraError
 from cluster.registry import BaseModel, Route, Status, Version
+from serving.adapters.residency import Residency, Tier, summed
 from serving.engine.request import AdapterRef
 from serving.errors import BackendDiedError
 from serving.gateway.backend import Backend
 
+HEALTH_TIMEOUT_S = 5.0
 SERVABLE = frozenset((Status.CANDIDATE, Status.READY, Status.CANARY, Status.LIVE, Status.RETIRED))
 
 
@@ -92,6 +96,37 @@ class Snapshot:
     def needed_bases(self) -> set[str]:
         """The bases whose engines must be alive for all to be well."""
         return {route.live.base for route in self.routes.values()} | self.backends.keys()
+
+
+async def residencies(snapshot: Snapshot) -> list[tuple[Target, Residency]]:
+    """Every live version and canary, and where its weights are."""
+    reports = await asyncio.gather(*map(_reports, snapshot.backends.values()))
+    known = dict(zip(snapshot.backends, map(summed, reports), strict=True))
+    targets = [target for _, target in sorted(snapshot.adapters().items())]
+    return [(target, _residency(target, known.get(target.base, {}))) for target in targets]
+
+
+async def release_gone(before: Snapshot, now: Snapshot) -> None:
+    """Tell the engines of adapters that no name leads to any more, so that they free what these take."""
+    gone = before.adapters().keys() - now.adapters().keys()
+    await asyncio.gather(*(release(now.backends[base], key) for base, key in gone if base in now.backends))
+
+
+async def release(backend: Backend, adapter_key: str) -> None:
+    """Tell a base's engines of one; those that do not answer free their memory in their own way."""
+    with suppress(ReloraError, TimeoutError):
+        await asyncio.wait_for(backend.release(adapter_key), HEALTH_TIMEOUT_S)
+
+
+async def _reports(backend: Backend) -> list[Residency]:
+    with suppress(ReloraError, TimeoutError):  # an engine that is starting anew has no adapters
+        return await asyncio.wait_for(backend.residencies(), HEALTH_TIMEOUT_S)
+    return []
+
+
+def _residency(target: Target, known: Mapping[str, Residency]) -> Residency:
+    assert target.adapter is not None, "a base is no adapter"
+    return known.get(target.adapter.key, Residency(target.adapter.key, Tier.STORE))
 
 
 def _lot(call_id: str) -> float:

@@ -23,8 +23,7 @@ from cluster.errors import InvalidRequestError, ReloraError
 from serving.adapters.residency import Residency
 from serving.errors import HTTP_ERRORS, HttpError, error_body, error_headers, http_error
 from serving.gateway.gateway import Answer, Gateway
-from serving.gateway.lifecycle import residencies
-from serving.gateway.routing import Target
+from serving.gateway.routing import Target, residencies
 from serving.http.metrics import Metrics, MetricsMiddleware
 from serving.http.replies import ChatShape, CompletionShape, Reply, Shape, sse
 from serving.http.schemas import ChatBody, CompletionBody, LoadAdapterBody, UnloadAdapterBody

@@ -26,10 +26,10 @@ from serving.engine.request import AdapterRef, FinishReason, Request, SamplingPa
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway.gateway import Answer, Call, Gateway, Part
 from serving.gateway.golden import check_golden
-from serving.gateway.lifecycle import residencies
 from serving.gateway.local_backend import LocalBackend
 from serving.gateway.merge import merge
 from serving.gateway.prompts import Prompter
+from serving.gateway.routing import residencies
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 

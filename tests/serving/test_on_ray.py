@@ -146,7 +146,7 @@ def test_a_base_that_cannot_start_is_one_sentence(served: Served, tmp_path: Path
     with pytest.raises(ReloraError, match="could not start the engine of v9"):
         on_ray.deploy_base(broken, "v9")
     assert served.text("v1")  # nobody else is disturbed
-    on_ray.remove_base("v9")
+    serve.delete(f"{on_ray.ENGINE_PREFIX}v9")
 
 
 def test_a_second_base_comes_and_its_versions_are_probed(served: Served):
@@ -181,8 +181,8 @@ def test_a_killed_replica_does_not_show_in_any_answer(served: Served):
 
 
 def test_a_base_goes(served: Served):
-    on_ray.remove_base("v2")
-    assert httpx.get(f"{served.url}/v1/models/v2").status_code == 404
+    serve.delete(f"{on_ray.ENGINE_PREFIX}v2")
+    _wait_until(lambda: httpx.get(f"{served.url}/v1/models/v2").status_code == 404)  # the gateway polls
     with pytest.raises(openai.NotFoundError):
         served.text("v2")
     assert served.text("v1")
