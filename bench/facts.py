@@ -38,6 +38,11 @@ def facts(packages: Sequence[str] = ("torch", "transformers"), device: str = "cp
     }
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or {} if there is no such file."""
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
 def plain(value: Any) -> Any:
     """The value as it comes back from a JSON file, to be compared with what is stored in one."""
     return json.loads(json.dumps(value))

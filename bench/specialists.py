@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from bench.facts import read_json
 from cluster.adapter_files import Adapter, save_adapter
 from readapt.ladder.relabel import PROMPTS
 from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows, write_lines
@@ -72,7 +73,7 @@ def write_bench_task(task: BenchTask, kit: Path, base: Path, work: Path) -> Path
     """The folder of a task's rows as the benchmark uses them with a base's tokenizer, written unless they are there."""
     folder = work / "tasks" / f"{base.name}-{task.name}"
     record, wanted = folder / "facts.json", asdict(task)
-    if not record.is_file() or json.loads(record.read_text()) != wanted:
+    if read_json(record) != wanted:
         rows = load_bench_task(task, kit, encoder_for(base, task.max_tokens))
         prompts = [{"prompt": row.prompt} for row in rows.train[: task.num_prompts]]
         write_lines(folder / "logged" / PROMPTS, prompts)
@@ -96,7 +97,7 @@ def make_specialist(task: BenchTask, seed: int, base: Path, kit: Path, work: Pat
     """The folder of the task's specialist on the old base, which is trained now unless it is in `work` already."""
     folder = work / "specialists" / f"{base.name}-{task.name}-{seed}"
     record, wanted = folder / "facts.json", _recipe(task, seed)
-    if not record.is_file() or json.loads(record.read_text())["recipe"] != wanted:
+    if read_json(record).get("recipe") != wanted:
         started = time.perf_counter()
         save_adapter(_train(task, seed, base, kit), folder)
         record.write_text(json.dumps({"recipe": wanted, "seconds": time.perf_counter() - started}))

@@ -6,7 +6,6 @@ settings in `settings`; what is reported is on test rows.
 """
 
 import itertools
-import json
 import multiprocessing
 import statistics
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.facts import facts, plain, write_report
+from bench.facts import facts, plain, read_json, write_report
 
 LINEAR_ARMS = ("sequential", "method_linear")
 CONTROLS = ("sequential_means", "sequential_masked", "method_linear", "released_code", "oracle")
@@ -207,9 +206,7 @@ def _difference(
 
 def _read(out: Path, basis: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The cells that a run of the same size has left there."""
-    if not out.is_file():
-        return {}
-    report = json.loads(out.read_text())
+    report = read_json(out)
     is_same = all(report.get("facts", {}).get(key) == basis[key] for key in ("size", "settings", "split"))
     return dict(report["cells"]) if is_same else {}
 

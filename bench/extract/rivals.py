@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from bench.facts import ROOT
+from bench.models import random_llama
 from cluster.checkpoints import Checkpoint, open_checkpoint
 
 POLL_S = 0.02
@@ -26,18 +27,15 @@ TIMEOUT_S = 1800.0
 
 def write_wide_pair(folder: Path, hidden: int = 2048) -> tuple[Path, Path]:
     """A random Llama of two wide layers, and a version of it with a decaying change, both in bfloat16."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=1024,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=2,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": 2,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+    }
+    model = random_llama(sizes)
     model.to(torch.bfloat16).save_pretrained(folder / "base")
     with torch.no_grad():
         for name, weight in model.float().named_parameters():

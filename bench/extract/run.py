@@ -5,7 +5,6 @@ for a task, extracted and served (`tuned`), and other extractors side by side (`
 The headline figures are the worst of their part: the slowest spectrum, the largest gap, the hungrier of the two ways.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from bench.extract import memory, rivals, svd, tuned
 from bench.extract.tuned import DEFAULT_ENERGY, Recipe
-from bench.facts import facts, plain, write_report
+from bench.facts import facts, plain, read_json, write_report
 
 TARGETS = {
     "speedup_vs_full_svd": ">= 8",
@@ -70,7 +69,7 @@ def run(kit: Path, out: Path, is_quick: bool, mergekit: Path | None, console: Co
 
 def _earlier(out: Path, size: Size) -> dict[str, Any]:
     """What the file has of this size, or a new report."""
-    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    found = read_json(out)
     is_same = found.get("facts", {}).get("size") == plain(vars(size))
     return found if is_same else {"facts": _facts(size)}
 

@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from torch.nn.functional import cross_entropy
 
+from bench.facts import read_json
 from bench.specialists import BenchTask, load_bench_task
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
@@ -56,7 +57,7 @@ def measure(kit: Path, work: Path, recipe: Recipe, say: Callable[[str], None]) -
     encoder = encoder_for(base, task.max_tokens)
     rows = load_bench_task(task, kit, encoder)
     tuned = work / f"tuned-{recipe.task}"
-    if not (tuned / "recipe.json").is_file() or json.loads((tuned / "recipe.json").read_text())["of"] != asdict(recipe):
+    if read_json(tuned / "recipe.json").get("of") != asdict(recipe):
         _tune(base, tuned, recipe, encoder, rows.train, rows.valid)
     out = work / f"extracted-{recipe.task}"
     shutil.rmtree(out, ignore_errors=True)
@@ -64,7 +65,7 @@ def measure(kit: Path, work: Path, recipe: Recipe, say: Callable[[str], None]) -
     done = extract(open_checkpoint(base), open_checkpoint(tuned), out, Settings(tuple(rules)))
     verify_into_report(done, base, tuned, _test_file(work, recipe.task, rows.test))
     return _qualities(done, base, tuned, rows.test, say) | {
-        "recipe": json.loads((tuned / "recipe.json").read_text()),
+        "recipe": read_json(tuned / "recipe.json"),
         "verify": read_report(out)["verify"],
     }
 

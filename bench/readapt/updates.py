@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from bench.facts import plain, read_json
 from cluster.checkpoints import open_checkpoint
 
 CORPORA = ("books_children", "python_thealgorithms", "tinystories_1000")
@@ -88,11 +89,11 @@ def make_update(recipe: UpdateRecipe, kit: Path, target: Path) -> tuple[Update, 
     """Trains the update into `target` unless it is there already, and says what it did."""
     update = Update(recipe.name, old_base(kit), target)
     record = target / "facts.json"
-    wanted = json.loads(json.dumps(asdict(recipe)))
-    if not record.is_file() or json.loads(record.read_text())["recipe"] != wanted:
+    wanted = plain(asdict(recipe))
+    if read_json(record).get("recipe") != wanted:
         facts = _train(recipe, update, kit / "corpora")
         record.write_text(json.dumps({"recipe": wanted, "facts": asdict(facts)}, indent=2))
-    return update, UpdateFacts(**json.loads(record.read_text())["facts"])
+    return update, UpdateFacts(**read_json(record)["facts"])
 
 
 def relative_change(old: Path, new: Path) -> float:

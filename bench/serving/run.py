@@ -6,7 +6,6 @@ is timed runs there; the fault run is about the engine's books, and stays on the
 """
 
 import gc
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from bench.facts import facts, plain, write_report
+from bench.facts import facts, plain, read_json, write_report
 from bench.serving import parts
 from bench.serving.chaos.run import run_chaos
 from bench.serving.parts import MIXED, Bench
@@ -228,7 +227,7 @@ def _same(rival: Decode, ours: dict[str, Any]) -> float:
 
 def _earlier(out: Path, bench: Bench) -> dict[str, Any]:
     """What the file has of this subject and size and from such a machine, or a new report."""
-    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    found = read_json(out)
     how = facts(("torch", "transformers", "peft"), bench.subject.device)
     new = plain({"facts": how, "size": asdict(bench.size), "shape": _facts_of(bench.subject.shape)})
     same = [found.get("facts", {}).get(key) == new["facts"][key] for key in ("processor", "gpu", "threads", "versions")]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from bench.models import random_llama
 from cluster.adapter_files import Adapter, LoraFactors, save_adapter
 from cluster.checkpoints import open_checkpoint
 
@@ -85,9 +86,7 @@ def copy_model(model: Path, place: Path, dtype: str) -> None:
 def write_random_model(sizes: Mapping[str, Any], place: Path, dtype: str, device: str) -> None:
     """A Llama of these sizes (a LlamaConfig's) with random weights, made on `device`, and a tokenizer of its words."""
     aside = place.with_name(f".{place.name}")
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=getattr(torch, dtype))
+    model = random_llama(sizes, dtype, device)
     model.save_pretrained(aside)
     words = {f"w{number}": number for number in range(model.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))

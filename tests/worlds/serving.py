@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bench.models import byte_tokenizer
 from cluster.checkpoints import Checkpoint, open_checkpoint
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,14 +27,10 @@ BOS, EOS, PAD = 256, 257, 258
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: token i is byte i of the byte-level alphabet, then `<s>`, `</s>`, `<pad>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.save_pretrained(folder)
-    return fast
+    """Write a byte-level tokenizer, whose tokens after the bytes are `<s>`, `</s>` and `<pad>`."""
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def make_checkpoint(

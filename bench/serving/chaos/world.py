@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.models import byte_tokenizer, random_llama
 from bench.serving.chaos.truth import are_likeliest, greedy_answers
 from cluster.adapter_files import Adapter, LoraFactors, save_adapter
 from cluster.blobs import BlobStore
@@ -157,24 +156,20 @@ class Disk:
 
 def random_base(folder: Path) -> Path:
     """A Llama of 0.2 M random parameters with a byte-level tokenizer."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(alphabet) + 1,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.12,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = byte_tokenizer(eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.12,
+        "tie_word_embeddings": False,
+    }
+    random_llama(sizes).save_pretrained(folder)
     return folder
 
 
