@@ -1,4 +1,4 @@
-"""Packed adapters on disk: what comes back is what was stored, bit for bit, or nothing; the folder keeps its budget."""
+"""The disk tier: adapters come back bit for bit or not at all, and the folder keeps its budget."""
 
 import os
 import resource
@@ -21,17 +21,17 @@ from tests.worlds.adapters import MODULES, PAGE_ELEMENTS, make_factors
 BIG = 1 << 30
 KEYS = [f"{i:064x}" for i in range(20)]
 KEY = KEYS[0]
-BOOKS = ("ranks", "scalings", "is_dora", "table_starts", "page_ends")
+FIELDS = ("ranks", "scalings", "is_dora", "table_starts", "page_ends")
 
 
-def packed(rank: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> PackedAdapter:
+def make_packed(rank: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> PackedAdapter:
     adapter = make_factors({"a.q_proj": rank, "a.down_proj": rank}, seed)
     return pack_adapter(adapter, MODULES, PAGE_ELEMENTS, dtype, {"a.q_proj": torch.linspace(0.5, 1.5, 60)})
 
 
 def is_same(a: PackedAdapter, b: PackedAdapter) -> bool:
     tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("pages_PE", "a_rows_I", "b_rows_I"))
-    return tensors and all(getattr(a, name) == getattr(b, name) for name in BOOKS)
+    return tensors and all(getattr(a, name) == getattr(b, name) for name in FIELDS)
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -44,9 +44,9 @@ def disk(tmp_path: Path) -> DiskTier:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_stored_comes_back_mapped(disk: DiskTier, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_stored_adapters_come_back_mapped(disk: DiskTier, tmp_path: Path, dtype: torch.dtype) -> None:
     assert disk.open(KEY) is None
-    original = packed(dtype=dtype)
+    original = make_packed(dtype=dtype)
     stored = disk.put(KEY, original)
     opened = DiskTier(tmp_path, "here", BIG).open(KEY)
     assert opened is not None
@@ -56,22 +56,22 @@ def test_what_is_stored_comes_back_mapped(disk: DiskTier, tmp_path: Path, dtype:
     assert disk.keys() == {KEY}
 
 
-def test_a_map_takes_no_private_memory_for_its_blob(disk: DiskTier) -> None:
+def test_a_mapped_adapter_takes_little_private_memory(disk: DiskTier) -> None:
     pages_PE = torch.ones(64, 1 << 16)
     original = PackedAdapter(pages_PE, (), (), (), (), (), torch.zeros(0).long(), torch.zeros(0).long())
     stored = disk.put(KEY, original)
     assert stored.num_bytes < original.num_bytes / 100
     stored.touch()
     mode = [line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if KEY in line]
-    assert set(mode) == {"rw-p"}, "private: nothing that is done to it reaches the file"
+    assert set(mode) == {"rw-p"}, "private: writes do not reach the file"
 
 
-def test_what_was_packed_for_something_else_is_not_seen(disk: DiskTier, tmp_path: Path) -> None:
-    disk.put(KEY, packed())
+def test_adapters_packed_for_another_engine_are_not_seen(disk: DiskTier, tmp_path: Path) -> None:
+    disk.put(KEY, make_packed())
     assert DiskTier(tmp_path, "elsewhere", BIG).open(KEY) is None
 
 
-def test_the_id_tells_all_apart_that_matters() -> None:
+def test_the_packing_id_depends_on_everything_that_matters() -> None:
     weights = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5)}
     ids = [
         packing_id(weights, 100, torch.float32, 16),
@@ -87,60 +87,60 @@ def test_the_id_tells_all_apart_that_matters() -> None:
 
 
 @pytest.mark.parametrize("key", ["hash", "../" + "0" * 61, "0" * 63 + "/", "", "A" * 64])
-def test_only_content_hashes_are_names(disk: DiskTier, tmp_path: Path, key: str) -> None:
-    original = packed()
+def test_only_content_hashes_are_keys(disk: DiskTier, tmp_path: Path, key: str) -> None:
+    original = make_packed()
     assert disk.put(key, original) is original
     assert disk.open(key) is None
     assert files_below(tmp_path) == []
 
 
-# Damage.
+# Damaged files.
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255))
-def test_a_byte_that_changed_is_never_served(
+def test_a_file_with_a_changed_byte_is_never_served(
     disk: DiskTier, caplog: pytest.LogCaptureFixture, where: float, value: int
 ) -> None:
-    original = packed()
+    original = make_packed()
     disk.put(KEY, original)
     path = disk._path(KEY)
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= value
     path.write_bytes(content)
     opened = disk.open(KEY)
-    assert opened is None or is_same(opened, original), "a byte of padding may be anything"
+    assert opened is None or is_same(opened, original), "only padding may change unnoticed"
     if opened is None:
         assert not path.exists()
     assert is_same(disk.put(KEY, original), original)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, -1, -8, -4096])
-def test_a_truncated_file_is_deleted_and_made_anew(disk: DiskTier, size: int) -> None:
-    disk.put(KEY, packed())
+def test_a_truncated_file_is_deleted_and_can_be_written_again(disk: DiskTier, size: int) -> None:
+    disk.put(KEY, make_packed())
     path = disk._path(KEY)
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
     assert disk.open(KEY) is None
     assert not path.exists()
-    assert is_same(disk.put(KEY, packed()), packed())
+    assert is_same(disk.put(KEY, make_packed()), make_packed())
 
 
 @pytest.mark.parametrize("content", [b"x" * 5000, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_foreign_file_is_deleted(disk: DiskTier, content: bytes) -> None:
-    disk.put(KEY, packed())
+    disk.put(KEY, make_packed())
     disk._path(KEY).write_bytes(content)
     assert disk.open(KEY) is None
     assert disk.keys() == set()
 
 
-def test_a_file_that_is_deleted_stays_whole_for_who_has_it(disk: DiskTier, tmp_path: Path) -> None:
-    stored = disk.put(KEY, packed())
+def test_a_deleted_file_stays_readable_while_mapped(disk: DiskTier, tmp_path: Path) -> None:
+    stored = disk.put(KEY, make_packed())
     shutil.rmtree(tmp_path)
-    assert is_same(stored, packed())
+    assert is_same(stored, make_packed())
     assert disk.open(KEY) is None
 
 
-# Disks.
+# Full and broken disks.
 
 
 @contextmanager
@@ -153,18 +153,18 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_nothing_half_written(disk: DiskTier, tmp_path: Path) -> None:
-    """A limit on the size of files fails the write in its midst, as a full disk does."""
-    original = packed(rank=60)
+def test_a_full_disk_leaves_no_partial_file(disk: DiskTier, tmp_path: Path) -> None:
+    """A limit on file sizes makes the write fail half-way, as a full disk does."""
+    original = make_packed(rank=60)
     with file_size_limit(4096):
         assert disk.put(KEY, original) is original
     assert files_below(tmp_path) == []
     assert disk.put(KEY, original).is_mapped
 
 
-def test_a_lack_of_descriptors_costs_no_file(disk: DiskTier, tmp_path: Path) -> None:
-    """Others of this machine may be using it."""
-    original = disk.put(KEY, packed())
+def test_a_lack_of_file_descriptors_deletes_no_file(disk: DiskTier, tmp_path: Path) -> None:
+    """Other processes may be using the file."""
+    original = disk.put(KEY, make_packed())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
@@ -177,33 +177,33 @@ def test_a_lack_of_descriptors_costs_no_file(disk: DiskTier, tmp_path: Path) -> 
     assert is_same(again, original)
 
 
-def test_a_folder_that_may_not_be_read_is_no_obstacle(disk: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk.put(KEY, packed())
+def test_an_unreadable_folder_is_treated_as_empty(disk: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.put(KEY, make_packed())
 
     def refuse(path: object, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "stat", refuse)  # not by the mode of the folder: whoever runs tests may be root
+    monkeypatch.setattr(os, "stat", refuse)  # root ignores the folder's mode, so that would not do
     assert (disk.has(KEY), disk.open(KEY)) == (False, None)
 
 
-def test_a_folder_that_cannot_be_made_is_no_obstacle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_folder_adapters_are_served_from_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    disk, original = DiskTier(tmp_path / "file", "here", BIG), packed()
+    disk, original = DiskTier(tmp_path / "file", "here", BIG), make_packed()
     assert disk.put(KEY, original) is original
     assert (disk.open(KEY), disk.keys()) == (None, set())
     assert "served from memory" in caplog.text
 
 
-def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
-    size = DiskTier(tmp_path / "one", "here", BIG).put(KEY, packed()).pages_PE.nbytes
+def test_least_recently_used_files_are_deleted_first(tmp_path: Path) -> None:
+    size = DiskTier(tmp_path / "one", "here", BIG).put(KEY, make_packed()).pages_PE.nbytes
     size = files_below(tmp_path / "one")[0].stat().st_size
     disk = DiskTier(tmp_path / "all", "here", int(4.5 * size))
     for age, key in enumerate(KEYS[:4]):
-        disk.put(key, packed())
+        disk.put(key, make_packed())
         os.utime(disk._path(key), (time.time() - 100 + age,) * 2)
     assert disk.open(KEYS[0]) is not None
-    disk.put(KEYS[4], packed())
+    disk.put(KEYS[4], make_packed())
     assert disk.keys() == {KEYS[0], KEYS[2], KEYS[3], KEYS[4]}
 
 
@@ -212,34 +212,34 @@ def test_all_bases_share_the_budget(tmp_path: Path) -> None:
     disks = [DiskTier(tmp_path / "all", f"base{i}", 3 * size) for i in range(3)]
     for key in KEYS[:6]:
         for disk in disks:
-            disk.put(key, packed())
+            disk.put(key, make_packed())
     assert 0 < sum(path.stat().st_size for path in files_below(tmp_path / "all")) <= 3 * size
 
 
 def files_size(folder: Path) -> int:
-    DiskTier(folder, "here", BIG).put(KEY, packed())
+    DiskTier(folder, "here", BIG).put(KEY, make_packed())
     return sum(path.stat().st_size for path in files_below(folder))
 
 
-def test_what_is_larger_than_the_budget_stays_in_memory(tmp_path: Path) -> None:
-    original = packed()
+def test_an_adapter_larger_than_the_budget_stays_in_memory(tmp_path: Path) -> None:
+    original = make_packed()
     assert DiskTier(tmp_path, "here", original.pages_PE.nbytes - 1).put(KEY, original) is original
     assert files_below(tmp_path) == []
 
 
-def test_what_dead_writers_left_is_cleaned_away(tmp_path: Path) -> None:
-    DiskTier(tmp_path, "here", BIG).put(KEY, packed())
+def test_stale_temporary_files_are_deleted(tmp_path: Path) -> None:
+    DiskTier(tmp_path, "here", BIG).put(KEY, make_packed())
     old, new = (tmp_path / "here" / f".{KEY}.{name}" for name in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    DiskTier(tmp_path, "here", BIG).put(KEYS[1], packed())
+    DiskTier(tmp_path, "here", BIG).put(KEYS[1], make_packed())
     assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_many_writers_and_readers_agree(tmp_path: Path) -> None:
-    """Replicas of one machine, in a folder too small for all: each gets the right adapter or none."""
-    originals = {key: packed(seed=seed) for seed, key in enumerate(KEYS)}
+def test_concurrent_writers_and_readers_get_the_right_adapter(tmp_path: Path) -> None:
+    """Three replicas share a folder too small for all adapters: each gets the right adapter or none."""
+    originals = {key: make_packed(seed=seed) for seed, key in enumerate(KEYS)}
     replicas = [DiskTier(tmp_path, "here", 8 * files_size(tmp_path / "one")) for _ in range(3)]
 
     def use(number: int) -> bool:

@@ -1,4 +1,4 @@
-"""Loads of adapters: what keeps failing is left alone for a while, and everything is forgotten once it comes."""
+"""The load queue: an adapter that keeps failing is not retried for a while; one success clears its failures."""
 
 import threading
 from concurrent.futures import Future
@@ -13,7 +13,7 @@ from serving.engine.adapter_loader import LoadQueue
 
 @dataclass
 class Store:
-    """Loads by a clock that stands still, of one adapter that comes, or does not."""
+    """A store with one adapter that can fail, a load queue in front of it, and a clock that tests set."""
 
     now: float = 0.0
     error: ReloraError | None = None
@@ -24,7 +24,7 @@ class Store:
         self.loads = LoadQueue(1, clock=lambda: self.now)
 
     def ask(self) -> ReloraError | None:
-        """What went wrong."""
+        """Ask for the adapter and return the error, if any."""
         load: Future[None] = self.loads.ask("key", self._work)
         error = load.exception(timeout=20)
         assert error is None or isinstance(error, ReloraError)
@@ -36,7 +36,7 @@ class Store:
             raise self.error
 
 
-def test_what_keeps_failing_is_left_alone_ever_longer() -> None:
+def test_pauses_double_while_loads_keep_failing() -> None:
     store = Store(error=InvalidAdapterError("no such luck"))
     tried_at = []
     while store.now < 200:
@@ -50,7 +50,7 @@ def test_what_keeps_failing_is_left_alone_ever_longer() -> None:
     assert set(pauses[9:]) == {32.0}
 
 
-def test_chance_failures_cost_no_pause_and_a_success_ends_it_all() -> None:
+def test_first_failures_cost_no_pause_and_a_success_clears_them() -> None:
     store = Store()
     for _ in range(5):
         for error in (ReloraError("once"), ReloraError("twice"), None):
@@ -59,14 +59,14 @@ def test_chance_failures_cost_no_pause_and_a_success_ends_it_all() -> None:
     assert store.num_tries == 15
 
 
-def test_a_host_without_room_is_not_held_against_the_adapter() -> None:
+def test_a_full_host_does_not_count_against_the_adapter() -> None:
     store = Store(error=OverloadedError("full"))
     for _ in range(5):
         assert isinstance(store.ask(), OverloadedError)
     assert store.num_tries == 5
 
 
-def test_a_load_that_never_had_its_turn_is_not_held_against_the_adapter() -> None:
+def test_a_load_that_never_started_does_not_count_against_the_adapter() -> None:
     store, is_open = Store(), threading.Event()
     hanging = store.loads.ask("hanging", lambda: assert_set(is_open))
     for _ in range(5):
@@ -83,7 +83,7 @@ def assert_set(event: threading.Event) -> None:
     assert event.wait(20)
 
 
-def test_failures_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oldest_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engine.adapter_loader._MAX_FAILING_KEYS", 3)
     store = Store(error=ReloraError("down"))
     for number in range(9):

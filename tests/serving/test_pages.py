@@ -1,4 +1,4 @@
-"""The page arena: all or nothing, exact books, loud about our own bugs."""
+"""The page allocator: all or nothing, exact counts, and assertions for our own bugs."""
 
 import pytest
 from hypothesis import settings
@@ -26,7 +26,7 @@ def test_short_allocation_takes_nothing() -> None:
     assert allocator.num_free == 1
 
 
-def test_zero_pages_is_an_empty_list() -> None:
+def test_zero_pages_are_an_empty_list() -> None:
     assert PageAllocator(0).allocate(0) == []
 
 
@@ -45,7 +45,7 @@ def test_double_free_is_refused() -> None:
 
 
 @pytest.mark.parametrize("owned", [[[0]], [[0, 1], [1]], [[0, 1], [2]]], ids=["lost", "two owners", "held and free"])
-def test_integrity_check_sees_wrong_books(owned: list[list[int]]) -> None:
+def test_integrity_check_sees_wrong_owners(owned: list[list[int]]) -> None:
     allocator = PageAllocator(3)
     allocator.allocate(2)
     with pytest.raises(AssertionError):
@@ -53,7 +53,7 @@ def test_integrity_check_sees_wrong_books(owned: list[list[int]]) -> None:
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Random owners taking and returning pages, against a plain count."""
+    """Random owners allocate and free pages; the allocator must agree with a plain count."""
 
     NUM_PAGES = 17
 
@@ -83,7 +83,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.free([owner.pop()])
 
     @invariant()
-    def books_are_exact(self) -> None:
+    def counts_are_exact(self) -> None:
         self.allocator.check_integrity(self.owners)
         assert self.allocator.num_free == self.NUM_PAGES - sum(map(len, self.owners))
 

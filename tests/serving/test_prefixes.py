@@ -1,4 +1,4 @@
-"""Prefix caching: the same tokens with it and without, and never KV of other weights, another salt or other tokens."""
+"""Prefix caching: the same tokens with and without it, and never KV of other weights, salts or tokens."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +16,16 @@ from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache, PrefixKeys
 from tests.worlds.serving import make_adapter, make_checkpoint
 
-SIZE = 4  # tokens of a page
+SIZE = 4  # tokens per page
 PROMPT = tuple((5 * i + i * i) % 256 for i in range(30))
 KIB = 1024
 
 
-# The order of eviction.
+# The eviction order.
 
 
 class Things:
-    """Idle things of some pages each, in an arena that they fill."""
+    """Idle things of some pages each, and a queue that evicts them."""
 
     def __init__(self, num_pages: int):
         self.allocator = PageAllocator(num_pages)
@@ -43,31 +43,31 @@ class Things:
         self.queue.check_integrity()
 
     def make_room(self, num_pages: int, keep: tuple[str, ...] = ()) -> list[str]:
-        """What had to go."""
+        """Return what was evicted."""
         self.evicted = []
         assert self.queue.make_room(num_pages, keep)
         self.queue.check_integrity()
         return self.evicted
 
 
-def test_the_least_useful_goes_first_and_of_equals_the_oldest() -> None:
+def test_least_useful_goes_first_then_the_oldest() -> None:
     things = Things(6)
     for name, value in {"a": 2.0, "b": 1.0, "c": 1.0}.items():
         things.add(name, 2, value)
     assert things.make_room(3) == ["b", "c"]
 
 
-def test_what_was_useful_long_ago_sinks() -> None:
+def test_old_uses_lose_weight() -> None:
     things = Things(4)
     things.add("old", 2, 5.0)
     for name in "abcdef":
         things.add(name, 2, 2.0)
         if things.make_room(2) == ["old"]:
             return
-    raise AssertionError("a use of long ago counts for ever")
+    raise AssertionError("uses of long ago count for ever")
 
 
-def test_what_was_kept_and_goes_later_does_not_lower_the_floor() -> None:
+def test_evicting_a_kept_thing_later_does_not_lower_the_floor() -> None:
     things = Things(6)
     for name, value in {"kept": 1.0, "useful": 9.0}.items():
         things.add(name, 2, value)
@@ -78,7 +78,7 @@ def test_what_was_kept_and_goes_later_does_not_lower_the_floor() -> None:
     assert things.make_room(4) == ["earlier"]
 
 
-def test_what_is_used_again_stays_and_what_is_kept_too() -> None:
+def test_used_and_kept_things_are_not_evicted() -> None:
     things = Things(6)
     for name in "abc":
         things.add(name, 2, 1.0)
@@ -89,7 +89,7 @@ def test_what_is_used_again_stays_and_what_is_kept_too() -> None:
     assert things.queue.has("b")
 
 
-# The cache alone.
+# The cache without an engine.
 
 
 class Cache:
@@ -99,7 +99,7 @@ class Cache:
         self.prefixes = PrefixCache(self.allocator, self.evictions, SIZE)
 
     def store(self, tokens: tuple[int, ...], keys: PrefixKeys) -> list[int]:
-        """Pages of a sequence with all full ones cached, as after its prefill; the caller holds them."""
+        """Return the full pages of a sequence, cached as after its prefill. The caller owns them."""
         names = keys.up_to(tokens, len(tokens) // SIZE)
         pages = self.prefixes.take(names)
         pages += self.allocator.allocate(len(names) - len(pages))
@@ -138,7 +138,7 @@ def test_keys_grow_with_the_sequence() -> None:
     assert keys.up_to(tokens, 2) == first
 
 
-def test_two_who_computed_the_same_share_one_page() -> None:
+def test_two_sequences_with_the_same_tokens_share_one_page() -> None:
     cache = Cache()
     first = cache.store(PROMPT[:8], keys_of())
     own = cache.allocator.allocate(1)
@@ -151,7 +151,7 @@ def test_two_who_computed_the_same_share_one_page() -> None:
     assert cache.prefixes.num_idle == 2
 
 
-def test_the_end_of_a_prefix_goes_before_its_beginning() -> None:
+def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
     cache = Cache(num_pages=7)
     names = keys_of().up_to(PROMPT, 7)
     cache.prefixes.release(cache.store(PROMPT, keys_of()))
@@ -173,7 +173,7 @@ def test_used_prefixes_outlive_unused_ones() -> None:
     assert len(cache.prefixes.take(keys_of("used").up_to(PROMPT, 2))) == 2
 
 
-def test_forgetting_an_adapter_frees_its_idle_pages_and_no_others() -> None:
+def test_forgetting_an_adapter_frees_only_its_idle_pages() -> None:
     cache = Cache()
     kept = cache.store(PROMPT[:4], keys_of("gone"))
     cache.prefixes.release(cache.store(PROMPT[4:12], keys_of("gone")))
@@ -185,7 +185,7 @@ def test_forgetting_an_adapter_frees_its_idle_pages_and_no_others() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["store", "release", "room", "forget"]), st.integers(0, 9)), max_size=60))
-def test_random_operations_keep_exact_books(operations: list[tuple[str, int]]) -> None:
+def test_random_operations_keep_exact_counts(operations: list[tuple[str, int]]) -> None:
     cache, held = Cache(num_pages=12), []
     for operation, i in operations:
         if operation == "store" and cache.evictions.make_room(7):
@@ -237,14 +237,14 @@ def ref(name: str, key: str | None = None) -> AdapterRef:
     return AdapterRef(key or f"hash-of-{name}", name, 1, "")
 
 
-def ask(name: str | None = None, prompt: tuple[int, ...] = PROMPT, **wishes: object) -> Request:
+def ask(name: str | None = None, prompt: tuple[int, ...] = PROMPT, **terms: object) -> Request:
     sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    id = f"{name}-{hash((prompt, repr(wishes)))}"
-    return Request(id, prompt, sampling, ref(name) if name else None, terms=Terms(**wishes))
+    id = f"{name}-{hash((prompt, repr(terms)))}"
+    return Request(id, prompt, sampling, ref(name) if name else None, terms=Terms(**terms))
 
 
 def answers(engine: Engine, *requests: Request) -> list[list[int]]:
-    """The tokens of each; the books are checked after every step."""
+    """Return each request's tokens, and check the engine's integrity after every step."""
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
     for request in requests:
         engine.submit(request)
@@ -265,7 +265,7 @@ ALL = [None, "first", "second"]
 
 @pytest.fixture(scope="module")
 def expected(base: BaseWithAdapters) -> dict[str | None, list[int]]:
-    """Without a cache."""
+    """Each adapter's tokens without a prefix cache."""
     found = dict(zip(ALL, answers(base.engine(prefix_cache="off"), *map(ask, ALL)), strict=True))
     assert len({tuple(tokens) for tokens in found.values()}) == len(ALL)
     return found
@@ -290,7 +290,7 @@ def test_a_prompt_of_whole_pages_still_computes_its_last_token(base: BaseWithAda
     assert hits(engine) == 24
 
 
-def test_a_conversation_goes_on_from_its_own_answer(base: BaseWithAdapters, expected: dict) -> None:
+def test_a_conversation_continues_from_its_cached_answer(base: BaseWithAdapters, expected: dict) -> None:
     engine = base.engine()
     answers(engine, ask("first"))
     longer = (*PROMPT, *expected["first"], 3, 1, 4)
@@ -299,25 +299,27 @@ def test_a_conversation_goes_on_from_its_own_answer(base: BaseWithAdapters, expe
     assert got == answers(base.engine(prefix_cache="off"), ask("first", longer))
 
 
-def test_all_at_once_share_what_was_there(base: BaseWithAdapters, expected: dict) -> None:
+def test_concurrent_requests_share_cached_pages(base: BaseWithAdapters, expected: dict) -> None:
     engine = base.engine()
     requests = [replace(ask(name), id=f"{name}/{i}") for i in range(4) for name in ALL]
     for _ in range(2):
         assert answers(engine, *requests) == [expected[name] for _ in range(4) for name in ALL]
     assert hits(engine) == 12 * 28
-    # What computed the same side by side ended up in the same pages: prompt, answer and not one page more.
+    # Sequences that computed the same tokens side by side share the pages of prompt and answer.
     assert engine.stats()["pages_cached"] == 3 * 10
 
 
 @pytest.mark.parametrize("max_batch_tokens", [5, 16])
-def test_with_chunked_prefill(base: BaseWithAdapters, expected: dict, max_batch_tokens: int) -> None:
+def test_hits_change_no_token_with_chunked_prefill(
+    base: BaseWithAdapters, expected: dict, max_batch_tokens: int
+) -> None:
     engine = base.engine(max_batch_tokens=max_batch_tokens)
     for _ in range(3):
         assert answers(engine, *map(ask, ALL)) == [expected[name] for name in ALL]
     assert hits(engine) == 6 * 28
 
 
-def test_with_preemption_and_eviction(base: BaseWithAdapters, expected: dict) -> None:
+def test_hits_change_no_token_with_preemption_and_eviction(base: BaseWithAdapters, expected: dict) -> None:
     engine = base.engine(memory_kib=130)
     requests = [replace(ask(name, cache_salt=str(i)), id=f"{name}/{i}") for i in range(3) for name in ALL]
     for _ in range(3):
@@ -328,8 +330,8 @@ def test_with_preemption_and_eviction(base: BaseWithAdapters, expected: dict) ->
     assert stats["evictions"] > 0
 
 
-def test_other_weights_never_meet_these(base: BaseWithAdapters, expected: dict) -> None:
-    """The same name with new weights is another content hash; another name with the same weights is the same one."""
+def test_kv_is_never_shared_between_different_weights(base: BaseWithAdapters, expected: dict) -> None:
+    """New weights under the same name have another content hash; an alias has the same one."""
     engine = base.engine()
     answers(engine, ask("first"))
     assert answers(engine, ask("second"), ask()) == [expected["second"], expected[None]]
@@ -343,11 +345,11 @@ def test_other_weights_never_meet_these(base: BaseWithAdapters, expected: dict) 
     assert hits(engine) == 28
 
 
-def test_salts_tenants_and_refusals_keep_apart(base: BaseWithAdapters, expected: dict) -> None:
+def test_salts_tenants_and_uncached_requests_share_nothing(base: BaseWithAdapters, expected: dict) -> None:
     engine = base.engine()
-    wishes = [{"cache_salt": "mine"}, {"can_cache": False}, {}, {"can_cache": False}, {"cache_salt": "yours"}]
-    for wish in wishes:
-        assert answers(engine, ask("first", **wish)) == [expected["first"]]
+    uncached = {"can_cache": False}
+    for terms in ({"cache_salt": "mine"}, uncached, {}, uncached, {"cache_salt": "yours"}):
+        assert answers(engine, ask("first", **terms)) == [expected["first"]]
     assert hits(engine) == 0
     answers(engine, ask("first", tenant="anyone"), ask("first", cache_salt="mine"))
     assert hits(engine) == 2 * 28
@@ -359,15 +361,13 @@ def test_salts_tenants_and_refusals_keep_apart(base: BaseWithAdapters, expected:
     assert hits(apart) == 28
 
 
-def test_without_a_cache_nothing_stays(base: BaseWithAdapters) -> None:
+def test_without_a_cache_no_page_is_kept(base: BaseWithAdapters) -> None:
     engine = base.engine(prefix_cache="off")
     answers(engine, ask("first"), ask("first", tenant="x"))
     assert (engine.stats()["pages_cached"], engine.stats()["prefix_tokens"]) == (0, 0)
 
 
-def test_removing_an_adapter_frees_its_prefixes_when_the_last_request_ends(
-    base: BaseWithAdapters, expected: dict
-) -> None:
+def test_removing_an_adapter_frees_its_prefixes_after_the_last_request(base: BaseWithAdapters, expected: dict) -> None:
     engine = base.engine()
     answers(engine, ask("second"), ask("first"))
     engine.submit(ask("first"))

@@ -1,4 +1,4 @@
-"""From the store over the disk and the host to the device: engines of one machine share what one of them has packed."""
+"""Adapters move from store to disk, host and device. Engines of one machine share what one of them has packed."""
 
 import asyncio
 import threading
@@ -82,22 +82,22 @@ async def expected(files: Files, base: Path | None = None) -> dict[str, list[int
         return {name: await tokens(loop, name, path) for name, path in files.adapters.items()}
 
 
-async def test_what_one_engine_has_packed_the_others_map(files: Files, tmp_path: Path) -> None:
+async def test_engines_map_what_another_engine_packed(files: Files, tmp_path: Path) -> None:
     truth = await expected(files)
     assert truth["plain"] != truth["dora"]
     async with running(files.base, tmp_path) as first, running(files.base, tmp_path) as second:
         for name in files.adapters:
             await load(first, files, name)
         assert {name: await tokens(first, name) for name in files.adapters} == truth
-        assert {name: await tokens(second, name) for name in files.adapters} == truth, "and needs no store for it"
+        assert {name: await tokens(second, name) for name in files.adapters} == truth, "without the store"
         loads = [(loop.stats()["adapter_loads"], loop.stats()["adapter_fetches"]) for loop in (first, second)]
         assert loads == [(2, 2), (2, 0)]
     async with running(files.base, tmp_path) as restarted:
         assert {name: await tokens(restarted, name) for name in files.adapters} == truth
 
 
-async def test_another_base_or_dtype_packs_for_itself(files: Files, tmp_path: Path) -> None:
-    """A DoRA's factors depend on the base's weights, though its shapes are the same."""
+async def test_another_base_dtype_or_rank_limit_packs_again(files: Files, tmp_path: Path) -> None:
+    """DoRA factors depend on the base's weights, not only on its shapes."""
     await fill(files, tmp_path)
     bfloat16 = replace(CONFIG, dtype="bfloat16")
     for base, config in ((files.other_base, CONFIG), (files.base, bfloat16), (files.base, replace(CONFIG, max_rank=7))):
@@ -115,7 +115,7 @@ async def fill(files: Files, folder: Path) -> None:
 
 
 async def load(loop: EngineLoop, files: Files, name: str) -> None:
-    """Load an adapter, and wait until it is on the disk and mapped."""
+    """Load an adapter and wait until it is on disk and mapped."""
     await loop.ensure_adapter(REFS[name], files.adapters[name])
     await stored(loop)
 
@@ -124,10 +124,10 @@ async def stored(loop: EngineLoop) -> None:
     async with asyncio.timeout(20):
         while loop._loader._writes.num_under_way:
             await asyncio.sleep(0.005)
-    await loop.residencies()  # the engine's thread has done what it was told before
+    await loop.residencies()  # returns after the engine's thread has run all earlier commands
 
 
-async def test_tiers_are_told(files: Files, tmp_path: Path) -> None:
+async def test_tiers_are_reported(files: Files, tmp_path: Path) -> None:
     async with running(files.base, tmp_path) as loop:
         assert await loop.residencies() == []
         await load(loop, files, "plain")
@@ -145,7 +145,7 @@ async def tiers(loop: EngineLoop) -> dict[str, Tier]:
     return {name: known[ref.key].tier for name, ref in REFS.items() if ref.key in known}
 
 
-async def test_the_page_cache_is_not_charged_to_the_host_cache(files: Files, tmp_path: Path) -> None:
+async def test_mapped_adapters_do_not_count_as_host_memory(files: Files, tmp_path: Path) -> None:
     async with running(files.base, None) as loop:
         await load(loop, files, "dora")
         private_bytes = loop._engine.stats()["host_bytes"]
@@ -156,14 +156,14 @@ async def test_the_page_cache_is_not_charged_to_the_host_cache(files: Files, tmp
 
 
 @pytest.mark.parametrize("how", ["truncated", "zeroed"])
-async def test_a_damaged_packed_file_is_made_anew(files: Files, tmp_path: Path, how: str) -> None:
+async def test_a_damaged_file_is_packed_again(files: Files, tmp_path: Path, how: str) -> None:
     truth = await expected(files)
     await fill(files, tmp_path)
     for path in tmp_path.rglob("*.safetensors"):
         size = path.stat().st_size
         if how == "truncated":
             path.write_bytes(path.read_bytes()[: size // 2])
-        else:  # what a crash leaves where only the size had reached the disk
+        else:  # a crash may leave a file of which only the size reached the disk
             path.write_bytes(path.read_bytes()[:2000] + bytes(size - 2000))
     async with running(files.base, tmp_path) as loop:
         with pytest.raises(StorageError, match="gone"):
@@ -174,7 +174,7 @@ async def test_a_damaged_packed_file_is_made_anew(files: Files, tmp_path: Path, 
         assert {name: await tokens(loop, name) for name in files.adapters} == truth
 
 
-async def test_a_full_disk_is_served_from_memory(
+async def test_adapters_are_served_from_memory_if_the_disk_is_full(
     files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_space(*_: object) -> None:
@@ -190,7 +190,7 @@ async def test_a_full_disk_is_served_from_memory(
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-async def test_racing_loads_of_two_engines_are_all_right(files: Files, tmp_path: Path) -> None:
+async def test_concurrent_loads_of_two_engines_agree(files: Files, tmp_path: Path) -> None:
     truth = await expected(files)
     async with running(files.base, tmp_path) as first, running(files.base, tmp_path) as second:
         for loop in (first, second):
@@ -202,8 +202,8 @@ async def test_racing_loads_of_two_engines_are_all_right(files: Files, tmp_path:
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
-async def test_who_sees_that_an_adapter_is_coming_finds_it(files: Files) -> None:
-    """However long the loader's thread takes from saying so to posting it."""
+async def test_a_request_finds_an_adapter_that_was_announced(files: Files) -> None:
+    """Even if the loader's thread pauses between announcing the adapter and posting it."""
 
     class Slow(set[str]):
         def add(self, key: str) -> None:
@@ -221,7 +221,7 @@ async def test_who_sees_that_an_adapter_is_coming_finds_it(files: Files) -> None
         assert second == await first
 
 
-async def test_a_store_that_hangs_keeps_no_packed_adapter_waiting(files: Files, tmp_path: Path) -> None:
+async def test_a_hanging_store_does_not_delay_adapters_on_disk(files: Files, tmp_path: Path) -> None:
     truth, release = await expected(files), threading.Event()
     await fill(files, tmp_path)
 
@@ -251,10 +251,10 @@ async def test_a_mapped_adapter_is_touched_before_it_is_copied(
         first = await tokens(loop, "plain")
         assert len(touched) == 1
         assert await tokens(loop, "plain") == first
-        assert len(touched) == 1, "it is on the device"
+        assert len(touched) == 1, "the adapter is on the device already"
 
 
-# The order in which an adapter comes.
+# The order in which an adapter is copied.
 
 
 @dataclass
@@ -269,7 +269,7 @@ class Event:
         return self.has_happened
 
 
-def test_each_module_waits_for_its_own_part() -> None:
+def test_each_module_waits_only_for_its_part() -> None:
     events = [Event() for _ in range(3)]
     pending_copy = PendingCopy(page_ends=(0, 1, 2, 3, 5, 6), part_ends=(2, 4, 6), events=events)
     waits = []
@@ -285,12 +285,12 @@ def test_each_module_waits_for_its_own_part() -> None:
 
 
 @pytest.mark.parametrize(("num_pages", "ends"), [(1, [1]), (3, [1, 2, 3]), (4, [1, 2, 3, 4]), (10, [3, 6, 9, 10])])
-def test_an_adapter_comes_in_a_few_parts(num_pages: int, ends: list[int]) -> None:
+def test_an_adapter_is_copied_in_a_few_parts(num_pages: int, ends: list[int]) -> None:
     assert part_ends(num_pages) == ends
 
 
-def test_a_forward_pass_waits_only_for_what_is_still_coming(files: Files) -> None:
-    """Every module that reads rows waits for them, in the order of the pass; when all have come, nobody waits."""
+def test_a_forward_pass_waits_only_for_pending_copies(files: Files) -> None:
+    """Each module that reads rows waits for them in the order of the pass. After the copy has ended, none waits."""
     engine = Engine.open(files.base, CONFIG)
     engine.add_adapter(REFS["plain"], load_adapter(files.adapters["plain"]))
     cache, order = engine._adapters, engine._layout.order
@@ -328,7 +328,7 @@ def prefill(resident: ResidentAdapter, engine: Engine) -> SchedulerOutput:
     return table.plan(table.decodes(), [(sequence, 3)])
 
 
-def test_rows_lie_in_the_order_in_which_they_are_read() -> None:
+def test_rows_are_laid_out_in_reading_order() -> None:
     packed = pack_adapter(
         make_factors(dict.fromkeys(MODULES, 12)), MODULES, PAGE_ELEMENTS, torch.float32, order=(2, 0, 1)
     )
@@ -339,7 +339,7 @@ def test_rows_lie_in_the_order_in_which_they_are_read() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_it_comes_on_a_stream_of_its_own() -> None:
+def test_on_a_gpu_copies_run_on_their_own_stream() -> None:
     packed = pack_adapter(make_factors(dict.fromkeys(MODULES, 17)), MODULES, PAGE_ELEMENTS, torch.float32).pinned()
     memory = AdapterMemory(packed.num_pages + 7, device="cuda")
     scattered = memory.allocator.allocate(14)
