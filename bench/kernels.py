@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.facts import facts, write_report
 from kernels import reference
+from kernels.attention import AttentionMetadata
 from kernels.ops import Ops, ops_for
 from kernels.segments import LoraGroup, LoraSegments
 
@@ -102,13 +103,13 @@ class _Timer:
         lens = self._int32(context_lens)
         orders = [torch.randperm(len(kv_pages)).tolist() for _ in range(NUM_COPIES)]
         tables = [self._int32(order).view(len(lens), num_blocks) for order in orders]
-        limits = {"max_query_tokens": max(query_lens), "max_context_tokens": max(context_lens)}
+        copies = [AttentionMetadata(starts, lens, table, max(query_lens), max(context_lens)) for table in tables]
 
-        def attend(ops: Any, table_NB: Tensor) -> Tensor:
-            return ops.paged_attention(q_TNH, kv_pages, 1, starts, lens, table_NB, scale=0.125, window=None, **limits)
+        def attend(ops: Any, metadata: AttentionMetadata) -> Tensor:
+            return ops.paged_attention(q_TNH, kv_pages, 1, metadata, scale=0.125, window=None)
 
         name = f"attention N={len(lens)} query<={max(query_lens)} context={min(context_lens)}..{max(context_lens)}"
-        return Result(name, *self._compare(attend, tables), None)
+        return Result(name, *self._compare(attend, copies), None)
 
     def store(self) -> Result:
         """One step's keys and values of 32 decoding sequences."""
@@ -117,7 +118,7 @@ class _Timer:
         slots = [torch.randperm(64 * 16)[:32].to(self.device) for _ in range(NUM_COPIES)]
 
         def store(ops: Any, slots_T: Tensor) -> Tensor:
-            ops.store_kv(k_TKH, v_TKH, kv_pages, slots_T, 1)
+            ops.store_kv(k_TKH, v_TKH, kv_pages, 1, slots_T)
             return kv_pages
 
         return Result("store_kv T=32", *self._compare(store, slots), None)
@@ -132,10 +133,10 @@ class _Timer:
     def rotate(self, num_tokens: int) -> Result:
         """12 query and 4 key heads of 64."""
         xs = [self._randn(num_tokens, 16, 64) for _ in range(NUM_COPIES)]
-        cos_TC = sin_TC = torch.full((num_tokens, 32), 0.5**0.5, device=self.device, dtype=self.dtype)
+        cos_TJ = sin_TJ = torch.full((num_tokens, 32), 0.5**0.5, device=self.device, dtype=self.dtype)
 
         def rotate(ops: Any, x_TNH: Tensor) -> Tensor:
-            ops.rotate(x_TNH, cos_TC, sin_TC)
+            ops.rotate(x_TNH, cos_TJ, sin_TJ)
             return x_TNH
 
         return Result(f"rotate T={num_tokens}", *self._compare(rotate, xs), None)

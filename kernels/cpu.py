@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.attention import AttentionMetadata
 from kernels.segments import LoraGroup, LoraSegments
 
 
@@ -115,7 +116,7 @@ def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor |
             part_TF[tokens] = scaled_UF.to(out_TF.dtype)
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
     """Write this step's keys and values to their pages, in place; see `kernels.reference.store_kv`."""
     page_tokens = kv_pages.shape[3]
     where = (slots_T // page_tokens, slots_T % page_tokens)
@@ -127,14 +128,10 @@ def paged_attention(
     q_TNH: Tensor,
     kv_pages: Tensor,
     layer: int,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    block_tables_NB: Tensor,
+    metadata: AttentionMetadata,
     *,
     scale: float,
     window: int | None,
-    max_query_tokens: int,
-    max_context_tokens: int,
 ) -> Tensor:
     """Causal attention over paged keys and values; see `kernels.reference.paged_attention`.
 
@@ -142,12 +139,12 @@ def paged_attention(
     through one fused attention: all that decode are a few calls, a prefill chunk is usually a call of its own.
     """
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
-    for num_query, num_context, rows_N in _each_group(query_starts, context_lens, kv_pages):
-        tokens_NQ = query_starts[rows_N].long()[:, None] + torch.arange(num_query)
-        is_seen_NQC = _seen(context_lens[rows_N], num_query, num_context, window)
-        blocks_NB = block_tables_NB[rows_N, : num_context // kv_pages.shape[3]]
-        k_NCKH, v_NCKH = _context(kv_pages, layer, blocks_NB, is_seen_NQC)
-        out_TNH[tokens_NQ] = _attend(q_TNH[tokens_NQ], k_NCKH, v_NCKH, is_seen_NQC, scale)
+    for num_query, num_context, rows_B in _each_group(metadata, kv_pages):
+        tokens_BQ = metadata.query_starts[rows_B].long()[:, None] + torch.arange(num_query)
+        is_seen_BQX = _seen(metadata.context_lens[rows_B], num_query, num_context, window)
+        blocks_BW = metadata.block_tables_BW[rows_B, : num_context // kv_pages.shape[3]]
+        k_BXKH, v_BXKH = _context(kv_pages, layer, blocks_BW, is_seen_BQX)
+        out_TNH[tokens_BQ] = _attend(q_TNH[tokens_BQ], k_BXKH, v_BXKH, is_seen_BQX, scale)
     return out_TNH
 
 
@@ -177,8 +174,8 @@ def _spread(own_TR: Tensor, group: LoraGroup) -> Tensor:
     """Each token's h in the columns of its own segment, zero in those of the others."""
     if group.num_segments == 1:
         return own_TR
-    spread_PR = torch.zeros(len(own_TR) * group.num_segments, own_TR.shape[1])
-    return spread_PR.index_copy_(0, group.token_places, own_TR).view(len(own_TR), -1)
+    spread = torch.zeros(len(own_TR) * group.num_segments, own_TR.shape[1])
+    return spread.index_copy_(0, group.token_places, own_TR).view(len(own_TR), -1)
 
 
 def _add(part_TF: Tensor, where: Tensor | slice, delta_UF: Tensor) -> None:
@@ -196,53 +193,53 @@ def _each_segment(segments: LoraSegments) -> Iterator[tuple[int, int, int, int, 
             yield starts[s], starts[s + 1], ranks[s], table_starts[s], scaling
 
 
-def _each_group(query_starts: Tensor, context_lens: Tensor, kv_pages: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _each_group(metadata: AttentionMetadata, kv_pages: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Sequences to attend together: new tokens of each, context of the longest in whole pages, their numbers."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     page_tokens, num_kv_heads, head_dim = kv_pages.shape[3:]
-    num_blocks = [-(-num_context // page_tokens) for num_context in context_lens.tolist()]
-    for n, num_query in enumerate(query_starts.diff().tolist()):
-        groups[num_query, num_blocks[n].bit_length()].append(n)
+    num_blocks = [-(-num_context // page_tokens) for num_context in metadata.context_lens.tolist()]
+    for b, num_query in enumerate(metadata.query_starts.diff().tolist()):
+        groups[num_query, num_blocks[b].bit_length()].append(b)
     for (num_query, _), rows in groups.items():
-        num_context = max(num_blocks[n] for n in rows) * page_tokens
+        num_context = max(num_blocks[b] for b in rows) * page_tokens
         size = max(1, _ELEMENTS_PER_GROUP // (num_context * num_kv_heads * head_dim))
         for first in range(0, len(rows), size):
             yield num_query, num_context, torch.tensor(rows[first : first + size])
 
 
-def _seen(context_lens_N: Tensor, num_query: int, num_context: int, window: int | None) -> Tensor:
-    position_NQ1 = (context_lens_N[:, None] - num_query + torch.arange(num_query))[:, :, None]
-    key_C = torch.arange(num_context)
-    is_seen_NQC = key_C <= position_NQ1
-    return is_seen_NQC if window is None else is_seen_NQC & (key_C > position_NQ1 - window)
+def _seen(context_lens_B: Tensor, num_query: int, num_context: int, window: int | None) -> Tensor:
+    position_BQ1 = (context_lens_B[:, None] - num_query + torch.arange(num_query))[:, :, None]
+    key_X = torch.arange(num_context)
+    is_seen_BQX = key_X <= position_BQ1
+    return is_seen_BQX if window is None else is_seen_BQX & (key_X > position_BQ1 - window)
 
 
-def _context(kv_pages: Tensor, layer: int, blocks_NB: Tensor, is_seen_NQC: Tensor) -> tuple[Tensor, Tensor]:
+def _context(kv_pages: Tensor, layer: int, blocks_BW: Tensor, is_seen_BQX: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of some sequences, [N, C, K, H] each, zero where no query sees them.
 
     What lies beyond a sequence's end is somebody's old data: even weighted by zero, a NaN there would spread.
     """
-    num_sequences, _, num_context = is_seen_NQC.shape
-    unseen = (~is_seen_NQC.any(1)).flatten().nonzero()[:, 0]
+    num_sequences, _, num_context = is_seen_BQX.shape
+    unseen = (~is_seen_BQX.any(1)).flatten().nonzero()[:, 0]
     sides = []
     for side in (0, 1):
-        x_NCKH = kv_pages[:, layer, side].index_select(0, blocks_NB.flatten())
-        x_NCKH.view(num_sequences * num_context, -1).index_fill_(0, unseen, 0.0)
-        sides.append(x_NCKH.view(num_sequences, num_context, *kv_pages.shape[4:]))
+        x_BXKH = kv_pages[:, layer, side].index_select(0, blocks_BW.flatten())
+        x_BXKH.view(num_sequences * num_context, -1).index_fill_(0, unseen, 0.0)
+        sides.append(x_BXKH.view(num_sequences, num_context, *kv_pages.shape[4:]))
     return sides[0], sides[1]
 
 
-def _attend(q_NQAH: Tensor, k_NCKH: Tensor, v_NCKH: Tensor, is_seen_NQC: Tensor, scale: float) -> Tensor:
+def _attend(q_BQNH: Tensor, k_BXKH: Tensor, v_BXKH: Tensor, is_seen_BQX: Tensor, scale: float) -> Tensor:
     """One fused attention; the query heads of a key/value head are laid out as further queries of it."""
-    num_sequences, num_query, num_heads, head_dim = q_NQAH.shape
-    num_kv_heads = k_NCKH.shape[2]
+    num_sequences, num_query, num_heads, head_dim = q_BQNH.shape
+    num_kv_heads = k_BXKH.shape[2]
     group = num_heads // num_kv_heads
-    q = q_NQAH.view(num_sequences, num_query, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    q = q_BQNH.view(num_sequences, num_query, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
     out = scaled_dot_product_attention(
         q.reshape(num_sequences, num_kv_heads, group * num_query, head_dim),
-        k_NCKH.transpose(1, 2),
-        v_NCKH.transpose(1, 2),
-        attn_mask=is_seen_NQC.repeat(1, group, 1)[:, None],
+        k_BXKH.transpose(1, 2),
+        v_BXKH.transpose(1, 2),
+        attn_mask=is_seen_BQX.repeat(1, group, 1)[:, None],
         scale=scale,
     )
     out = out.view(num_sequences, num_kv_heads, group, num_query, head_dim).permute(0, 3, 1, 2, 4)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu, pointwise
+from kernels.attention import AttentionMetadata
 from kernels.segments import LoraGroup
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class NativeOps:
             torch.get_num_threads(),
         )
 
-    def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:
+    def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
         """Write this step's keys and values to their pages, in place; see `kernels.reference.store_kv`."""
         size, strides = kv_pages.itemsize, kv_pages.stride()
         k_TKH, v_TKH = _rows(k_TKH), _rows(v_TKH)
@@ -154,30 +155,15 @@ class NativeOps:
         q_TNH: Tensor,
         kv_pages: Tensor,
         layer: int,
-        query_starts: Tensor,
-        context_lens: Tensor,
-        block_tables_NB: Tensor,
+        metadata: AttentionMetadata,
         *,
         scale: float,
         window: int | None,
-        max_query_tokens: int,
-        max_context_tokens: int,
     ) -> Tensor:
         """Causal attention over paged keys and values; see `kernels.reference.paged_attention`."""
         is_half, num_heads, head_dim = _DTYPES.get(q_TNH.dtype), q_TNH.shape[1], q_TNH.shape[2]
         if is_half is None or head_dim not in _HEAD_DIMS:
-            return cpu.paged_attention(
-                q_TNH,
-                kv_pages,
-                layer,
-                query_starts,
-                context_lens,
-                block_tables_NB,
-                scale=scale,
-                window=window,
-                max_query_tokens=max_query_tokens,
-                max_context_tokens=max_context_tokens,
-            )
+            return cpu.paged_attention(q_TNH, kv_pages, layer, metadata, scale=scale, window=window)
         q_TNH = _rows(q_TNH)
         out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
         size, strides = kv_pages.itemsize, kv_pages.stride()
@@ -185,9 +171,10 @@ class NativeOps:
         page_tokens, num_kv_heads = kv_pages.shape[3:5]
         numbers = (keys, keys + strides[2] * size, strides[0], page_tokens, strides[3], num_kv_heads, head_dim)
         pages = array("q", numbers)
-        tables = [tensor.data_ptr() for tensor in (query_starts, context_lens, block_tables_NB)]
-        counts = [block_tables_NB.stride(0), len(context_lens), window or 0, num_heads, q_TNH.stride(0)]
-        sequences = array("q", [*tables, *counts])
+        tables_BW = metadata.block_tables_BW
+        tables = (metadata.query_starts.data_ptr(), metadata.context_lens.data_ptr(), tables_BW.data_ptr())
+        sizes = (tables_BW.stride(0), len(tables_BW), window or 0, num_heads, q_TNH.stride(0))
+        sequences = array("q", (*tables, *sizes))
         self._c.paged_attention(
             is_half,
             sequences.buffer_info()[0],
@@ -212,11 +199,11 @@ class NativeOps:
         )
         return out_TD
 
-    def rotate(self, x_TNH: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
+    def rotate(self, x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
         """Turn each pair of each head by its angle, in place; see `kernels.reference.rotate`."""
         is_half = _DTYPES.get(x_TNH.dtype)
         if is_half is None:
-            pointwise.rotate(x_TNH, cos_TC, sin_TC)
+            pointwise.rotate(x_TNH, cos_TJ, sin_TJ)
             return
         num_tokens, num_heads, head_dim = x_TNH.shape
         assert x_TNH.stride()[1:] == (head_dim, 1)
@@ -224,8 +211,8 @@ class NativeOps:
             is_half,
             x_TNH.data_ptr(),
             x_TNH.stride(0),
-            cos_TC.data_ptr(),
-            sin_TC.data_ptr(),
+            cos_TJ.data_ptr(),
+            sin_TJ.data_ptr(),
             num_tokens,
             num_heads,
             head_dim // 2,

@@ -15,13 +15,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * x.to(x_TD.dtype)
 
 
-def rotate(x_TNH: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
+def rotate(x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
     """Turn each pair of each head by its angle, in place; see `kernels.reference.rotate`."""
-    first_TNC, second_TNC = x_TNH.chunk(2, dim=-1)
-    cos_T1C, sin_T1C = cos_TC[:, None], sin_TC[:, None]
-    turned_TNC = first_TNC * cos_T1C - second_TNC * sin_T1C
-    second_TNC.mul_(cos_T1C).addcmul_(first_TNC, sin_T1C)
-    first_TNC.copy_(turned_TNC)
+    first_TNJ, second_TNJ = x_TNH.chunk(2, dim=-1)
+    cos_T1J, sin_T1J = cos_TJ[:, None], sin_TJ[:, None]
+    turned_TNJ = first_TNJ * cos_T1J - second_TNJ * sin_T1J
+    second_TNJ.mul_(cos_T1J).addcmul_(first_TNJ, sin_T1J)
+    first_TNJ.copy_(turned_TNJ)
 
 
 def silu_mul(gate_up_TF: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.attention import AttentionMetadata
 from kernels.segments import LoraGroup, LoraSegments
 
 
@@ -84,7 +85,7 @@ def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor |
                 own_TF.copy_(own_TF.float() + gain_F * (own_TF.float() - bias))
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
     """Write this step's keys and values to their pages, in place.
 
     Semantics: with `page, offset = divmod(slots[t], page_tokens)`: `kv_pages[page, layer, 0, offset] = k[t]` and
@@ -103,14 +104,10 @@ def paged_attention(
     q_TNH: Tensor,
     kv_pages: Tensor,
     layer: int,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    block_tables_NB: Tensor,
+    metadata: AttentionMetadata,
     *,
     scale: float,
     window: int | None,
-    max_query_tokens: int,
-    max_context_tokens: int,
 ) -> Tensor:
     """Causal attention of each sequence's new tokens over all its tokens, the new ones included (they are stored).
 
@@ -122,11 +119,11 @@ def paged_attention(
     max_query_tokens, max_context_tokens: host-side bounds for the launch. Returns [T, N, H] in q's dtype.
     """
     out_TNH = torch.empty_like(q_TNH)
-    starts = query_starts.tolist()
-    for n, num_context in enumerate(context_lens.tolist()):
-        tokens = slice(starts[n], starts[n + 1])
-        k_CKH, v_CKH = _context(kv_pages, layer, block_tables_NB[n], num_context)
-        out_TNH[tokens] = _attend(q_TNH[tokens].float(), k_CKH, v_CKH, scale, window).to(q_TNH.dtype)
+    starts = metadata.query_starts.tolist()
+    for b, num_context in enumerate(metadata.context_lens.tolist()):
+        tokens = slice(starts[b], starts[b + 1])
+        k_XKH, v_XKH = _context(kv_pages, layer, metadata.block_tables_BW[b], num_context)
+        out_TNH[tokens] = _attend(q_TNH[tokens].float(), k_XKH, v_XKH, scale, window).to(q_TNH.dtype)
     return out_TNH
 
 
@@ -139,7 +136,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()).to(x_TD.dtype)
 
 
-def rotate(x_TNH: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
+def rotate(x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
     """Turn each pair of each head by its token's angles, in place: rotary position embedding (arXiv 2104.09864).
 
     Semantics: with C = H / 2, x[i] becomes `x[i] cos[i] - x[i + C] sin[i]`, x[i + C] `x[i + C] cos[i] + x[i] sin[i]`.
@@ -147,7 +144,7 @@ def rotate(x_TNH: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> None:
     x_TNH: the heads of a token side by side; may be a slice of a projection's output.
     """
     first, second = x_TNH.float().chunk(2, -1)
-    cos, sin = cos_TC[:, None].float(), sin_TC[:, None].float()
+    cos, sin = cos_TJ[:, None].float(), sin_TJ[:, None].float()
     x_TNH.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], -1))
 
 
@@ -173,22 +170,22 @@ def _rows(arena: Tensor, offsets_R: Tensor, width: int) -> Tensor:
     return arena[offsets_R[:, None] + columns].float()
 
 
-def _context(kv_pages: Tensor, layer: int, blocks_B: Tensor, num_context: int) -> tuple[Tensor, Tensor]:
+def _context(kv_pages: Tensor, layer: int, blocks_W: Tensor, num_context: int) -> tuple[Tensor, Tensor]:
     num_blocks = -(-num_context // kv_pages.shape[3])
-    kv = kv_pages[blocks_B[:num_blocks].long(), layer].float()
-    k_CKH, v_CKH = (kv[:, side].flatten(0, 1)[:num_context] for side in (0, 1))
-    return k_CKH, v_CKH
+    kv = kv_pages[blocks_W[:num_blocks].long(), layer].float()
+    k_XKH, v_XKH = (kv[:, side].flatten(0, 1)[:num_context] for side in (0, 1))
+    return k_XKH, v_XKH
 
 
-def _attend(q_QNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, scale: float, window: int | None) -> Tensor:
-    num_query, num_context = q_QNH.shape[0], k_CKH.shape[0]
-    group = q_QNH.shape[1] // k_CKH.shape[1]
-    k_CNH, v_CNH = (x.repeat_interleave(group, dim=1) for x in (k_CKH, v_CKH))
-    scores_NQC = torch.einsum("qnh,cnh->nqc", q_QNH, k_CNH) * scale
+def _attend(q_QNH: Tensor, k_XKH: Tensor, v_XKH: Tensor, scale: float, window: int | None) -> Tensor:
+    num_query, num_context = q_QNH.shape[0], k_XKH.shape[0]
+    group = q_QNH.shape[1] // k_XKH.shape[1]
+    k_XNH, v_XNH = (x.repeat_interleave(group, dim=1) for x in (k_XKH, v_XKH))
+    scores_NQX = torch.einsum("qnh,xnh->nqx", q_QNH, k_XNH) * scale
     position_Q1 = torch.arange(num_context - num_query, num_context, device=q_QNH.device)[:, None]
-    key_C = torch.arange(num_context, device=q_QNH.device)
-    is_seen_QC = key_C <= position_Q1
+    key_X = torch.arange(num_context, device=q_QNH.device)
+    is_seen_QX = key_X <= position_Q1
     if window is not None:
-        is_seen_QC &= key_C > position_Q1 - window
-    probs_NQC = scores_NQC.masked_fill(~is_seen_QC, float("-inf")).softmax(-1)
-    return torch.einsum("nqc,cnh->qnh", probs_NQC, v_CNH)
+        is_seen_QX &= key_X > position_Q1 - window
+    probs_NQX = scores_NQX.masked_fill(~is_seen_QX, float("-inf")).softmax(-1)
+    return torch.einsum("nqx,xnh->qnh", probs_NQX, v_XNH)

@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention import AttentionMetadata
+
 # The interpreter multiplies the bit patterns of bfloat16 (triton 3.7.1); widened right after each load it is exact.
 _UPCAST = triton.knobs.runtime.interpret
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, slots_T: Tensor, layer: int) -> None:
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
     """Write this step's keys and values to their pages, in place; see `kernels.reference.store_kv`."""
     num_tokens, num_kv_heads, head_dim = k_TKH.shape
     assert kv_pages.is_contiguous()
@@ -43,42 +45,39 @@ def paged_attention(
     q_TNH: Tensor,
     kv_pages: Tensor,
     layer: int,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    block_tables_NB: Tensor,
+    metadata: AttentionMetadata,
     *,
     scale: float,
     window: int | None,
-    max_query_tokens: int,
-    max_context_tokens: int,
 ) -> Tensor:
     """Causal attention over paged keys and values; see `kernels.reference.paged_attention`."""
     _, num_heads, head_dim = q_TNH.shape
     num_kv_heads = kv_pages.shape[4]
     assert kv_pages.is_contiguous()
-    assert q_TNH.stride(2) == block_tables_NB.stride(1) == 1
+    assert q_TNH.stride(2) == metadata.block_tables_BW.stride(1) == 1
     group = num_heads // num_kv_heads
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-    block_m = 16 if max_query_tokens * group <= 16 else 64
-    grid = (triton.cdiv(max_query_tokens * group, block_m), num_kv_heads, context_lens.shape[0])
+    num_rows = metadata.max_query_tokens * group
+    block_rows = 16 if num_rows <= 16 else 64
+    grid = (triton.cdiv(num_rows, block_rows), num_kv_heads, metadata.context_lens.shape[0])
     attention_kernel[grid](
         q_TNH,
         kv_pages[:, layer],
         out_TNH,
-        query_starts,
-        context_lens,
-        block_tables_NB,
+        metadata.query_starts,
+        metadata.context_lens,
+        metadata.block_tables_BW,
         scale * 1.4426950408889634,  # log2(e): the kernel's exponentials are powers of two
-        max_context_tokens if window is None else window,
+        metadata.max_context_tokens if window is None else window,
         q_TNH.stride(0),
         q_TNH.stride(1),
         kv_pages.stride(0),
-        block_tables_NB.stride(0),
+        metadata.block_tables_BW.stride(0),
         PAGE_TOKENS=kv_pages.shape[3],
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_M=block_m,
-        BLOCK_C=32,
+        BLOCK_ROWS=block_rows,
+        BLOCK_X=32,
         BLOCK_H=max(16, triton.next_power_of_2(head_dim)),
         UPCAST=_UPCAST,
     )
@@ -128,8 +127,8 @@ def attention_kernel(
     PAGE_TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -141,10 +140,10 @@ def attention_kernel(
     sequence = tl.program_id(2)
     start = tl.load(query_starts_ptr + sequence)
     num_query = tl.load(query_starts_ptr + sequence + 1) - start
-    first_row = tl.program_id(0) * BLOCK_M
+    first_row = tl.program_id(0) * BLOCK_ROWS
     if first_row < num_query * GROUP:
         context = tl.load(context_lens_ptr + sequence)
-        row = first_row + tl.arange(0, BLOCK_M)
+        row = first_row + tl.arange(0, BLOCK_ROWS)
         query, head = row // GROUP, tl.program_id(1) * GROUP + row % GROUP
         position = context - num_query + query
         dim = tl.arange(0, BLOCK_H)
@@ -155,27 +154,25 @@ def attention_kernel(
         if UPCAST:
             q = q.to(tl.float32)
 
-        last_position = tl.minimum(context - num_query + (first_row + BLOCK_M - 1) // GROUP, context - 1)
-        first_key = tl.maximum(context - num_query + first_row // GROUP - window + 1, 0) // BLOCK_C * BLOCK_C
+        last_position = tl.minimum(context - num_query + (first_row + BLOCK_ROWS - 1) // GROUP, context - 1)
+        first_key = tl.maximum(context - num_query + first_row // GROUP - window + 1, 0) // BLOCK_X * BLOCK_X
 
-        best = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
+        best = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_H), dtype=tl.float32)
         table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
         head_ptr, token_stride = pages_ptr + tl.program_id(1) * HEAD_DIM, tl.num_programs(1) * HEAD_DIM
-        for first in range(first_key, last_position + 1, BLOCK_C):
-            key = first + tl.arange(0, BLOCK_C)
+        for first in range(first_key, last_position + 1, BLOCK_X):
+            key = first + tl.arange(0, BLOCK_X)
             is_key = key <= last_position
             k_ptr = head_ptr + _offsets(table_ptr, key, is_key, page_stride, token_stride, PAGE_TOKENS)
-            k_HC = tl.load(k_ptr + dim[:, None], mask=is_key & is_dim[:, None], other=0.0)
-            v_CH = tl.load(
-                (k_ptr + PAGE_TOKENS * token_stride)[:, None] + dim, mask=is_key[:, None] & is_dim, other=0.0
-            )
+            k = tl.load(k_ptr + dim[:, None], mask=is_key & is_dim[:, None], other=0.0)
+            v = tl.load((k_ptr + PAGE_TOKENS * token_stride)[:, None] + dim, mask=is_key[:, None] & is_dim, other=0.0)
             if UPCAST:
-                k_HC, v_CH = k_HC.to(tl.float32), v_CH.to(tl.float32)
+                k, v = k.to(tl.float32), v.to(tl.float32)
             is_seen = (key <= position[:, None]) & (key > position[:, None] - window)
-            scores = tl.where(is_seen, tl.dot(q, k_HC, input_precision="ieee") * scale_log2, float("-inf"))
-            best, total, acc = _accumulate(scores, v_CH, best, total, acc)
+            scores = tl.where(is_seen, tl.dot(q, k, input_precision="ieee") * scale_log2, float("-inf"))
+            best, total, acc = _accumulate(scores, v, best, total, acc)
 
         out_offset = token * GROUP * token_stride + head * HEAD_DIM
         out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -190,10 +187,10 @@ def _offsets(table_ptr, key, is_key, page_stride, token_stride, PAGE_TOKENS: tl.
 
 
 @triton.jit
-def _accumulate(scores, v_CH, best, total, acc):
+def _accumulate(scores, v, best, total, acc):
     """One tile's step of the online softmax; `best` stays -inf, and the weights 0, while a row has seen no key."""
     new_best = tl.maximum(best, tl.max(scores, 1))
     base = tl.where(new_best == float("-inf"), 0.0, new_best)
     weights, decay = tl.exp2(scores - base[:, None]), tl.exp2(best - base)
-    acc = acc * decay[:, None] + tl.dot(weights.to(v_CH.dtype), v_CH, input_precision="ieee")
+    acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
     return new_best, total * decay + tl.sum(weights, 1), acc

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.attention import AttentionMetadata
 from serving.adapters.cache import ResidentAdapter
 from serving.adapters.device_copy import PendingCopy
 from serving.engine.running import BASE_ONLY, IntArray, SchedulerOutput
@@ -41,18 +42,20 @@ class BatchBuilder:
         query_starts, sample_starts = _starts(lengths_N), _starts(plan.does_sample_N)
         sequences_T = np.arange(len(lengths_N)).repeat(lengths_N)
         positions_T = np.arange(len(sequences_T)) - (query_starts[1:] - plan.ends_N)[sequences_T]
-        size, max_context_tokens = self._page_tokens, int(plan.ends_N.max())
+        size = self._page_tokens
         pages_T = plan.tables_NB[sequences_T, positions_T // size].astype(np.int64)
         return Batch(
             tokens_T=self._tensor(_tokens(plan, query_starts)),
             positions_T=self._tensor(positions_T),
             slots_T=self._tensor(pages_T * size + positions_T % size),
-            query_starts=self._tensor(query_starts.astype(np.int32)),
-            context_lens=self._tensor(plan.ends_N.astype(np.int32)),
-            block_tables_NB=self._tensor(plan.tables_NB),
+            attention=AttentionMetadata(
+                query_starts=self._tensor(query_starts.astype(np.int32)),
+                context_lens=self._tensor(plan.ends_N.astype(np.int32)),
+                block_tables_BW=self._tensor(plan.tables_NB),
+                max_query_tokens=int(lengths_N.max()),
+                max_context_tokens=int(plan.ends_N.max()),
+            ),
             logit_rows_O=self._tensor(query_starts[1:][plan.does_sample_N] - 1),
-            max_query_tokens=int(lengths_N.max()),
-            max_context_tokens=max_context_tokens,
             lora=self._lora(plan, query_starts, sample_starts),
         )
 

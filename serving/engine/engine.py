@@ -290,7 +290,7 @@ class Engine:
         return events
 
     def _book_step(self, seconds: float, batch: Batch | None) -> None:
-        if batch is not None and batch.max_query_tokens > 1:
+        if batch is not None and batch.attention.max_query_tokens > 1:
             self._swaps.record_prefill(len(batch.tokens_T), seconds)
         self._num_steps += 1
         self._step_seconds += seconds

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.attention import AttentionMetadata
 from kernels.segments import LoraGroup, LoraSegments
 from serving.adapters.device_copy import PendingCopy
 
@@ -135,20 +136,12 @@ class Batch:
 
     tokens_T, positions_T: int64
     slots_T:       int64; where each token's KV goes: page * page_tokens + offset in the page
-    query_starts:  int32 [N + 1]; tokens of sequence n are `query_starts[n]:query_starts[n + 1]`
-    context_lens:  int32 [N]; tokens of KV that sequence n has once this step's are stored
-    block_tables_NB: int32; pages of each sequence's KV in order, padded with 0
-    logit_rows_O:  int64; rows of T whose logits are wanted: the last token of each sequence that samples, in order of n
-    max_query_tokens, max_context_tokens: largest of each, known on the host
+    logit_rows_O:  int64; rows of T whose logits are wanted: the last token of each sequence that samples, in order
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     slots_T: Tensor
-    query_starts: Tensor
-    context_lens: Tensor
-    block_tables_NB: Tensor
+    attention: AttentionMetadata
     logit_rows_O: Tensor
-    max_query_tokens: int
-    max_context_tokens: int
     lora: LoraBatch | None = None

@@ -31,8 +31,8 @@ class Step:
     batch: Batch
     arena: Tensor
     kv_pages: Tensor
-    cos_TC: Tensor
-    sin_TC: Tensor
+    cos_TJ: Tensor
+    sin_TJ: Tensor
 
 
 class Norm:
@@ -121,18 +121,14 @@ class Layer:
     def _attention(self, x_TD: Tensor, step: Step) -> Tensor:
         q_TNH, k_TKH, v_TKH = self._heads(self.qkv(x_TD, step), step)
         batch = step.batch
-        step.ops.store_kv(k_TKH, v_TKH, step.kv_pages, batch.slots_T, self.index)
+        step.ops.store_kv(k_TKH, v_TKH, step.kv_pages, self.index, batch.slots_T)
         o_TNH = step.ops.paged_attention(
             q_TNH,
             step.kv_pages,
             self.index,
-            batch.query_starts,
-            batch.context_lens,
-            batch.block_tables_NB,
+            batch.attention,
             scale=self.head_dim**-0.5,
             window=self.window,
-            max_query_tokens=batch.max_query_tokens,
-            max_context_tokens=batch.max_context_tokens,
         )
         return self.o(o_TNH.flatten(1), step)
 
@@ -142,11 +138,11 @@ class Layer:
         q_TNH, k_TKH, v_TKH = heads_TNH.split(self.num_heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm.of_heads(q_TNH, step), self.k_norm.of_heads(k_TKH, step)
-            step.ops.rotate(q_TNH, step.cos_TC, step.sin_TC)
-            step.ops.rotate(k_TKH, step.cos_TC, step.sin_TC)
+            step.ops.rotate(q_TNH, step.cos_TJ, step.sin_TJ)
+            step.ops.rotate(k_TKH, step.cos_TJ, step.sin_TJ)
         else:  # side by side, as the projection left them
             num_turned = q_TNH.shape[1] + k_TKH.shape[1]
-            step.ops.rotate(heads_TNH[:, :num_turned], step.cos_TC, step.sin_TC)
+            step.ops.rotate(heads_TNH[:, :num_turned], step.cos_TJ, step.sin_TJ)
         return q_TNH, k_TKH, v_TKH
 
     def _mlp(self, x_TD: Tensor, step: Step) -> Tensor:

@@ -46,7 +46,7 @@ class CausalLM:
         self.linear_shapes = self._linear_shapes()
         vocab, hidden = config.vocab_size, config.hidden_size
         self.target_shapes = {**self.linear_shapes, EMBEDDING: (hidden, vocab), HEAD: (vocab, hidden)}
-        self._cos_PC, self._sin_PC = rope_tables(config, dtype, device)
+        self._cos_PJ, self._sin_PJ = rope_tables(config, dtype, device)
         self._packed_head_VD = self.head_VD
         self._ops = ops_for(device, is_compiled=is_compiled)
 
@@ -81,8 +81,8 @@ class CausalLM:
             batch=batch,
             arena=arena,
             kv_pages=arena.view(-1, self.num_layers, 2, page_tokens, self.num_kv_heads, self.head_dim),
-            cos_TC=self._cos_PC[batch.positions_T],
-            sin_TC=self._sin_PC[batch.positions_T],
+            cos_TJ=self._cos_PJ[batch.positions_T],
+            sin_TJ=self._sin_PJ[batch.positions_T],
         )
         x_TD = self._embed(step)
         for layer in self.layers:

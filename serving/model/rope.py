@@ -12,10 +12,10 @@ from serving.model.config import ModelConfig
 
 def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of all positions, [P, C] each: computed in float32 and rounded once, as transformers does."""
-    frequencies_C, scaling = _frequencies(config)
+    frequencies_J, scaling = _frequencies(config)
     positions_P1 = torch.arange(config.max_position, dtype=torch.float32, device=device)[:, None]
-    angles_PC = positions_P1 * frequencies_C.to(device)
-    return (angles_PC.cos() * scaling).to(dtype), (angles_PC.sin() * scaling).to(dtype)
+    angles_PJ = positions_P1 * frequencies_J.to(device)
+    return (angles_PJ.cos() * scaling).to(dtype), (angles_PJ.sin() * scaling).to(dtype)
 
 
 def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -23,5 +23,5 @@ def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     parameters = config.rope.rope_parameters
     if parameters["rope_type"] != "default":
         return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config.rope)
-    exponents_C = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return 1.0 / (parameters["rope_theta"] ** exponents_C), 1.0
+    exponents_J = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return 1.0 / (parameters["rope_theta"] ** exponents_J), 1.0

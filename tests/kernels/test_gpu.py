@@ -83,6 +83,6 @@ def test_store_kv_equals_the_twin(dtype):
     qkv = torch.randn(50, 9, 20, device="cuda").to(dtype)
     slots_T = torch.randperm(16 * 9, device="cuda")[:50]
     pages = [torch.zeros(9, 2, 2, 16, 3, 20, dtype=dtype, device="cuda") for _ in range(2)]
-    reference.store_kv(qkv[:, 3:6], qkv[:, 6:], pages[0], slots_T, 1)
-    ops_for("cuda").store_kv(qkv[:, 3:6], qkv[:, 6:], pages[1], slots_T, 1)
+    reference.store_kv(qkv[:, 3:6], qkv[:, 6:], pages[0], 1, slots_T)
+    ops_for("cuda").store_kv(qkv[:, 3:6], qkv[:, 6:], pages[1], 1, slots_T)
     assert torch.equal(pages[0], pages[1])

@@ -130,7 +130,7 @@ def test_store_kv_equals_the_twin_and_stays_inside(ops, num_tokens, page_tokens,
     results = []
     for own in (reference, ops):
         kv_pages, whole = guarded((num_pages, 3, 2, page_tokens, 3, 6), dtype)
-        own.store_kv(k_TKH, v_TKH, kv_pages, slots_T, 1)
+        own.store_kv(k_TKH, v_TKH, kv_pages, 1, slots_T)
         assert guards_intact(whole)
         results.append(kv_pages)
     assert torch.equal(results[0].nan_to_num(99.0), results[1].nan_to_num(99.0))

@@ -51,10 +51,10 @@ def test_rms_norm_equals_the_twin(ops, num_rows, size, dtype, seed):
 def test_rotate_equals_the_twin_and_stays_inside(ops, num_tokens, num_heads, half, dtype, seed):
     wide = randn(seed, num_tokens, num_heads + 2, 2 * half, dtype=dtype)
     expected = wide.clone()
-    angles_TC = randn(seed + 1, num_tokens, half, dtype=torch.float32)
-    cos_TC, sin_TC = angles_TC.cos().to(dtype), angles_TC.sin().to(dtype)
-    reference.rotate(expected[:, 1:-1], cos_TC, sin_TC)
-    ops.rotate(wide[:, 1:-1], cos_TC, sin_TC)
+    angles_TJ = randn(seed + 1, num_tokens, half, dtype=torch.float32)
+    cos_TJ, sin_TJ = angles_TJ.cos().to(dtype), angles_TJ.sin().to(dtype)
+    reference.rotate(expected[:, 1:-1], cos_TJ, sin_TJ)
+    ops.rotate(wide[:, 1:-1], cos_TJ, sin_TJ)
     assert_close(wide, expected)
     assert torch.equal(wide[:, :: num_heads + 1], expected[:, :: num_heads + 1])
 

@@ -53,7 +53,7 @@ def test_store_kv_writes_the_slots_and_nothing_else():
     kv_pages = torch.zeros(5, 3, 2, 4, 2, 6)
     k_TKH, v_TKH = torch.randn(4, 2, 6), torch.randn(4, 2, 6)
     slots = [19, 0, 7, 8]
-    reference.store_kv(k_TKH, v_TKH, kv_pages, torch.tensor(slots), layer=1)
+    reference.store_kv(k_TKH, v_TKH, kv_pages, 1, torch.tensor(slots))
     for t, slot in enumerate(slots):
         assert torch.equal(kv_pages[slot // 4, 1, :, slot % 4], torch.stack((k_TKH[t], v_TKH[t])))
     assert torch.count_nonzero(kv_pages) == k_TKH.numel() + v_TKH.numel()

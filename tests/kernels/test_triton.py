@@ -199,8 +199,8 @@ def _check_store(dtype: torch.dtype, page_tokens: int) -> None:
     k_TKH, v_TKH = qkv[:, 3:6], qkv[:, 6:]
     slots_T = torch.randperm(4 * page_tokens + 7)[:7]
     pages = [guarded((4 + -(-7 // page_tokens), 3, 2, page_tokens, 3, 6), dtype) for _ in range(2)]
-    reference.store_kv(k_TKH, v_TKH, pages[0][0], slots_T, 1)
-    triton_attention.store_kv(k_TKH, v_TKH, pages[1][0], slots_T, 1)
+    reference.store_kv(k_TKH, v_TKH, pages[0][0], 1, slots_T)
+    triton_attention.store_kv(k_TKH, v_TKH, pages[1][0], 1, slots_T)
     assert torch.equal(pages[0][0].nan_to_num(99.0), pages[1][0].nan_to_num(99.0))
     assert guards_intact(pages[1][1])
 
@@ -242,7 +242,7 @@ def _compile(module: str, kernel: str, element: str, constants: dict[str, int | 
     return compiled.asm["ptx"], compiled.metadata.shared
 
 
-ATTENTION = {"PAGE_TOKENS": 16, "GROUP": 4, "BLOCK_C": 32, "UPCAST": False}
+ATTENTION = {"PAGE_TOKENS": 16, "GROUP": 4, "BLOCK_X": 32, "UPCAST": False}
 VARIANTS = {
     "shrink-decode": ("lora", "shrink_kernel", {"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_D": 128, "UPCAST": False}),
     "shrink-prefill": ("lora", "shrink_kernel", {"BLOCK_T": 32, "BLOCK_R": 64, "BLOCK_D": 128, "UPCAST": False}),
@@ -251,9 +251,9 @@ VARIANTS = {
     "lookup": ("lora", "lookup_kernel", {"BLOCK_T": 16, "BLOCK_R": 16}),
     "dora": ("lora", "dora_kernel", {"HAS_BIAS": True, "BLOCK_T": 32, "BLOCK_F": 128}),
     "store": ("attention", "store_kernel", {"PAGE_TOKENS": 16, "BLOCK": 1024}),
-    "decode": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 128, "BLOCK_M": 16, "BLOCK_H": 128}),
-    "prefill": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 128, "BLOCK_M": 64, "BLOCK_H": 128}),
-    "odd-head": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 20, "BLOCK_M": 64, "BLOCK_H": 32}),
+    "decode": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 128, "BLOCK_ROWS": 16, "BLOCK_H": 128}),
+    "prefill": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 128, "BLOCK_ROWS": 64, "BLOCK_H": 128}),
+    "odd-head": ("attention", "attention_kernel", {**ATTENTION, "HEAD_DIM": 20, "BLOCK_ROWS": 64, "BLOCK_H": 32}),
 }
 
 

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidCheckpointError
+from kernels.attention import AttentionMetadata
 from serving.model.batch import Batch, LoraBatch
 from serving.model.config import read_model_config
 from serving.model.layers import MODULE_KINDS
@@ -154,12 +155,14 @@ class PagedModel:
             tokens_T=torch.tensor([token for stream, start, end in chunks for token in stream.tokens[start:end]]),
             positions_T=torch.cat([torch.arange(start, end) for _, start, end in chunks]),
             slots_T=torch.tensor(slots),
-            query_starts=ends.int(),
-            context_lens=torch.tensor([end for _, _, end in chunks], dtype=torch.int32),
-            block_tables_NB=torch.tensor(tables, dtype=torch.int32),
+            attention=AttentionMetadata(
+                query_starts=ends.int(),
+                context_lens=torch.tensor([end for _, _, end in chunks], dtype=torch.int32),
+                block_tables_BW=torch.tensor(tables, dtype=torch.int32),
+                max_query_tokens=max(lengths),
+                max_context_tokens=max(end for _, _, end in chunks),
+            ),
             logit_rows_O=torch.arange(sum(lengths)) if every_row else ends[1:] - 1,
-            max_query_tokens=max(lengths),
-            max_context_tokens=max(end for _, _, end in chunks),
             lora=self._lora(chunks),
         )
 

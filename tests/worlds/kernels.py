@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.attention import AttentionMetadata
 from kernels.segments import LoraGroup, LoraSegments
 
 
@@ -157,9 +158,7 @@ class AttentionCase:
     q_TNH: Tensor
     kv_pages: Tensor
     layer: int
-    query_starts: Tensor
-    context_lens: Tensor
-    block_tables_NB: Tensor
+    metadata: AttentionMetadata
     options: dict[str, Any]
     group: int
     k_by_sequence: list[Tensor]
@@ -168,7 +167,7 @@ class AttentionCase:
     @property
     def args(self) -> tuple[Any, ...]:
         """The positional arguments of `paged_attention`."""
-        return self.q_TNH, self.kv_pages, self.layer, self.query_starts, self.context_lens, self.block_tables_NB
+        return self.q_TNH, self.kv_pages, self.layer, self.metadata
 
 
 def attention_case(
@@ -192,11 +191,11 @@ def attention_case(
     kv_pages = torch.full(
         (len(pages) + 4, num_layers, 2, page_tokens, num_kv_heads, head_dim), float("nan"), dtype=dtype
     )
-    tables_NB = torch.zeros(len(context_lens), max(num_blocks), dtype=torch.int32)
+    tables_BW = torch.zeros(len(context_lens), max(num_blocks), dtype=torch.int32)
     keys, values = [], []
-    for n, num_context in enumerate(context_lens):
-        own = [pages.pop() for _ in range(num_blocks[n])]
-        tables_NB[n, : len(own)] = torch.tensor(own)
+    for b, num_context in enumerate(context_lens):
+        own = [pages.pop() for _ in range(num_blocks[b])]
+        tables_BW[b, : len(own)] = torch.tensor(own)
         sides = _randn(generator, 2, num_context, num_kv_heads, head_dim).to(dtype)
         for token in range(num_context):
             kv_pages[own[token // page_tokens], layer, :, token % page_tokens] = sides[:, token]
@@ -209,15 +208,14 @@ def attention_case(
         q_TNH=wide[:, :num_heads],
         kv_pages=kv_pages.to(device),
         layer=layer,
-        query_starts=starts.to(device),
-        context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
-        block_tables_NB=tables_NB.to(device),
-        options={
-            "scale": head_dim**-0.5,
-            "window": window,
-            "max_query_tokens": max(query_lens),
-            "max_context_tokens": max(context_lens),
-        },
+        metadata=AttentionMetadata(
+            query_starts=starts.to(device),
+            context_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
+            block_tables_BW=tables_BW.to(device),
+            max_query_tokens=max(query_lens),
+            max_context_tokens=max(context_lens),
+        ),
+        options={"scale": head_dim**-0.5, "window": window},
         group=group,
         k_by_sequence=keys,
         v_by_sequence=values,
@@ -227,15 +225,15 @@ def attention_case(
 def dense_attention(case: AttentionCase) -> Tensor:
     """A full softmax for every query and head on its own, in float64."""
     out_TNH = torch.zeros(case.q_TNH.shape, dtype=torch.float64)
-    starts, window = case.query_starts.tolist(), case.options["window"]
-    for n, (k_CKH, v_CKH) in enumerate(zip(case.k_by_sequence, case.v_by_sequence, strict=True)):
-        for t in range(starts[n], starts[n + 1]):
-            end = k_CKH.shape[0] - (starts[n + 1] - 1 - t)
+    starts, window = case.metadata.query_starts.tolist(), case.options["window"]
+    for b, (k_XKH, v_XKH) in enumerate(zip(case.k_by_sequence, case.v_by_sequence, strict=True)):
+        for t in range(starts[b], starts[b + 1]):
+            end = k_XKH.shape[0] - (starts[b + 1] - 1 - t)
             start = 0 if window is None else max(0, end - window)
             for head in range(case.q_TNH.shape[1]):
-                k_CH, v_CH = (x[start:end, head // case.group].double() for x in (k_CKH, v_CKH))
-                scores_C = k_CH @ case.q_TNH[t, head].double().cpu() * case.options["scale"]
-                out_TNH[t, head] = scores_C.softmax(0) @ v_CH
+                k_XH, v_XH = (x[start:end, head // case.group].double() for x in (k_XKH, v_XKH))
+                scores_X = k_XH @ case.q_TNH[t, head].double().cpu() * case.options["scale"]
+                out_TNH[t, head] = scores_X.softmax(0) @ v_XH
     return out_TNH.to(case.q_TNH.dtype)
 
 
