@@ -53,8 +53,8 @@ def demo(
 @app.command()
 def register(fleet: FleetPath) -> None:
     """Check every adapter of the fleet file and its data, and register it as version 1, live on its base."""
-    from cluster.config import load_fleet
     from cluster.fleet import open_fleet
+    from cluster.fleet_file import load_fleet
     from readapt.ladder.relabel import check_rows
 
     loaded = load_fleet(fleet)
@@ -81,8 +81,8 @@ def serve(
 ) -> None:
     """Serve the fleet over HTTP on the running Ray cluster, or on one that is started here and stopped with Ctrl-C."""
     import serving.on_ray
-    from cluster.config import load_fleet
     from cluster.fleet import open_fleet
+    from cluster.fleet_file import load_fleet
     from cluster.on_ray import join_or_start
 
     loaded = load_fleet(fleet)
@@ -112,8 +112,8 @@ def assess(
     out: Annotated[Path | None, typer.Option(help="also write the result as JSON to this file", dir_okay=False)] = None,
 ) -> None:
     """Predict how each adapter will fare on a new base model, before any training; needs no cluster."""
-    from cluster.config import load_fleet
     from cluster.fleet import open_fleet
+    from cluster.fleet_file import load_fleet
     from readapt.campaign.assess import Assessor, as_json, as_table
 
     loaded = load_fleet(fleet)
@@ -138,8 +138,8 @@ def upgrade(
 ) -> None:
     """Carry every adapter of a served fleet over to a new base model, and move its traffic as soon as it is ready."""
     from cluster.checkpoints import open_checkpoint
-    from cluster.config import load_fleet
     from cluster.fleet import open_fleet
+    from cluster.fleet_file import load_fleet
     from cluster.on_ray import join
     from upgrade import make_candidates, upgrade_fleet
 
@@ -159,8 +159,8 @@ def rollout(
     base: Annotated[str | None, typer.Option(help="move only candidates on this base model")] = None,
 ) -> None:
     """Move the traffic of a served fleet to its waiting candidates, one canary per adapter at a time."""
-    from cluster.config import load_fleet
     from cluster.fleet import open_registry
+    from cluster.fleet_file import load_fleet
     from cluster.on_ray import join
     from upgrade import roll_out
 
@@ -253,8 +253,8 @@ def continual(
     seed: Annotated[int, typer.Option(help="random seed")] = 0,
 ) -> None:
     """Teach an adapter new classes from their rows alone; reject the new version if it forgot old classes."""
-    from cluster.config import load_fleet
     from cluster.fleet import open_fleet
+    from cluster.fleet_file import load_fleet
     from cluster.registry import Status
     from readapt.continual.learn import method_of
     from readapt.continual.stage import NextStage, add_stage
@@ -274,8 +274,8 @@ def continual(
 @app.command()
 def status(fleet: FleetPath) -> None:
     """Show every version of every adapter in the registry, and why versions were rejected, failed or rolled back."""
-    from cluster.config import load_fleet
     from cluster.fleet import has_registry, open_registry
+    from cluster.fleet_file import load_fleet
 
     loaded = load_fleet(fleet)
     versions = open_registry(loaded).versions() if has_registry(loaded) else []

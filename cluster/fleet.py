@@ -7,7 +7,8 @@ from pathlib import Path
 from cluster.adapter_files import check_fits, load_adapter
 from cluster.blobs import BlobStore, content_hash
 from cluster.checkpoints import open_checkpoint
-from cluster.config import SQLITE, AdapterSpec, Fleet
+from cluster.config import AdapterSpec, Fleet
+from cluster.config_types import SQLITE
 from cluster.errors import ConflictError, NotFoundError
 from cluster.registry import BaseModel, Registry, Status, Version
 

@@ -104,7 +104,7 @@ class RayExecutor:
         self, jobs: Iterator[AdapterJob], in_the_air: dict[int, AdapterJob], queue: ActorHandle, search: "FleetSearch"
     ) -> bool:
         workers = self._fleet.readapt.workers
-        while len(in_the_air) <= workers.num_workers * workers.pack:
+        while len(in_the_air) <= workers.num_workers * workers.adapters_per_worker:
             job = next(jobs, None)
             if job is None:
                 return False
@@ -203,7 +203,7 @@ def _work(config: dict[str, Any]) -> None:
     It asks for the next job when the last one has come, so that the workers share out what there is.
     """
     os.setpriority(os.PRIO_PROCESS, 0, TRAINING_NICENESS)
-    queue, pack = config["queue"], config["fleet"].readapt.workers.pack
+    queue, adapters_per_worker = config["queue"], config["fleet"].readapt.workers.adapters_per_worker
     rank = train.get_context().get_world_rank()
 
     searches: dict[int, ray.ObjectRef] = {}
@@ -223,7 +223,7 @@ def _work(config: dict[str, Any]) -> None:
     asked: ray.ObjectRef | None = None
     is_over = False
     while True:
-        if asked is None and not is_over and shift.num_jobs < pack:
+        if asked is None and not is_over and shift.num_jobs < adapters_per_worker:
             asked = queue.take.remote(rank, life)
         if is_over and not shift.num_jobs:
             return

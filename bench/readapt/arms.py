@@ -103,7 +103,10 @@ def ladder_config(spec: RunSpec) -> ReadaptConfig:
 
 def digest(spec: RunSpec) -> str:
     """A short hash of the arm's settings: what was measured with others is measured again."""
-    used = asdict(ladder_config(spec))
+    config = ladder_config(spec)
+    used = asdict(config)
+    used["workers"]["pack"] = used["workers"].pop("adapters_per_worker")  # its name when the records were measured
+    used["transplant"]["rank"], used["transplant"]["wide_rank"] = config.transplant.ranks
     if "transplant" not in PLANS[spec.arm].rungs:
         del used["transplant"]  # it may be developed without measuring the other arms anew
     return hashlib.sha256(json.dumps([used, TOLERANCE_POINTS], sort_keys=True).encode()).hexdigest()[:16]

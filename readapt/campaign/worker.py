@@ -287,18 +287,18 @@ def _failure(error: Exception) -> JobFailed:
 
 
 class LocalExecutor:
-    """Works in this process, on `workers.pack` jobs at a time; `search` is the whole search."""
+    """Works in this process, on `workers.adapters_per_worker` jobs at a time; `search` is the whole search."""
 
     def __init__(self, fleet: Fleet, search: Callable[[FusionObjective], SearchResult]):
         self._shift = Shift(Worker(fleet), lambda job, objective: search(objective))
-        self._pack = fleet.readapt.workers.pack
+        self._max_jobs = fleet.readapt.workers.adapters_per_worker
 
     def run(self, jobs: Iterator[AdapterJob]) -> Reports:
         """See `Executor.run`; the rungs of a job are reported together, when it is over."""
         held: dict[Hashable, tuple[AdapterJob, list[Report]]] = {}
         while True:
             ended: list[Ended] = []
-            while self._shift.num_jobs < self._pack and (job := next(jobs, None)) is not None:
+            while self._shift.num_jobs < self._max_jobs and (job := next(jobs, None)) is not None:
                 held[job.version_id] = job, []
                 ended += self._shift.begin(job, held[job.version_id][1].append)
                 if ended:

@@ -212,7 +212,8 @@ class Ladder:
         self._try_start("transplant", partial(self._transplanted, config))
         found = next((start for start in self._starts if start.rung == "transplant"), None)
         is_far = found is not None and found.quality < self._gate.least - FAR_POINTS
-        if is_far and config.wide_rank > config.rank:
+        first_rank, wide_rank = config.ranks
+        if is_far and wide_rank > first_rank:
             self._try_start("wide", partial(self._transplanted, config.widened()))
 
     def _try_fused(self) -> Generator[None, End | None, None]:

@@ -69,7 +69,7 @@ def transplant(
     """Adapts `student` to do what `teacher` with the adapter `old` does on `rows`; both models come and go bare.
 
     The result adapts the modules of `old`, each at the smallest rank that holds `config.energy` of its map, from its
-    old rank up to `config.rank` (at the old one if that is higher). Memory: the activations of one layer on all rows.
+    old rank up to `config.ranks[0]` (or the old one if that is higher). Memory: one layer's activations on all rows.
     Works on decoders of the Llama family (as `serving.model` does), whatever the two models' vocabularies, as long as
     both read the rows' tokens; InvalidCheckpointError for others. TrainingError where what they compute is not finite.
     """
@@ -322,7 +322,7 @@ class _Fitter:
         """Keeps the module's factors and returns what they add."""
         like = self._old.factors[module]
         centre_FD = self._centre(module).to(y_NF.device) if self._config.centre == "old" else None
-        most, least = (min(rank, *like.shape) for rank in (max(self._config.rank, like.rank), like.rank))
+        most, least = (min(rank, *like.shape) for rank in (max(self._config.ranks[0], like.rank), like.rank))
         found = regression.solve(y_NF, most, centre_FD, min_rank=least, energy=self._config.energy)
         a_RD, b_FR, self.energy[module] = found
         self.factors[module] = LoraFactors(a_RD.cpu(), b_FR.cpu(), 1.0)

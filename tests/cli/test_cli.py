@@ -9,9 +9,10 @@ import pytest
 import typer
 
 import relora
-from cluster.config import Fleet, load_fleet
+from cluster.config import Fleet
 from cluster.errors import OverloadedError
 from cluster.fleet import open_registry
+from cluster.fleet_file import load_fleet
 from cluster.registry import Status, Version
 from readapt.campaign.worker import AdapterJob, JobFailed, Reports
 from readapt.training.data import Row, Task

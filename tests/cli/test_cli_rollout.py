@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 import relora
-from cluster.config import Fleet, load_fleet
+from cluster.config import Fleet
 from cluster.errors import InvalidAdapterError, NotFoundError
 from cluster.fleet import open_registry
+from cluster.fleet_file import load_fleet
 from cluster.registry import Registry, Status, Version
 
 Run = Callable[..., tuple[int, str, str]]

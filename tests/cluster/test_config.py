@@ -1,20 +1,16 @@
 import pickle
+import re
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
 
-from cluster.config import (
-    Fleet,
-    GateConfig,
-    RolloutConfig,
-    SearchConfig,
-    ServingConfig,
-    TrainConfig,
-    WorkersConfig,
-    load_fleet,
-)
+from cluster.config import AdapterSpec, BaseSpec, Fleet, SearchConfig, ServingConfig, TrainConfig, TransplantConfig
+from cluster.config_reference import render
 from cluster.errors import ConfigError, NotFoundError
+from cluster.fleet_file import load_fleet
 
 EXAMPLE = Path(__file__).parents[2] / "fleet.toml"
 BASES = '[[bases]]\nname = "v1"\npath = "models/v1"\n'
@@ -33,6 +29,10 @@ def complaint(tmp_path: Path, text: str) -> str:
     return str(raised.value)
 
 
+def test_the_example_is_the_generated_reference():
+    assert render() == EXAMPLE.read_text(), "run `python -m cluster.config_reference > fleet.toml`"
+
+
 def test_the_example_has_every_key_with_its_default():
     fleet = load_fleet(EXAMPLE)
     defaults = Fleet(name="example", folder=EXAMPLE.parent)
@@ -41,9 +41,23 @@ def test_the_example_has_every_key_with_its_default():
     assert fleet.blobs == str(EXAMPLE.parent / "blobs")
     assert fleet.packed == str(EXAMPLE.parent / ".cache" / "packed")
     assert [adapter.base for adapter in fleet.adapters] == ["v1"]
-    keys = {line.split(" = ")[0] for line in EXAMPLE.read_text().splitlines() if " = " in line}
-    for section in (ServingConfig, SearchConfig, TrainConfig, GateConfig, WorkersConfig, RolloutConfig):
-        assert set(section.__dataclass_fields__) <= keys
+    raw = tomllib.loads(EXAMPLE.read_text())
+    assert set(raw) == {field.name for field in fields(Fleet)} - {"folder"}
+    assert set(raw["bases"][0]) == {field.name for field in fields(BaseSpec)}
+    assert set(raw["adapters"][0]) == {field.name for field in fields(AdapterSpec)}
+    for section in ("serving", "rollout", "readapt"):
+        assert set(raw[section]) == {field.name for field in fields(getattr(defaults, section))}
+    for section in raw["readapt"]:
+        assert set(raw["readapt"][section]) == {field.name for field in fields(getattr(defaults.readapt, section))}
+
+
+def test_the_example_documents_every_key():
+    lines = EXAMPLE.read_text().split('name = "v2"')
+    lines = [lines[0], lines[1].split("\n\n", 1)[1]]  # the second base has no comments
+    previous = ""
+    for line in "\n".join(lines).splitlines():
+        assert not re.match(r"\w+ = ", line) or previous.startswith("# "), f"no comment above: {line}"
+        previous = line
 
 
 def test_a_fleet_file_needs_little_and_its_paths_become_absolute(tmp_path: Path):
@@ -126,7 +140,7 @@ def test_a_ladder_without_a_transplant_does_not_ask_for_its_rank(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("limit", "ranks"), [(16, (16, 16)), (100, (64, 100)), (512, (64, 128))])
-def test_ranks_of_a_transplant_that_are_not_given_are_what_the_engines_take(
+def test_both_ranks_of_a_transplant_default_to_at_most_the_engines_limit(
     tmp_path: Path, limit: int, ranks: tuple[int, int]
 ):
     fleet = load_fleet(write(tmp_path, f'name = "f"\n[serving]\nmax_rank = {limit}\n'))
@@ -149,6 +163,17 @@ def test_a_fleet_is_frozen_and_travels_between_processes(tmp_path: Path):
     assert pickle.loads(pickle.dumps(fleet)) == fleet
     with pytest.raises(AttributeError):
         fleet.name = "other"  # type: ignore[misc]
+
+
+def test_a_rank_that_is_given_is_kept(tmp_path: Path):
+    fleet = load_fleet(write(tmp_path, 'name = "f"\n[serving]\nmax_rank = 32\n[readapt.transplant]\nrank = 8\n'))
+    assert fleet.readapt.transplant.ranks == (8, 32)
+    assert fleet.readapt.transplant.widened().ranks == (32, 32)
+
+
+def test_settings_that_belong_to_no_fleet_have_the_default_ranks():
+    assert TransplantConfig().ranks == (64, 128)
+    assert TransplantConfig().widened().ranks == (128, 128)
 
 
 @pytest.mark.parametrize("section", [ServingConfig, TrainConfig, SearchConfig])

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from cluster.adapter_files import check_fits, load_adapter
 from cluster.blobs import content_hash
 from cluster.checkpoints import open_checkpoint
-from cluster.config import load_fleet
 from cluster.errors import ConfigError
+from cluster.fleet_file import load_fleet
 from demo import corpus
 from demo.lexicon import fill
 from demo.pretrain import END, END_ID, BaseShape, Pretraining, Texts, train_base

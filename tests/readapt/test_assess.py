@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from cluster.adapter_files import save_adapter
 from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet, load_fleet
+from cluster.config import Fleet
 from cluster.fleet import open_blobs, open_registry, register_adapters
+from cluster.fleet_file import load_fleet
 from cluster.registry import Registry, Status
 from readapt.campaign.assess import (
     Assessment,

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from cluster.adapter_files import load_adapter, save_adapter
-from cluster.config import Fleet, LadderConfig, load_fleet
+from cluster.config import Fleet, LadderConfig
 from cluster.errors import InvalidCheckpointError
 from cluster.fleet import open_blobs
+from cluster.fleet_file import load_fleet
 from cluster.registry import Registry, Status, Version
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.campaign import Campaign

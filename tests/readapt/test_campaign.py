@@ -291,7 +291,7 @@ def test_a_silent_owner_loses_its_adapter_and_a_living_one_does_not(fleet: Fleet
 VICTIM = """
 import sys, time
 from pathlib import Path
-from cluster.config import load_fleet
+from cluster.fleet_file import load_fleet
 from cluster.fleet import open_blobs, open_registry
 from readapt.campaign.campaign import Campaign
 from readapt.fusion.points import CORNERS

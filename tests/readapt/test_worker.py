@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.adapter_files import save_adapter
-from cluster.config import Fleet, load_fleet
+from cluster.config import Fleet
 from cluster.fleet import open_blobs
+from cluster.fleet_file import load_fleet
 from readapt.campaign.worker import (
     AdapterJob,
     Climbed,
@@ -69,14 +70,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(fleet, *jobs)
 
 
-def configured(fleet: Fleet, rungs: tuple[str, ...], pack: int = 1) -> Fleet:
+def configured(fleet: Fleet, rungs: tuple[str, ...], adapters_per_worker: int = 1) -> Fleet:
     ladder = replace(fleet.readapt.ladder, rungs=rungs)
-    workers = replace(fleet.readapt.workers, pack=pack)
+    workers = replace(fleet.readapt.workers, adapters_per_worker=adapters_per_worker)
     return replace(fleet, readapt=replace(fleet.readapt, ladder=ladder, workers=workers))
 
 
-def run(fleet: Fleet, jobs: Sequence[AdapterJob], rungs: tuple[str, ...], pack: int = 1) -> dict[int, list[Report]]:
-    fleet = configured(fleet, rungs, pack)
+def run(
+    fleet: Fleet, jobs: Sequence[AdapterJob], rungs: tuple[str, ...], adapters_per_worker: int = 1
+) -> dict[int, list[Report]]:
+    fleet = configured(fleet, rungs, adapters_per_worker)
     reports: dict[int, list[Report]] = {job.version_id: [] for job in jobs}
 
     def refuse(objective: object) -> None:
@@ -145,7 +148,7 @@ def test_packed_jobs_go_as_they_would_alone_though_one_of_them_breaks(place: Pla
     bad_rows = [*task.train[:80], Row("too long", "x" * MAX_TOKENS)]
     data = write_task(tmp_path / "bad", replace(task, train=bad_rows))
     jobs = [place.from_v1, place.from_v2, replace(place.from_v1, version_id=2, data=(data,))]
-    packed, alone = (run(place.fleet, jobs, ("copy", "train"), pack) for pack in (3, 1))
+    packed, alone = (run(place.fleet, jobs, ("copy", "train"), number) for number in (3, 1))
     for reports in (packed, alone):
         failed = reports[2][-1]
         assert isinstance(failed, JobFailed)

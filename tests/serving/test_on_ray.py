@@ -17,9 +17,10 @@ import ray
 from ray import serve
 
 from cluster.blobs import content_hash
-from cluster.config import BaseSpec, Fleet, load_fleet
+from cluster.config import BaseSpec, Fleet
 from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry, register_adapters, register_base
+from cluster.fleet_file import load_fleet
 from cluster.registry import Registry, Status, Version
 from serving import on_ray
 from tests.worlds.serving import make_adapter, make_checkpoint

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.adapter_files import save_adapter
-from cluster.config import Fleet, TrainConfig, load_fleet
+from cluster.config import Fleet, TrainConfig
 from cluster.fleet import open_blobs, open_registry, register_adapters
+from cluster.fleet_file import load_fleet
 from cluster.registry import Registry
 from readapt.ladder.runs import train_scratch
 from readapt.training.data import Row, encoder_for, load_task

@@ -1,0 +1,90 @@
+"""Reading and checking a fleet file.
+
+An unknown key, a wrong type or a value out of bounds is a ConfigError that names the key. Whoever opens the named files
+and folders checks that they exist.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from cluster.config import Fleet, Rung
+from cluster.errors import ConfigError
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read and check a fleet file; a ConfigError lists every bad key, one per line, and what is wrong with it."""
+    raw = _read_toml(path)
+    folder = path.absolute().parent
+    faults = ["folder: Unexpected keyword argument"] if "folder" in raw else []
+    try:
+        # Validate as JSON: its strict mode accepts arrays for tuples and strings for paths, but not "16" for a number.
+        text = json.dumps({**raw, "folder": str(folder)}, default=str)
+        fleet = TypeAdapter(Fleet).validate_json(text, strict=True, context={"folder": folder})
+        faults += _contradictions(fleet)
+    except ValidationError as error:
+        faults += [_described(fault) for fault in error.errors()]
+    if faults:
+        raise ConfigError("\n".join(f"{path.name}: {fault}" for fault in faults))
+    return fleet
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a TOMLDecodeError, which has the line, or text that is not UTF-8
+        raise ConfigError(f"{path.name}: not valid TOML: {error}") from error
+
+
+def _described(fault: ErrorDetails) -> str:
+    keys = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
+    return f"{keys.removeprefix('.')}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _contradictions(fleet: Fleet) -> Iterator[str]:
+    """Yield the faults that show only when several keys are compared."""
+    yield from _name_clashes(fleet)
+    bases = [base.name for base in fleet.bases]
+    for i, adapter in enumerate(fleet.adapters):
+        if adapter.base not in bases:
+            yield f"adapters[{i}].base: no base {adapter.base!r} among: {', '.join(bases) or 'none'}"
+    if fleet.serving.max_replicas < fleet.serving.min_replicas:
+        yield "serving.max_replicas: Input should be at least serving.min_replicas"
+    yield from _impossible_rungs(fleet.readapt.ladder.rungs)
+    if "transplant" in fleet.readapt.ladder.rungs:
+        yield from _unservable_ranks(fleet)
+    if fleet.readapt.search.beta_max <= fleet.readapt.search.beta_min:
+        yield "readapt.search.beta_max: Input should be greater than readapt.search.beta_min"
+
+
+def _name_clashes(fleet: Fleet) -> Iterator[str]:
+    """Bases and adapters share one namespace, because a request's `model` can be either."""
+    entries = [(f"bases[{i}].name", base.name) for i, base in enumerate(fleet.bases)]
+    entries += [(f"adapters[{i}].name", adapter.name) for i, adapter in enumerate(fleet.adapters)]
+    first: dict[str, str] = {}
+    for key, name in entries:
+        if name in first:
+            yield f"{key}: {name!r} is already the name of {first[name].removesuffix('.name')}"
+        first.setdefault(name, key)
+
+
+def _impossible_rungs(rungs: Sequence[Rung]) -> Iterator[str]:
+    if not rungs:
+        yield "readapt.ladder.rungs: Input should have at least one rung"
+    if len(set(rungs)) < len(rungs):
+        yield "readapt.ladder.rungs: Input should name no rung twice"
+    if "train" in rungs and {"copy", "transplant", "fused"}.isdisjoint(rungs[: rungs.index("train")]):
+        yield "readapt.ladder.rungs: 'train' should come after a start to train from: copy, transplant or fused"
+
+
+def _unservable_ranks(fleet: Fleet) -> Iterator[str]:
+    for key, rank in zip(("rank", "wide_rank"), fleet.readapt.transplant.ranks, strict=True):
+        if rank > fleet.serving.max_rank:
+            yield f"readapt.transplant.{key}: Input should be at most serving.max_rank, or the result cannot be served"
