@@ -1,8 +1,8 @@
 """LoRA adapters in PEFT's file format, read and written without importing PEFT.
 
-Shape letters: R rank, D in, F out. An adapter adds `scaling * b_FR @ a_RD` to the weight of each module it adapts; a
-DoRA (arXiv 2402.09353) then brings each row of the sum to the length that its magnitude says. An embedding is a linear
-module whose input is one-hot: its weight is its table transposed, D is the vocabulary and F the width.
+An adapter adds `scaling * b_FR @ a_RD` to the weight of each module it adapts. A DoRA (arXiv 2402.09353) then scales
+each row of the sum to the length that its magnitude gives. An embedding is a linear module whose input is one-hot: its
+weight is its table transposed, so D is the vocabulary and F the width.
 """
 
 import json
@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.adapter_config import CONFIG, check_kind, rank_of, read_config, scaling_divisor, scaling_of
+from cluster.adapter_config import CONFIG, check_kind, config_of, rank_of, read_config, scaling_of
 from cluster.errors import InvalidAdapterError, StorageError
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -31,23 +30,23 @@ _TENSOR = re.compile(
     r"(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?"
     r"|(?P<base>base_layer)\.weight)"
 )
-# Tensors by which an unsupported kind shows even when its configuration keeps silent: (part of the name, the kind).
+# Tensors that reveal an unsupported kind even if the configuration does not name it: (part of the name, the kind).
 _UNSUPPORTED_TENSORS = (
     ("lora_B.bias", "lora_bias"),
     ("modules_to_save", "modules_to_save"),
     ("embed_tokens", "retrained embeddings"),
     ("lm_head", "a retrained lm_head"),
 )
-_NORM_ROWS = 1024  # rows of a weight whose norms are taken at once: bounds what a vocabulary's weight needs beside it
+_NORM_ROWS = 1024  # rows whose norms are computed at once, to bound the extra memory for a vocabulary's weight
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """What an adapter does to one module: `weight + scaling * b_FR @ a_RD`. The rank is at least 1.
+    """The part of an adapter for one module: it adds `scaling * b_FR @ a_RD` to the weight. The rank is at least 1.
 
-    With `magnitude_F` it is a DoRA: each row of that sum is then scaled to have the row's magnitude as its norm.
-    `is_embedding` tells how the factors of an embedding are stored; what they mean is the same (see the module).
-    `kernel` is a convolution's window, over which its weight is flattened: D is the input channels times its size.
+    With `magnitude_F` it is a DoRA: each row of the sum is then scaled so that its norm is the row's magnitude.
+    `is_embedding` tells how the factors are stored; their meaning is the same (see the module). `kernel` is the window
+    of a convolution, whose weight is flattened over it: D is the input channels times the size of the window.
     """
 
     a_RD: Tensor
@@ -60,25 +59,25 @@ class LoraFactors:
     def __post_init__(self) -> None:
         assert self.a_RD.ndim == self.b_FR.ndim == 2, "factors are matrices"
         assert self.a_RD.shape[0] == self.b_FR.shape[1] > 0, "both factors have the same rank, at least 1"
-        assert self.magnitude_F is None or self.magnitude_F.shape == self.b_FR.shape[:1], "one magnitude a row"
+        assert self.magnitude_F is None or self.magnitude_F.shape == self.b_FR.shape[:1], "one magnitude per row"
         assert self.a_RD.shape[1] % math.prod(self.kernel) == 0, "the kernel divides the input"
 
     @property
     def rank(self) -> int:
-        """The number of rows of A and of columns of B."""
+        """The number of rows of A and columns of B."""
         return self.a_RD.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The shape (out, in) of the weight that this adds to."""
+        """The shape (out, in) of the module's weight."""
         return self.b_FR.shape[0], self.a_RD.shape[1]
 
     def delta(self) -> Tensor:
-        """Return the full matrix that is added to the weight, F x D; of a DoRA, before its rows are scaled."""
+        """Return the matrix [F, D] that is added to the weight; for a DoRA, before the rows are scaled."""
         return self.scaling * (self.b_FR @ self.a_RD)
 
     def dora_factor(self, weight_FD: Tensor) -> Tensor:
-        """Return what a DoRA multiplies each row of `weight + delta` with: magnitude / norm, float32 [F] on the CPU."""
+        """Return a DoRA's factor for each row of `weight + delta`: magnitude / norm, float32 [F] on the CPU."""
         assert self.magnitude_F is not None, "not a DoRA"
         a_RD = self.scaling * self.a_RD.to(weight_FD.device)
         parts = zip(weight_FD.split(_NORM_ROWS), self.b_FR.to(weight_FD.device).split(_NORM_ROWS), strict=True)
@@ -86,19 +85,19 @@ class LoraFactors:
         return self.magnitude_F / torch.cat(norms).cpu()
 
     def adapted(self, weight_FD: Tensor) -> Tensor:
-        """Return the weight that the module has with the adapter, float32."""
+        """Return the module's weight with the adapter applied, float32 [F, D]."""
         adapted_FD = weight_FD.float() + self.delta()
         return adapted_FD if self.magnitude_F is None else self.dora_factor(weight_FD)[:, None] * adapted_FD
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter: factors by base-model module path (`model.layers.0.self_attn.q_proj`), in sorted order.
+    """A LoRA adapter: its factors by module path in the base model (`model.layers.0.self_attn.q_proj`), sorted.
 
-    `task_type` is PEFT's name of the model's use, None where it has none.
+    `task_type` is PEFT's name for the model's task, or None.
 
-    PEFT stores the base's own weight beside the factors of an embedding or a head: `base_copies` has what was found of
-    that, as stored (an embedding's is its table), for `check_base_copies`. It is never written.
+    PEFT stores a copy of the base's weight beside the factors of an embedding or a head. `base_copies` holds these
+    copies as stored (an embedding's is its table) for `check_base_copies`. They are never written.
     """
 
     factors: dict[str, LoraFactors]
@@ -117,21 +116,16 @@ class Adapter:
 
     @property
     def is_dora(self) -> bool:
-        """Whether any module has DoRA's magnitudes; `delta` is then not all that the adapter does."""
+        """Whether any module has DoRA magnitudes, so that `delta` is not the adapter's whole effect."""
         return any(factors.magnitude_F is not None for factors in self.factors.values())
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of stored values in all factors."""
-        return sum(tensor.numel() for factors in self.factors.values() for tensor in _values(factors))
 
 
 def load_adapter(folder: Path, max_rank: int | None = None) -> Adapter:
     """Read a PEFT LoRA adapter as float32 CPU tensors.
 
-    Every fault of the files is an InvalidAdapterError that names the folder and the cause: a missing or corrupt file,
-    pickled weights, a kind of adapter that is more than LoRA and DoRA, NaN or infinite values, factors whose shapes do
-    not fit together or the configured rank, a rank above `max_rank`. Ranks are checked before data is read.
+    Raises InvalidAdapterError, with the folder and the cause, for a missing or corrupt file, pickled weights, an
+    unsupported kind of adapter, NaN or infinite values, shapes that do not match each other or the configured rank, and
+    a rank above `max_rank`. Ranks are checked before any data is read.
     """
     try:
         config = read_config(folder / CONFIG)
@@ -142,42 +136,42 @@ def load_adapter(folder: Path, max_rank: int | None = None) -> Adapter:
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter so that PEFT loads exactly these deltas; an adapter that was in `folder` is replaced whole.
+    """Write an adapter so that PEFT loads exactly these deltas; an older adapter in `folder` is replaced as a whole.
 
-    Modules are named by full path, so that PEFT adapts the given layers and no others. Either all modules are DoRA or
-    none is: PEFT has one switch for all. StorageError when the disk is
-    full or the folder cannot be written; what was there is then untouched.
+    Modules are named by their full path, so that PEFT adapts these layers and no others. Either all modules are DoRA or
+    none is, because PEFT has one switch for all. Raises StorageError if the disk is full or the folder cannot be
+    written; the older adapter is then untouched.
     """
     assert adapter.factors, "an adapter without modules cannot be saved"
-    assert all((f.magnitude_F is None) != adapter.is_dora for f in adapter.factors.values()), "some modules are DoRA"
+    assert all((f.magnitude_F is None) != adapter.is_dora for f in adapter.factors.values()), "all DoRA or none"
     aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         aside.mkdir(parents=True)
         save_file(_tensors_of(adapter), aside / _WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(_config_of(adapter), indent=2) + "\n")
         _replace_folder(aside, folder)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that the disk is full
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as SafetensorError
         raise StorageError(f"{folder}: the adapter cannot be written: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise InvalidAdapterError unless each adapted module exists in a base of these (out, in) shapes and fits it."""
+    """Raise InvalidAdapterError unless the base, with modules of these (out, in) shapes, has each adapted module."""
     for module, factors in adapter.factors.items():
         if module not in shapes:
             raise InvalidAdapterError(f"The adapter changes module {module!r}, which the base model does not have.")
         if factors.shape != tuple(shapes[module]):
             raise InvalidAdapterError(
-                f"The adapter's module {module!r} has shape (out, in) = {factors.shape}; "
-                f"the base model's has {tuple(shapes[module])}."
+                f"The adapter's module {module!r} has shape (out, in) = {factors.shape}, "
+                f"but the base model's has {tuple(shapes[module])}."
             )
 
 
 def check_base_copies(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
-    """Raise InvalidAdapterError if the files bring base weights other than these (out, in) ones: retrained, or resized.
+    """Raise InvalidAdapterError if the files hold base weights that are not these (out, in): retrained or resized ones.
 
-    Where the copy's precision is not the base's, they may differ by what rounding to both explains.
+    If a copy has another dtype than the base, the two may differ by the rounding to both dtypes.
     """
     for module, copy in adapter.base_copies.items():
         ours = weights[module].T if adapter.factors[module].is_embedding else weights[module]
@@ -186,7 +180,7 @@ def check_base_copies(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
         copy = copy.to(ours.device)
         if copy.shape != ours.shape or not torch.allclose(copy.float(), ours.float(), rtol=rtol, atol=rtol * 1e-4):
             raise InvalidAdapterError(
-                f"not supported: {module!r} was retrained or resized beside its LoRA (base_layer is not the base's)."
+                f"not supported: {module!r} was retrained or resized in addition to its LoRA (its base_layer differs)."
             )
 
 
@@ -194,7 +188,9 @@ def _weights_file(folder: Path) -> Path:
     if (folder / _WEIGHTS).is_file():
         return folder / _WEIGHTS
     if (folder / "adapter_model.bin").exists():
-        raise InvalidAdapterError(f"adapter_model.bin is pickled, which can run code; save it as {_WEIGHTS}.")
+        raise InvalidAdapterError(
+            f"adapter_model.bin is pickled, and pickled files can run code; save it as {_WEIGHTS}."
+        )
     raise InvalidAdapterError(f"{_WEIGHTS} is missing.")
 
 
@@ -216,10 +212,10 @@ def _read_adapter(file: Path, config: Mapping[str, Any], max_rank: int | None) -
 
 
 def _names_by_module(names: Iterable[str], is_dora: bool) -> dict[str, dict[str, str]]:
-    """From tensor names to those of each module by part; a name of any other form is an error.
+    """Return the tensor names of each module by part; InvalidAdapterError for a name that PEFT does not write.
 
-    The parts are A and B, `magnitude` of a DoRA, `base` where a copy of the base is there, and `embedding` (with B's
-    name) if it is one.
+    The parts are A and B, `magnitude` for a DoRA, `base` for a copy of the base's weight, and `embedding` (again the
+    name of A or B) for an embedding.
     """
     found: dict[str, dict[str, str]] = {}
     for name in names:
@@ -232,7 +228,7 @@ def _names_by_module(names: Iterable[str], is_dora: bool) -> dict[str, dict[str,
         if match["embedding"]:
             found[match["module"]]["embedding"] = name
     if not any("A" in parts for parts in found.values()):
-        raise InvalidAdapterError(f"{_WEIGHTS} holds no LoRA weights.")
+        raise InvalidAdapterError(f"{_WEIGHTS} has no LoRA weights.")
     for module, parts in found.items():
         _check_parts(module, parts, is_dora)
     return found
@@ -241,7 +237,9 @@ def _names_by_module(names: Iterable[str], is_dora: bool) -> dict[str, dict[str,
 def _check_parts(module: str, parts: Mapping[str, str], is_dora: bool) -> None:
     sides = [side for side in "AB" if side in parts]
     if not sides:
-        raise InvalidAdapterError(f"not supported: {module!r} retrained without LoRA (tensor {min(parts.values())!r}).")
+        raise InvalidAdapterError(
+            f"not supported: {module!r} was retrained without LoRA (tensor {min(parts.values())!r})."
+        )
     if len(sides) < 2:
         raise InvalidAdapterError(f"module {module!r} has lora_{sides[0]} without its counterpart.")
     if is_dora != ("magnitude" in parts):
@@ -254,11 +252,11 @@ def _check_shapes(module: str, shapes: Mapping[str, tuple[int, ...]], rank: int,
     is_pair = len(a_shape) == len(b_shape) >= 2 and a_shape[0] == b_shape[1] and set(b_shape[2:]) <= {1}
     if not is_pair or 0 in a_shape + b_shape:
         raise InvalidAdapterError(
-            f"module {module!r}: lora_A of shape {a_shape} and lora_B of shape {b_shape} do not make a product."
+            f"module {module!r}: lora_A of shape {a_shape} and lora_B of shape {b_shape} do not fit together."
         )
     if "magnitude" in shapes and shapes["magnitude"] != b_shape[:1]:
         raise InvalidAdapterError(
-            f"module {module!r} has {b_shape[0]} outputs, but DoRA magnitudes of shape {shapes['magnitude']}."
+            f"module {module!r} has {b_shape[0]} outputs, but its DoRA magnitudes have shape {shapes['magnitude']}."
         )
     if a_shape[0] != rank:
         raise InvalidAdapterError(f"module {module!r} has rank {a_shape[0]}, but {CONFIG} says {rank}.")
@@ -287,10 +285,6 @@ def _float32(tensor: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _values(factors: LoraFactors) -> list[Tensor]:
-    return [factors.a_RD, factors.b_FR, *([] if factors.magnitude_F is None else [factors.magnitude_F])]
-
-
 def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for module, factors in adapter.factors.items():
@@ -306,47 +300,21 @@ def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _config_of(adapter: Adapter) -> dict[str, Any]:
-    ranks = {module: factors.rank for module, factors in adapter.factors.items()}
-    alphas = {module: _alpha_of(factors, adapter.is_rslora) for module, factors in adapter.factors.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    return {
-        "peft_type": "LORA",
-        "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.base_model,
-        "inference_mode": True,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": adapter.is_rslora,
-        "use_dora": adapter.is_dora,
-        "target_modules": list(adapter.factors),
-        # PEFT reads these keys as regular expressions.
-        "rank_pattern": {re.escape(module): r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(module): a for module, a in alphas.items() if a != alpha},
-    }
-
-
-def _alpha_of(factors: LoraFactors, is_rslora: bool) -> float:
-    alpha = factors.scaling * scaling_divisor(factors.rank, is_rslora)
-    whole = round(alpha)
-    return whole if math.isclose(alpha, whole, rel_tol=1e-12) else alpha  # 16 / sqrt(8) * sqrt(8) is not quite 16
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
+    about = {"peft_type": "LORA", "task_type": adapter.task_type, "base_model_name_or_path": adapter.base_model}
+    layout = {module: (factors.rank, factors.scaling) for module, factors in adapter.factors.items()}
+    return about | config_of(layout, is_rslora=adapter.is_rslora, is_dora=adapter.is_dora)
 
 
 def _replace_folder(aside: Path, folder: Path) -> None:
-    """Put `aside` in the place of `folder`, which may hold an older adapter; both lie in the same parent."""
+    """Move `aside` to `folder`, which may hold an older adapter; both have the same parent."""
     old = aside.with_name(f"{aside.name}.old")
-    is_there = folder.exists()
-    if is_there:
+    has_older = folder.exists()
+    if has_older:
         folder.rename(old)
     try:
         aside.rename(folder)
     except OSError:
-        if is_there:
+        if has_older:
             old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
