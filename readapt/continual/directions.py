@@ -45,7 +45,8 @@ class Decoupled:
     @property
     def num_parameters(self) -> int:
         """The number of stored values: all factors, and the magnitudes."""
-        return sum(direction.num_parameters for direction in self.directions) + len(self.magnitudes)
+        factors = [each for direction in self.directions for each in direction.factors.values()]
+        return sum(each.a_RD.numel() + each.b_FR.numel() for each in factors) + len(self.magnitudes)
 
 
 @dataclass(frozen=True)
