@@ -1,12 +1,12 @@
-"""Many candidates of a fusion in one forward: every module's factors once, coefficients by candidate.
+"""Many candidates of a fusion in one forward pass: the factors of each module once, coefficients per candidate.
 
     y_i = W' x_i + alpha_i s B_T (A_T x_i) + beta_i B_E (A_E x_i)
 
-Rows come candidate after candidate, each with the same rows in the same order. Uncut, all candidates share the A of
-their module, and B holds the coefficients; cut to a rank, each has its own. A forward saves the launches of one forward
-for each candidate and its change of adapter, not its arithmetic: activations differ from the first adapted module on.
+A batch has the same rows in the same order for each candidate, one candidate after the other. Uncut, all candidates
+share the A of their module, and B holds the coefficients. Cut to a rank, each candidate has its own A.
 
-Shape letters: C candidates, M rows x tokens of one candidate, D in, F out, K terms (those of a cut to a rank, too).
+One forward pass for all candidates saves launches and changes of adapter. It does not save arithmetic: activations
+differ from the first adapted module on. T in shapes here: all tokens of one candidate, with their padding.
 """
 
 import contextlib
@@ -22,50 +22,52 @@ from readapt.training.causal_lm import CausalLM
 
 @dataclass(frozen=True)
 class Deltas:
-    """What C candidates add to one module. DoRA's `scale_CF` (magnitude / norm of the sum) multiplies the result."""
+    """What C candidates add to one module. With DoRA, `scale_CF` (magnitude / norm of the sum) scales the result."""
 
-    a_KD: Tensor  # or C x K x D
-    b_CFK: Tensor
+    a_R2D: Tensor  # or C x R2 x D
+    b_CFR2: Tensor
     scale_CF: Tensor | None = None
 
     def add_to(self, y: Tensor, x: Tensor, bias_F: Tensor | None) -> Tensor:
-        """The module's output for all candidates' rows, from its own output `y` and input `x`, rows first."""
-        x_CMD = x.reshape(len(self.b_CFK), -1, x.shape[-1])
-        y_CMF = y.reshape(len(self.b_CFK), -1, y.shape[-1])
+        """Return the module's output for all candidates, from its own output `y` [B, T, F] and input `x` [B, T, D]."""
+        x_CTD = x.reshape(len(self.b_CFR2), -1, x.shape[-1])
+        y_CTF = y.reshape(len(self.b_CFR2), -1, y.shape[-1])
         if self.scale_CF is None:
-            return torch.baddbmm(y_CMF, x_CMD @ self.a_KD.mT, self.b_CFK.mT).view(y.shape)
-        offset_F = torch.zeros_like(y_CMF[0, 0]) if bias_F is None else bias_F
-        y_CMF = torch.baddbmm(y_CMF - offset_F, x_CMD @ self.a_KD.mT, self.b_CFK.mT)
-        return (y_CMF * self.scale_CF[:, None, :] + offset_F).view(y.shape)
+            return torch.baddbmm(y_CTF, x_CTD @ self.a_R2D.mT, self.b_CFR2.mT).view(y.shape)
+        offset_F = torch.zeros_like(y_CTF[0, 0]) if bias_F is None else bias_F
+        y_CTF = torch.baddbmm(y_CTF - offset_F, x_CTD @ self.a_R2D.mT, self.b_CFR2.mT)
+        return (y_CTF * self.scale_CF[:, None, :] + offset_F).view(y.shape)
 
 
-def deltas(stack: FusionTerms, weight_FD: Tensor, pairs_C2: Tensor, rank: Rank) -> Deltas:
-    """The sums at the candidates' (alpha, beta), cut to `rank` as `Fusion.at` cuts them; None is uncut.
+def deltas(terms: FusionTerms, weight_FD: Tensor, pairs_C2: Tensor, rank: Rank) -> Deltas:
+    """Return what the candidates at these (alpha, beta) add, cut to `rank` as `Fusion.at` cuts it (None: uncut).
 
-    Differentiable in `pairs_C2`; DoRA's norm is taken as constant, as in its training. Where no gradient is wanted, the
-    sums have as few terms as `rank` says.
+    Differentiable in `pairs_C2`; DoRA's norm counts as constant, as in its training. Without a gradient the sums have
+    only as many terms as `rank` says.
     """
     if rank is None:
-        a_KD, b_CFK = stack.whole(pairs_C2)
+        a_R2D, b_CFR2 = terms.whole(pairs_C2)
     else:
-        cut = stack.cut if pairs_C2.requires_grad else stack.factors
-        a_KD, b_CFK = cut(pairs_C2, stack.num_terms(rank))
-    return Deltas(a_KD, b_CFK, _dora_scale(stack, weight_FD, a_KD, b_CFK))
+        cut = terms.cut if pairs_C2.requires_grad else terms.factors
+        a_R2D, b_CFR2 = cut(pairs_C2, terms.num_terms(rank))
+    return Deltas(a_R2D, b_CFR2, _dora_scale(terms, weight_FD, a_R2D, b_CFR2))
 
 
 @torch.no_grad()
-def _dora_scale(stack: FusionTerms, weight_FD: Tensor, a_KD: Tensor, b_CFK: Tensor) -> Tensor | None:
-    if stack.task.magnitude_F is None:
+def _dora_scale(terms: FusionTerms, weight_FD: Tensor, a_R2D: Tensor, b_CFR2: Tensor) -> Tensor | None:
+    if terms.task.magnitude_F is None:
         return None
-    each_a_CKD = a_KD.expand(len(b_CFK), -1, -1)
-    norms = [(weight_FD + b_FK @ a_KD).norm(dim=1) for a_KD, b_FK in zip(each_a_CKD, b_CFK, strict=True)]
-    return stack.task.magnitude_F / torch.stack(norms)
+    a_CR2D = a_R2D.expand(len(b_CFR2), -1, -1)
+    norms = [(weight_FD + b_FR2 @ a_R2D).norm(dim=1) for a_R2D, b_FR2 in zip(a_CR2D, b_CFR2, strict=True)]
+    return terms.task.magnitude_F / torch.stack(norms)
 
 
 @contextlib.contextmanager
-def installed(model: CausalLM, found: Mapping[str, Deltas]) -> Iterator[None]:
-    """Adds the candidates' deltas, by module path, on a bare model, which is bare again afterwards."""
-    handles = [model.get_submodule(name).register_forward_hook(_hook(added)) for name, added in found.items()]
+def installed(model: CausalLM, deltas_by_module: Mapping[str, Deltas]) -> Iterator[None]:
+    """Add the candidates' deltas, by module path, to a bare model inside the block. It is bare again afterwards."""
+    handles = [
+        model.get_submodule(name).register_forward_hook(_hook(added)) for name, added in deltas_by_module.items()
+    ]
     try:
         yield
     finally:

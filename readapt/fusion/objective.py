@@ -1,7 +1,4 @@
-"""The objective of the search: the loss of candidates `alpha * T + beta * E` on fixed held-out rows.
-
-Shape letters: C candidates, N rows of one candidate, L label positions, V vocabulary.
-"""
+"""The objective of the search: the loss of candidates `alpha * T + beta * E` on fixed held-out rows."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +18,13 @@ from readapt.training.data import BatchTensors, Encoded, Encoder, Row, by_length
 from readapt.training.evaluate import label_logits
 from readapt.training.lora import linear_shapes
 
-# Rows x tokens of one forward, all candidates together: what a core's caches hold, or enough to fill a GPU.
+# The most tokens in one forward pass, all candidates together: what a core's caches hold, or enough to fill a GPU.
 FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate and its loss on the search rows; inf where the loss was not a number."""
+    """One candidate and its loss on the search rows; inf if the loss is not finite."""
 
     point: Point
     loss: float
@@ -35,7 +32,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best candidate and all that were tried, in order."""
+    """The best candidate, and all trials in order."""
 
     point: Point
     loss: float
@@ -43,17 +40,17 @@ class SearchResult:
 
 
 def best_of(trials: Sequence[Trial]) -> SearchResult:
-    """The trial of the lowest loss; among equals the earliest."""
+    """Return the trial of the lowest loss, the earliest of equals, with all trials."""
     best = min(trials, key=lambda trial: trial.loss)
     return SearchResult(best.point, best.loss, tuple(trials))
 
 
 class FusionObjective:
-    """Loss on fixed rows of `alpha * task + beta * evolution`, of many candidates at once, on a bare `model`.
+    """The loss of `alpha * task + beta * evolution` on fixed rows, for many candidates at once, on a bare `model`.
 
-    The same rows in the same order for every candidate, so that candidates differ by their merit alone. `config.rank`
-    says what is scored: the sum as it is ("uncut"), or cut to the task's own ranks ("serving"), as it would ship.
-    InvalidAdapterError where the task does not fit the model.
+    All candidates get the same rows in the same order, so only their quality makes a difference. `config.rank` says
+    what is scored: the sum as it is ("uncut"), or cut to the task's own ranks ("serving"), as it would ship.
+    InvalidAdapterError if the task does not fit the model.
     """
 
     def __init__(
@@ -66,61 +63,65 @@ class FusionObjective:
         config: SearchConfig,
     ):
         check_fits(task, linear_shapes(model))
-        self.model, self.config = model, config
+        self.model = model
+        self.config = config
         self.rows = by_length(encoder.encode_all(rows))
         self._fusion = Fusion(_on(model.device, task), _on(model.device, evolution))
-        self.stacks = self._fusion.stacks
+        self.terms = self._fusion.terms
         self.groups = groups(task.factors, config.groups)
 
     def adapter(self, point: Point, rank: Rank = "task") -> Adapter:
-        """The candidate itself, on the CPU; see `Fusion.at`."""
+        """Return the candidate itself, on the CPU; see `Fusion.at`."""
         return _on(torch.device("cpu"), self._fusion.at(point, rank))
 
     def lost_energy(self, point: Point, rank: Rank = "task") -> dict[str, float]:
-        """See `Fusion.lost_energy`."""
+        """Return what a cut loses, by module; see `Fusion.lost_energy`."""
         return self._fusion.lost_energy(point, rank)
 
     @torch.no_grad()
     def losses(self, points: Sequence[Point], rows: Sequence[Encoded] | None = None) -> list[float]:
-        """Mean loss of each point in nats per completion token; inf where it is not a number.
+        """Return the mean loss of each point in nats per completion token; inf if it is not finite.
 
-        `rows` are some of the objective's rows in their order (None: all of them).
+        `rows` may be a part of the objective's rows, in their order (None: all of them).
         """
         rows = rows or self.rows
         at_once = max(1, FORWARD_TOKENS[self.model.device.type] // len(rows[-1].input_ids))
         sums: list[float] = []
         for start in range(0, len(points), at_once):
             chunk = points[start : start + at_once]
-            pairs = {name: stack.pairs(chunk) for name, stack in self.stacks.items()}
+            pairs = {name: terms.pairs(chunk) for name, terms in self.terms.items()}
             with installed(self.model, self.deltas(pairs)):
                 sums += sum_losses(self.model, rows, len(chunk)).tolist()
         return [loss / count_labels(rows) if math.isfinite(loss) else math.inf for loss in sums]
 
     def deltas(self, pairs: Mapping[str, Tensor]) -> dict[str, Deltas]:
-        """What candidates add to each module, from their (alpha, beta) there, C x 2; differentiable in these."""
+        """Return what candidates add to each module, from their (alpha, beta) there [C, 2]; differentiable in these."""
         rank: Rank = None if self.config.rank == "uncut" else "task"
         weights = {name: self.model.get_submodule(name).weight for name in pairs}
-        return {name: deltas(self.stacks[name], weights[name], pairs_C2, rank) for name, pairs_C2 in pairs.items()}
+        return {name: deltas(self.terms[name], weights[name], pairs_C2, rank) for name, pairs_C2 in pairs.items()}
 
 
 def sum_losses(model: CausalLM, rows: Sequence[Encoded], num_candidates: int) -> Tensor:
-    """Summed loss over all labels of `rows`, by candidate [C], of the candidates that are installed on the model."""
+    """Return the loss of each candidate installed on the model [C], summed over all labels of `rows`."""
     total_C = torch.zeros(num_candidates, dtype=torch.float64, device=model.device)
     for batch in _batches(rows, FORWARD_TOKENS[model.device.type] // num_candidates):
         num_rows = len(batch.input_ids_BT)
-        logits_LV, labels_L, row_L = label_logits(model, _repeat(batch, num_candidates))
-        losses_L = cross_entropy(logits_LV, labels_L, reduction="none").double()
-        total_C = total_C.index_add(0, row_L // num_rows, losses_L)
+        logits_YV, labels_Y, row_Y = label_logits(model, _repeat(batch, num_candidates))
+        losses_Y = cross_entropy(logits_YV, labels_Y, reduction="none").double()
+        total_C = total_C.index_add(0, row_Y // num_rows, losses_Y)
     return total_C
 
 
 def count_labels(rows: Sequence[Encoded]) -> int:
-    """The number of completion tokens, eos included."""
+    """Return the number of completion tokens, eos included."""
     return sum(len(row.input_ids) - row.num_prompt_tokens for row in rows)
 
 
 def _batches(rows: Sequence[Encoded], max_tokens: int) -> Iterator[BatchTensors]:
-    """Rows by rising length, as many at once as stay below `max_tokens` with their padding, at least one."""
+    """Yield batches of consecutive rows: at most `max_tokens` with padding each, but at least one row.
+
+    The rows come in order of rising length, so the last row of a batch is its width.
+    """
     batch: list[Encoded] = []
     for row in rows:
         if batch and (len(batch) + 1) * len(row.input_ids) > max_tokens:

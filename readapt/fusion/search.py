@@ -1,9 +1,9 @@
-"""The search for the fused start: which (alpha, beta) of `alpha * T + beta * E` loses least on held-out rows.
+"""The search for the fused start: the (alpha, beta) of `alpha * T + beta * E` with the lowest loss on held-out rows.
 
-The method of ReLoRA (arXiv 2606.02606), with hyperopt's TPE as the Bayesian optimiser: the corners of the plane first
-(the copy, the undone update, the bare base), a few random points, then what the model of the losses so far suggests.
-Candidates come in rounds, and a round is scored in few forwards. `on_ray` spreads rounds over a cluster, `find` goes
-through them here; both ask and tell the same `BayesianSearch`. `refine` may go on from what it found.
+The method is that of ReLoRA (arXiv 2606.02606), with hyperopt's TPE as the Bayesian optimiser. It tries the corners of
+the plane first (the copy, the undone update, the bare base), then a few random points, then what its model of the
+losses suggests. Candidates come in rounds, and a round is scored in few forward passes. `find` scores rounds in this
+process; `on_ray` spreads them over a cluster. Both ask and tell a `BayesianSearch`. `refine` may improve its result.
 """
 
 import math
@@ -26,9 +26,9 @@ from readapt.training.data import Row
 
 
 class BayesianSearch:
-    """One adapter's search, asked for rounds of candidates and told their losses, maybe in another order.
+    """One adapter's search. `ask` returns rounds of candidates; `tell` takes their losses, in any order of rounds.
 
-    Deterministic: the same losses in the same order bring the same candidates.
+    Deterministic: the same losses in the same order lead to the same candidates.
     """
 
     def __init__(self, config: SearchConfig, space_groups: tuple[str, ...] = ()):
@@ -37,43 +37,43 @@ class BayesianSearch:
         self._left = max(config.trials, len(CORNERS))
         self._first: list[Point] = list(CORNERS)
         self._trials: list[Trial] = []
-        self._num_in_the_air = 0
+        self._num_pending = 0
         box = self._space.bounds().items()
         self._domain = hyperopt.Domain(None, {name: hyperopt.hp.uniform(name, *bounds) for name, bounds in box})
         self._told = hyperopt.Trials()
         self._random = np.random.default_rng(config.seed)
-        # hyperopt's own default is 20 random points before the model of the losses is asked at all.
+        # hyperopt would try 20 random points before it uses its model of the losses: most of the trials.
         self._num_random = (self._left - len(CORNERS)) // 3
 
     @property
     def can_ask(self) -> bool:
-        """Whether there are candidates that nobody has asked for yet."""
+        """Whether `ask` has candidates left."""
         return self._left > 0
 
     @property
     def is_over(self) -> bool:
-        """Whether all losses have been told."""
-        return self._left == self._num_in_the_air == 0
+        """Whether the losses of all candidates have been told."""
+        return self._left == self._num_pending == 0
 
     def ask(self) -> list[Point]:
-        """The next round: `config.batch` candidates, fewer in the last round."""
+        """Return the next round: `config.batch` candidates, or fewer in the last round."""
         points = [self._next() for _ in range(min(self._config.batch, self._left))]
         self._left -= len(points)
-        self._num_in_the_air += len(points)
+        self._num_pending += len(points)
         return points
 
     def tell(self, points: Sequence[Point], losses: Sequence[float] | None) -> None:
-        """A round's losses; None where it could not be scored."""
-        self._num_in_the_air -= len(points)
+        """Take a round's losses; None means that it could not be scored."""
+        self._num_pending -= len(points)
         for point, loss in zip(points, losses or [], strict=losses is not None):
             self._trials.append(Trial(point, loss))
             self._told.insert_trial_doc(self._document(point, loss))
         self._told.refresh()
 
     def result(self) -> SearchResult:
-        """The best so far; TrainingError where no round could be scored."""
+        """Return the best point so far. TrainingError if no round could be scored."""
         if not self._trials:
-            raise TrainingError("no trial of the search for (alpha, beta) could be carried out")
+            raise TrainingError("the search for (alpha, beta) has no result: every round of candidates failed")
         return best_of(self._trials)
 
     def _next(self) -> Point:
@@ -90,7 +90,7 @@ class BayesianSearch:
         return self._space.point({name: float(value) for name, [value] in document["misc"]["vals"].items()})
 
     def _document(self, point: Point, loss: float) -> dict[str, Any]:
-        """A candidate and its loss as hyperopt keeps them."""
+        """Return a candidate and its loss as hyperopt stores them."""
         [trial_id] = self._told.new_trial_ids(1)
         document: dict[str, Any] = generate_trial(trial_id, self._space.coordinates(point))
         status = hyperopt.STATUS_OK if math.isfinite(loss) else hyperopt.STATUS_FAIL
@@ -98,7 +98,7 @@ class BayesianSearch:
 
 
 def find(objective: FusionObjective) -> SearchResult:
-    """The whole search in this process: the Bayesian one, and the refinement where the config has it."""
+    """Run the whole search in this process: the Bayesian search, then the refinement if the config asks for it."""
     search = BayesianSearch(objective.config, objective.groups)
     while search.can_ask:
         points = search.ask()
@@ -107,7 +107,7 @@ def find(objective: FusionObjective) -> SearchResult:
 
 
 def subset(rows: Sequence[Row], num_rows: int, seed: int) -> list[Row]:
-    """At most `num_rows` rows, in turn from each distinct completion, so that rare labels are there too."""
+    """Return at most `num_rows` rows, in turn from each distinct completion, so that rare labels are included."""
     shuffled = random.Random(seed).sample(list(rows), len(rows))
     by_completion: dict[str, list[Row]] = defaultdict(list)
     for row in shuffled:
@@ -117,13 +117,13 @@ def subset(rows: Sequence[Row], num_rows: int, seed: int) -> list[Row]:
 
 
 def split_valid(rows: Sequence[Row], config: SearchConfig) -> tuple[list[Row], list[Row]]:
-    """Validation rows for the search and, disjoint from them, for the gate, which gets at least half.
+    """Divide validation rows between the search and the gate, which gets at least half. They share no row.
 
-    InvalidDataError where fewer than two distinct rows leave nothing for one of them.
+    InvalidDataError if there are fewer than two distinct rows.
     """
     distinct = list(dict.fromkeys(rows))
     if len(distinct) < 2:
-        raise InvalidDataError("search and gate need at least two different validation rows")
+        raise InvalidDataError("search and gate need at least two different validation rows: add rows to `valid.jsonl`")
     chosen = subset(distinct, min(config.subset_rows, len(distinct) // 2), config.seed)
     seen = set(chosen)
     return chosen, [row for row in rows if row not in seen]

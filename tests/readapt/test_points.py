@@ -1,13 +1,13 @@
 import pytest
 
 from cluster.config import SearchConfig
-from readapt.fusion.points import COPY, UNDO, Point, Space, groups, labels, point_of
+from readapt.fusion.points import COPY, UNDO, Point, Space, groups, module_groups, point_of
 
 MODULES = [f"model.layers.{i}.{m}" for i in range(6) for m in ("self_attn.q_proj", "mlp.down_proj")]
 
 
-def test_labels_go_from_the_module_to_its_kind_and_third() -> None:
-    found = labels([*MODULES, "lm_head", "model.embed_tokens"])
+def test_groups_go_from_the_module_to_its_kind_and_third() -> None:
+    found = module_groups([*MODULES, "lm_head", "model.embed_tokens"])
     assert found[MODULES[0]] == (MODULES[0], "attention.early", "attention", "early")
     assert found[MODULES[5]] == (MODULES[5], "mlp.middle", "mlp", "middle")
     assert found[MODULES[11]][1:] == ("mlp.late", "mlp", "late")
@@ -33,9 +33,9 @@ def test_groups_are_those_that_the_adapter_has(grouping, expected: tuple[str, ..
     assert groups(MODULES, grouping) == expected
 
 
-def test_the_more_special_pair_wins() -> None:
+def test_the_most_specific_pair_wins() -> None:
     point = Point(1.0, 0.0, (("mlp", 0.5, 0.5), ("mlp.late", 0.1, 0.2)))
-    of = {name: point.of(found) for name, found in labels(MODULES).items()}
+    of = {name: point.of(found) for name, found in module_groups(MODULES).items()}
     assert of[MODULES[0]] == (1.0, 0.0)
     assert of[MODULES[1]] == (0.5, 0.5)
     assert of[MODULES[11]] == (0.1, 0.2)

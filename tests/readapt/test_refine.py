@@ -36,14 +36,14 @@ def objective(world: World, new_base: Path, **config) -> FusionObjective:
 def test_the_gradient_is_that_of_the_loss(world: World, new_base: Path, rank) -> None:
     scored = objective(world, new_base, rank=rank)
     start = Point(0.9, -0.6)
-    pairs_S2 = torch.cat([stack.pairs([start]) for stack in scored.stacks.values()]).requires_grad_()
-    refine_module._loss(scored, pairs_S2, scored.rows).backward()
-    assert pairs_S2.grad is not None
+    pairs_M2 = torch.cat([terms.pairs([start]) for terms in scored.terms.values()]).requires_grad_()
+    refine_module._loss(scored, pairs_M2, scored.rows).backward()
+    assert pairs_M2.grad is not None
     step = 1e-2
     for side in (0, 1):
         moved = [Point(0.9 + sign * step * (1 - side), -0.6 + sign * step * side) for sign in (1, -1)]
         above, below = scored.losses(moved)
-        assert float(pairs_S2.grad[:, side].sum()) == pytest.approx((above - below) / (2 * step), rel=2e-2, abs=1e-4)
+        assert float(pairs_M2.grad[:, side].sum()) == pytest.approx((above - below) / (2 * step), rel=2e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize("rank", ["uncut", "serving"])

@@ -191,7 +191,7 @@ def test_rounds_may_be_told_late_or_never() -> None:
 def test_a_search_without_any_loss_says_so() -> None:
     search = BayesianSearch(SearchConfig(trials=3))
     search.tell(search.ask(), None)
-    with pytest.raises(TrainingError, match="no trial"):
+    with pytest.raises(TrainingError, match="no result: every round of candidates failed"):
         search.result()
 
 
