@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -31,7 +30,9 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import LadderConfig, ReadaptConfig, SearchConfig
 from cluster.errors import TrainingError
 from readapt.fusion.search import find
-from readapt.ladder.ladder import Ladder, Ready, finish
+from readapt.ladder.inputs import Bases, LadderTask, TaskRows
+from readapt.ladder.ladder import Ladder
+from readapt.ladder.outcome import Ready
 from readapt.ladder.relabel import PROMPTS, load_prompts, relabelled
 from readapt.lowrank.delta import base_evolution
 from readapt.training.data import encoder_for, load_task
@@ -156,9 +157,9 @@ def climb(spec: RunSpec, place: Place, limit_steps: float) -> Climb:
     GivenUpError at the first evaluation after `limit_steps` steps or more; another ReloraError where it breaks down.
     """
     clock = _Clock()
-    ladder, model, points = _ladder(spec, place, clock, limit_steps)
+    ladder, points = _ladder(spec, place, clock, limit_steps)
     began_s = clock.seconds()
-    outcome = finish(model, ladder.climb())
+    outcome = ladder.climb_alone()
     return Climb(
         None if outcome.ready is None else _timed(outcome.ready, points),
         outcome.rung,
@@ -197,8 +198,8 @@ class _Clock:
         self.stages[name] = self.seconds() - began_s
 
 
-def _ladder(spec: RunSpec, place: Place, clock: _Clock, limit_steps: float) -> tuple[Ladder, Any, list[Point]]:
-    """The arm's ladder, with what it needs loaded; the new base; the list that its evaluations will be put into."""
+def _ladder(spec: RunSpec, place: Place, clock: _Clock, limit_steps: float) -> tuple[Ladder, list[Point]]:
+    """Load what the arm's ladder needs; return it, and the list that will receive its evaluations."""
     config, task = ladder_config(spec), spec.task
     with clock.stage("load"):
         new_model, encoder = load_base(place.new_base), encoder_for(place.new_base, config.train.max_tokens)
@@ -219,9 +220,9 @@ def _ladder(spec: RunSpec, place: Place, clock: _Clock, limit_steps: float) -> t
         if point.step >= limit_steps:
             raise GivenUpError(f"given up after {point.step} steps")
 
-    bases, gate = (new_model, old_model), _gate(spec, config)
-    ladder = Ladder(*bases, encoder, rows, old, evolution, config, gate, task.metric, find, report=report, num_golden=0)
-    return ladder, new_model, points
+    ladder_task = LadderTask(old, TaskRows.split(rows, config.search), _gate(spec, config), task.metric)
+    bases = Bases(old_model, new_model, encoder, evolution)
+    return Ladder(bases, ladder_task, config, find, report=report), points
 
 
 def _gate(spec: RunSpec, config: ReadaptConfig) -> Gate:

@@ -24,7 +24,9 @@ from bench.specialists import TASKS, BenchTask, load_bench_task, make_specialist
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.config import TransplantConfig
 from readapt.fusion.search import subset
-from readapt.ladder.transplant import Regression, calibration_rows, transplant
+from readapt.ladder.regression import Regression
+from readapt.ladder.starts import calibration_rows
+from readapt.ladder.transplant import transplant
 from readapt.training.data import Encoder, Row, Task, collate, encoder_for
 from readapt.training.evaluate import judge
 from readapt.training.lora import attached, load_base

@@ -31,7 +31,7 @@ from readapt.fusion.fuse import Fusion
 from readapt.fusion.points import BARE, COPY, UNDO
 from readapt.fusion.search import split_valid
 from readapt.ladder.relabel import PROMPTS, answered, is_data_free, load_prompts
-from readapt.ladder.runs import scratch_plan, warm_plan
+from readapt.ladder.runs import scratch_settings, warm_settings
 from readapt.lowrank.delta import cosine
 from readapt.training.data import Row, encoder_for, load_rows, task_folders
 from readapt.training.evaluate import Evaluation, judge
@@ -270,8 +270,8 @@ def expected_seconds(
 ) -> float:
     """How long a worker climbs to a rung, in forwards of one row at `row_s` each: an estimate to order a fleet by."""
     train, search = config.train, config.search
-    plans = {"train": warm_plan(train, None), "scratch": scratch_plan(train)}
-    looks = {name: sum(map(plan.is_due, range(1, plan.steps + 1))) for name, plan in plans.items()}
+    settings = {"train": warm_settings(train, None), "scratch": scratch_settings(train)}
+    looks = {name: sum(map(run.is_due, range(1, run.steps + 1))) for name, run in settings.items()}
     rows: dict[Rung, float] = {
         "copy": num_gate_rows,
         "transplant": TRANSPLANT_COST * num_calibration_rows + num_gate_rows,

@@ -1,8 +1,8 @@
-"""What two versions of a base model have to do with each other, found out once per pair and kept in the registry.
+"""How two versions of a base model differ: determined once per pair and kept in the registry.
 
-Whether adapters can be carried over at all is decided here, before any other work: the linear modules must have one
-shape, and a token id must mean one token. More tokens, other rules for splitting text and tied or untied embeddings
-are no hindrance, because the adapters sit on the linears between.
+This decides, before any other work, whether adapters can be carried over: the linear modules must have the same shapes,
+and each token id must mean the same token. Added tokens, other rules for splitting text, and tied or untied embeddings
+are fine, because adapters only change the linears between embedding and head.
 """
 
 import tempfile
@@ -28,16 +28,18 @@ EVOLUTION = "evolution"
 
 
 class TokenizerChange(StrEnum):
-    """How the tokenizer of a new base differs from the old one."""
+    """How the tokenizer of a new base differs from the old one's."""
 
     SAME = "same"
-    COMPATIBLE = "compatible"  # every id of an ordinary token means what it meant; there may be more, or other splits
-    OTHER = "other"  # ids mean other tokens
+    COMPATIBLE = (
+        "compatible"  # the ids of ordinary tokens are unchanged; tokens may be added, text may be split otherwise
+    )
+    OTHER = "other"  # some ids mean other tokens
 
 
 @dataclass(frozen=True)
 class BasePair:
-    """Two bases whose adapters can be carried over. `key` is the evolution's blob, None where no linear changed."""
+    """Two bases whose adapters can be carried over. `key` is the evolution's blob, None if no linear changed."""
 
     old: str
     new: str
@@ -48,7 +50,7 @@ class BasePair:
 
 
 class BasePairs:
-    """The pairs of one target: each judged, and its evolution extracted, at most once in all campaigns together."""
+    """The base pairs of one target. Each evolution is extracted at most once, across all campaigns."""
 
     def __init__(
         self, fleet: Fleet, registry: Registry, blobs: BlobStore, target: str, say: Callable[[str], None] = print
@@ -59,23 +61,23 @@ class BasePairs:
         self._evolution = lru_cache(maxsize=1)(lambda key: load_adapter(blobs.fetch_folder(key)))
 
     def of(self, old: str) -> BasePair:
-        """The pair of that base and the target.
+        """Return the pair of the base `old` and the target.
 
-        InvalidCheckpointError where adapters cannot be carried over, a tensor is not finite or a file is missing;
-        ConflictError where the weights under the old name are not those that its adapters were registered for.
+        Raises InvalidCheckpointError if adapters cannot be carried over, a tensor is not finite or a file is missing;
+        ConflictError if the old base's weights are not those its adapters were registered for.
         """
         if old not in self._found:
             try:
                 self._found[old] = self._find(old)
             except ReloraError as error:
-                self._found[old] = error  # hashing or comparing two large bases once is enough
+                self._found[old] = error  # hashing and comparing two large bases takes long: do it once
         found = self._found[old]
         if isinstance(found, ReloraError):
             raise found
         return found
 
     def evolution(self, old: str) -> Adapter:
-        """The evolution from that base to the target, as a low-rank adapter; empty where no linear changed."""
+        """Return the evolution from `old` to the target as a low-rank adapter; empty if no linear changed."""
         key = self.of(old).key
         return Adapter({}) if key is None else self._evolution(key)
 
@@ -95,7 +97,7 @@ class BasePairs:
         return BasePair(old, self._target, details["key"], modules, change, num_new_tokens)
 
     def _tokenizer_change(self, before: Checkpoint, after: Checkpoint) -> tuple[TokenizerChange, int]:
-        """Raises where ids mean other tokens, unless nothing of the old adapters is to be used."""
+        """Return `tokenizer_change`. If every adapter is trained from scratch, ids may mean other tokens."""
         try:
             change, num_new_tokens = tokenizer_change(before, after)
         except InvalidCheckpointError:
@@ -104,12 +106,12 @@ class BasePairs:
             return TokenizerChange.OTHER, 0
         if change is TokenizerChange.COMPATIBLE:
             self._say(
-                f"{self._target} has a tokenizer of its own: {num_new_tokens} tokens more, the old ids as they were"
+                f"{self._target} has another tokenizer: {num_new_tokens} tokens were added, the old ids are unchanged"
             )
         return change, num_new_tokens
 
     def _extracted(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What an earlier campaign has found out, as long as the store has it."""
+        """Return what an earlier campaign extracted, if the blob store still has it."""
         for event in self._registry.events(kind=EVOLUTION):
             key = event.details["key"]
             if identity.items() <= event.details.items() and (key is None or self._blobs.exists(key)):
@@ -135,10 +137,10 @@ class BasePairs:
 
 
 def tokenizer_change(old: Checkpoint, new: Checkpoint) -> tuple[TokenizerChange, int]:
-    """How the tokenizer has changed, and how many tokens there are more.
+    """Return how the tokenizer has changed, and the number of added tokens.
 
-    InvalidCheckpointError where ids mean other tokens: what the adapters have learnt is then about other text. Special
-    tokens may change their names, as reserved ones do when they are put to use.
+    Raises InvalidCheckpointError if ids mean other tokens, because the adapters' knowledge would then be about other
+    text. Special tokens may change their names, as reserved ones do once they are used.
     """
     if old.tokenizer_fingerprint() == new.tokenizer_fingerprint():
         return TokenizerChange.SAME, 0
@@ -149,8 +151,8 @@ def tokenizer_change(old: Checkpoint, new: Checkpoint) -> tuple[TokenizerChange,
     moved = sorted(token for token, id in ordinary.items() if now.get(token) != id)
     if moved:
         raise InvalidCheckpointError(
-            f"{new.folder}: {len(moved)} of {len(ordinary)} tokens of {old.folder} have other ids or are gone, such as "
-            f"{moved[0]!r} ({ordinary[moved[0]]}, now {now.get(moved[0], 'none')}): adapters cannot be carried over, "
-            f"{ADVICE}"
+            f"{new.folder}: {len(moved)} of {len(ordinary)} tokens of {old.folder} have other ids or are missing, "
+            f"such as {moved[0]!r} ({ordinary[moved[0]]}, now {now.get(moved[0], 'none')}): adapters cannot be "
+            f"carried over, {ADVICE}"
         )
     return TokenizerChange.COMPATIBLE, max(0, len(now) - len(before.get_vocab()))

@@ -1,13 +1,13 @@
-"""A campaign: every adapter of a fleet on its way to a new base, as a state machine over the registry.
+"""A campaign: carry every adapter of a fleet over to a new base, as a state machine over the registry.
 
     plan     each adapter that is live on another base gets a version PLANNED on the target
-    claim    PLANNED -> ADAPTING by compare-and-swap, in the order of `planning`, one by one as workers come free
-    settle   ADAPTING -> CANDIDATE (files stored), REJECTED (no rung passed the gate; the old version stays) or FAILED
+    claim    PLANNED -> ADAPTING by compare-and-swap, one at a time as workers become free, in the order of `order`
+    settle   ADAPTING -> CANDIDATE (its files are stored), REJECTED (no rung passed the gate, so the old version stays
+             live) or FAILED (an error)
 
-All that a campaign knows is in the registry, so a killed one is resumed by running it again: settled versions are not
-touched, and what was in the air is put back to PLANNED. Several campaigns to one target may run at once and share the
-work; `leases` says which of them are dead. The price is that a resumed campaign comes to the adapters that were in the
-air last, at the earliest after `lease_s`.
+The registry holds all of a campaign's state, so a killed campaign is resumed by running it again. Settled versions stay
+as they are, and versions that were being adapted go back to PLANNED. Those are taken up last, at the earliest after
+`lease_s`. Several campaigns to one target may run at once and share the work; `leases` tells which of them are dead.
 """
 
 import itertools
@@ -31,16 +31,14 @@ from cluster.fleet import register_base
 from cluster.records import jsonable
 from cluster.registry import Registry, Status, Version
 from readapt.campaign.base_pair import BasePairs
+from readapt.campaign.jobs import AdapterJob, AdapterResult, Executor, JobFailure, JobUpdate, RungReached
 from readapt.campaign.leases import LeaseWatch, heartbeat
 from readapt.campaign.order import SETTLED, expected_seconds, in_order, unready_traffic
-from readapt.campaign.worker import AdapterJob, Climbed, Executor, JobFailed, Report, RungReached
-from readapt.fusion.search import SearchResult
-from readapt.ladder.ladder import Outcome
 from readapt.training.data import task_folders
 
 
 class Campaign:
-    """Carries the adapters of `fleet` over to base `target`; `say` gets one line for each step of each adapter."""
+    """Carries the adapters of `fleet` over to the base `target`. `say` gets one line per step of each adapter."""
 
     def __init__(
         self,
@@ -63,10 +61,10 @@ class Campaign:
         self._settled: list[Version] = []
 
     def run(self) -> list[Version]:
-        """Works until nothing is left to do and returns the versions that this campaign settled, in that order.
+        """Work until nothing is left to do; return the versions this campaign settled, in order.
 
-        Adapters that fail are FAILED with their error, and tried again by the next campaign. ConflictError when the
-        target's name stands for other weights than before, NotFoundError when the fleet has no such base.
+        Adapters that fail become FAILED with their error, and the next campaign tries them again. Raises ConflictError
+        if the target's name stood for other weights before, NotFoundError if the fleet has no such base.
         """
         register_base(self._fleet, self._registry, self._target)
         self._registry.log("campaign_started", campaign=self.id, target=self._target)
@@ -80,7 +78,7 @@ class Campaign:
         return list(self._settled)
 
     def stop(self) -> None:
-        """From another thread: `run` returns within seconds, and what was in the air is put back to PLANNED."""
+        """Make `run`, in another thread, return within seconds. Unfinished versions go back to PLANNED."""
         self._stopped.set()
 
     def _finish(self) -> None:
@@ -93,7 +91,7 @@ class Campaign:
             unready_traffic=cost.integral,
             mean_unready_s=cost.mean_s,
         )
-        self._say(f"unready traffic: {cost.integral:.1f} units x s, {cost.mean_s:.1f} s for a request on average")
+        self._say(f"unready traffic: {cost.integral:.1f} units x s, {cost.mean_s:.1f} s for an average request")
 
     def _settle_all(self) -> None:
         while not self._stopped.is_set():
@@ -101,7 +99,7 @@ class Campaign:
             self._plan()
             claims = self._claims()
             first = next(claims, None)
-            if first is not None:  # an executor is started only for something to do
+            if first is not None:  # the executor starts only if there is work
                 self._work_on(itertools.chain([first], claims))
             elif self._target_versions(Status.ADAPTING):
                 time.sleep(self._lease_s / 20)
@@ -109,17 +107,17 @@ class Campaign:
                 return
 
     def _work_on(self, jobs: Iterator[AdapterJob]) -> None:
-        with closing(self._executor.run(jobs)) as reports:
-            for report in reports:
-                if report is not None:
-                    self._handle(*report)
+        with closing(self._executor.run(jobs)) as updates:
+            for update in updates:
+                if update is not None:
+                    self._handle(*update)
                 if self._stopped.is_set():
                     return
 
-    # RunSettings
+    # Plan
 
     def _plan(self) -> None:
-        """Gives every adapter that is live elsewhere a version here, unless it has one; FAILED ones get a new turn."""
+        """Give every adapter that is live on another base a version here. FAILED versions are planned again."""
         here = self._first_versions()
         for adapter, route in self._registry.routes().items():
             version = here.get(adapter)
@@ -134,17 +132,19 @@ class Campaign:
         return self._registry.versions(base=self._target, statuses=statuses or None)
 
     def _first_versions(self) -> dict[str, Version]:
-        """By adapter, of those made from its live version: what its owner has replaced meanwhile is not carried over.
+        """Return the first version of each adapter on the target that was made from its present live version.
 
-        Two campaigns that plan at once may both add one: the first counts, no other is ever taken.
+        Two campaigns that plan at once may each add one; only the first is ever claimed. If the owner has replaced the
+        live version meanwhile, versions made from the old one no longer count.
         """
         live = {adapter: route.live.id for adapter, route in self._registry.routes().items()}
         return {v.adapter: v for v in reversed(self._target_versions()) if v.parent_id == live.get(v.adapter, -1)}
 
     def _put_back(self, is_lost: Callable[[str], bool]) -> None:
+        """Move versions from ADAPTING back to PLANNED if `is_lost` says so of their campaign."""
         for version in self._target_versions(Status.ADAPTING):
             if is_lost(version.details.get("campaign", "")) and self._move(version, Status.PLANNED):
-                self._say(f"{version.label}: put back, nobody works on it any more")
+                self._say(f"{version.label}: put back to planned, its campaign no longer works on it")
 
     # Claim
 
@@ -162,7 +162,7 @@ class Campaign:
                 self._fail(claimed, f"{type(error).__name__}: {error}")
 
     def _job(self, version: Version) -> AdapterJob:
-        """Everything a worker needs, checked. Errors are the adapter's own fault, or its base's."""
+        """Return the version's job, after checking that it can be done. Raises a ReloraError if it cannot."""
         record = self._registry.adapter(version.adapter)
         assert version.parent_id is not None, "planned versions have a parent"
         parent = self._registry.version(version.parent_id)
@@ -184,18 +184,18 @@ class Campaign:
 
     # Settle
 
-    def _handle(self, job: AdapterJob, report: Report) -> None:
-        """Writes down what a worker reports, unless the version was taken from us because we seemed dead."""
+    def _handle(self, job: AdapterJob, update: JobUpdate) -> None:
+        """Record an update, unless another campaign took the version because this one seemed dead."""
         version = self._registry.version(job.version_id)
         if version.status is not Status.ADAPTING or version.details.get("campaign") != self.id:
             return
-        match report:
+        match update:
             case RungReached():
-                self._log_rung(version, report)
-            case JobFailed():
-                self._fail(version, report.error)
-            case Climbed():
-                self._settle(version, report)
+                self._log_rung(version, update)
+            case JobFailure():
+                self._fail(version, update.error)
+            case AdapterResult():
+                self._settle(version, update)
 
     def _log_rung(self, version: Version, reached: RungReached) -> None:
         point = reached.point
@@ -215,25 +215,26 @@ class Campaign:
         self._say(f"{version.label}: failed: {error}")
         self._move(version, Status.FAILED, {"error": error})
 
-    def _settle(self, version: Version, climbed: Climbed) -> None:
+    def _settle(self, version: Version, result: AdapterResult) -> None:
         started = time.perf_counter()
-        outcome = climbed.outcome
+        outcome = result.outcome
         try:
             files = self._store(outcome.adapter) if outcome.accepted else {}
-        except StorageError as error:  # the others may have better luck; the registry's own errors end the campaign
+        except StorageError as error:  # the next adapter may be stored; an error of the registry ends the campaign
             self._fail(version, f"StorageError: {error}")
             return
-        seconds = {**climbed.seconds, "store": time.perf_counter() - started}
-        details = _details(climbed) | {"seconds": {**seconds, "total": sum(seconds.values())}} | self._stages(version)
+        seconds = {**result.seconds, "store": time.perf_counter() - started}
+        details = _details(result) | {"seconds": {**seconds, "total": sum(seconds.values())}} | self._stages(version)
         target = Status.CANDIDATE if outcome.accepted else Status.REJECTED
+        copied = "copy not tried" if outcome.copy_quality is None else f"copy {outcome.copy_quality:.1f}"
         self._say(
             f"{version.label}: {target} at rung {outcome.rung} (alpha {outcome.alpha:.2f}, beta {outcome.beta:.2f}): "
-            f"{outcome.quality:.1f}, {_copy(outcome)}, asked {outcome.reference:.1f}"
+            f"{outcome.quality:.1f}, {copied}, reference {outcome.reference:.1f}"
         )
         self._move(version, target, details, quality=outcome.quality, **files)
 
     def _stages(self, version: Version) -> dict[str, Any]:
-        """What the version has learned from its parent's stages, for the next upgrade and the next stage."""
+        """Return the parent's stages, which the new version has learned too."""
         assert version.parent_id is not None, "planned versions have a parent"
         details = self._registry.version(version.parent_id).details
         return {"stages": details["stages"]} if "stages" in details else {}
@@ -249,7 +250,7 @@ class Campaign:
     def _move(
         self, version: Version, target: Status, details: dict[str, Any] | None = None, **values: Any
     ) -> Version | None:
-        """The version after the move, or None when somebody else moved it first, which is theirs to go on with."""
+        """Move the version and return it. Returns None if another campaign moved it first and so owns it."""
         try:
             moved = self._registry.move(version.id, version.status, target, details=details, **values)
         except ConflictError:
@@ -261,7 +262,7 @@ class Campaign:
 
 @contextmanager
 def in_background(campaign: Campaign) -> Iterator[Future[list[Version]]]:
-    """Runs a campaign in a thread beside the block, and stops it when the block is left before it is over."""
+    """Run a campaign in a thread during the block; stop it if the block ends first."""
     with ThreadPoolExecutor(1, thread_name_prefix="campaign") as pool:
         settled = pool.submit(campaign.run)
         try:
@@ -270,14 +271,12 @@ def in_background(campaign: Campaign) -> Iterator[Future[list[Version]]]:
             campaign.stop()
 
 
-def _copy(outcome: Outcome) -> str:
-    return "no copy tried" if outcome.copy_quality is None else f"copy {outcome.copy_quality:.1f}"
-
-
-def _details(climbed: Climbed) -> dict[str, Any]:
-    outcome, search = climbed.outcome, climbed.search
-    asked = f"{outcome.reference:.1f} less the gate's tolerance were asked"
-    rejected = climbed.setback or f"at rung {outcome.rung} it reached {outcome.quality:.1f} points, {asked}"
+def _details(result: AdapterResult) -> dict[str, Any]:
+    """Return what the registry keeps of a result."""
+    outcome = result.outcome
+    reached = f"it reached {outcome.quality:.1f} points at rung {outcome.rung}"
+    rejected = result.setback or f"{reached}; the gate asks for {outcome.reference:.1f} less its tolerance"
+    trials = [] if result.search is None else [jsonable(asdict(trial)) for trial in result.search.trials]
     return ({} if outcome.accepted else {"rejected": rejected}) | {
         "rung": outcome.rung,
         "alpha": float(outcome.alpha),
@@ -285,10 +284,6 @@ def _details(climbed: Climbed) -> dict[str, Any]:
         "copy_quality": outcome.copy_quality,
         "reference_quality": outcome.reference,
         "attempts": jsonable([asdict(attempt) for attempt in outcome.attempts]),
-        "search": [] if search is None else _trials(search),
-        "golden": list(outcome.golden),
+        "search": trials,
+        "golden": list(result.golden),
     }
-
-
-def _trials(search: SearchResult) -> list[dict[str, Any]]:
-    return [jsonable(asdict(trial)) for trial in search.trials]

@@ -7,10 +7,10 @@ notice the new base. A folder of such data holds `prompts.jsonl` (`{"prompt": ..
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cluster.adapter_files import Adapter
 from cluster.errors import InvalidDataError
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder, Row, Task, load_rows, read_lines, text_field
 from readapt.training.greedy import greedy_answers
 from readapt.training.lora import attached
@@ -49,7 +49,7 @@ def load_prompts(path: Path) -> list[str]:
     return distinct
 
 
-def relabelled(model: Any, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> Task:
+def relabelled(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> Task:
     """The task that the old service, `old` on the bare old base, defines by its greedy answers; no test rows.
 
     Which rows are for validation does not depend on the prompts' order, which logs may have sorted. InvalidDataError
@@ -67,7 +67,7 @@ def relabelled(model: Any, old: Adapter, encoder: Encoder, prompts: Sequence[str
     return Task(train=rows[num_valid:], valid=rows[:num_valid], test=[])
 
 
-def answered(model: Any, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> list[Row]:
+def answered(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> list[Row]:
     """The prompts with the old service's greedy answers.
 
     Left out are prompts that leave no room for an answer, and those whose answer is empty or does not come to an end.

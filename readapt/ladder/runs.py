@@ -1,11 +1,7 @@
-"""What a run of training is, by where it starts: the fleet file's settings as `RunSettings`.
-
-Shape letters: D in, F out, R rank.
-"""
+"""The settings and starts of a ladder's training runs, made from the fleet file's `[readapt.train]`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -14,6 +10,7 @@ from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import TrainConfig
 from readapt.fusion.fuse import align
 from readapt.lowrank.svd import decompose
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder, Row
 from readapt.training.evaluate import Evaluation, Verdict
 from readapt.training.lora import blank_like, row_norms
@@ -23,8 +20,8 @@ from readapt.training.training_run import CurvePoint, RunSettings, TrainingResul
 SCRATCH_WARMUP_SHARE = 0.02
 
 
-def warm_plan(config: TrainConfig, anchor: Adapter | None, *, runs_on: bool = False) -> RunSettings:
-    """The run from a start that is not blank."""
+def warm_settings(config: TrainConfig, anchor: Adapter | None, *, runs_on: bool = False) -> RunSettings:
+    """Return the settings of a run from a start. `anchor` is what the weights are pulled to; None means the start."""
     return RunSettings(
         steps=config.full_steps,
         learning_rate=config.learning_rate,
@@ -40,54 +37,25 @@ def warm_plan(config: TrainConfig, anchor: Adapter | None, *, runs_on: bool = Fa
     )
 
 
-def scratch_plan(config: TrainConfig, *, runs_on: bool = False) -> RunSettings:
-    """The run of a new adapter: its own learning rate, a short warm-up, nothing to be pulled to."""
-    return RunSettings(
+def scratch_settings(config: TrainConfig, *, runs_on: bool = False) -> RunSettings:
+    """Return the settings of a new adapter's run: its own learning rate, a short warm-up, no pull."""
+    return replace(
+        warm_settings(config, None, runs_on=runs_on),
         steps=config.scratch_steps,
         learning_rate=config.scratch_learning_rate,
-        batch_rows=config.batch_rows,
-        eval_every=config.eval_every,
         warmup_steps=round(SCRATCH_WARMUP_SHARE * config.scratch_steps),
-        seed=config.seed,
-        runs_on=runs_on,
-        averaging=config.averaging,
+        pull_strong=0.0,
+        pull_weak=0.0,
     )
 
 
-def anchor_adapter(kind: str, start: Adapter, old: Adapter) -> Adapter | None:
-    """What the pull goes to: the run's start ("init", None), the old adapter ("old") or nothing at all ("zero")."""
-    if kind == "init":
-        return None
-    return align(_laid_out(old, start), start) if kind == "old" else _zeros(start)
-
-
-def _laid_out(adapter: Adapter, like: Adapter) -> Adapter:
-    """The same function with the ranks and scalings of `like`: missing ranks are zero, too many are cut to the best.
-
-    Magnitudes are those of `like`, or none: what a DoRA pulls a plain adapter to is its direction alone.
-    """
-    factors = {name: _factors_like(adapter.factors[name], f) for name, f in like.factors.items()}
-    return replace(like, factors=factors)
-
-
-def _factors_like(factors: LoraFactors, like: LoraFactors) -> LoraFactors:
-    if factors.rank > like.rank:
-        factors = LoraFactors(*decompose(factors.delta(), like.rank).factors(like.rank), 1.0)
-    spare = like.rank - factors.rank
-    a_RD, b_FR = pad(factors.a_RD, (0, 0, 0, spare)), pad(factors.b_FR, (0, spare))
-    return replace(like, a_RD=a_RD, b_FR=b_FR * (factors.scaling / like.scaling))
-
-
-def _zeros(like: Adapter) -> Adapter:
-    factors = {
-        name: replace(f, a_RD=torch.zeros_like(f.a_RD), b_FR=torch.zeros_like(f.b_FR))
-        for name, f in like.factors.items()
-    }
-    return replace(like, factors=factors)
+def scratch_start(model: CausalLM, like: Adapter, seed: int) -> Adapter:
+    """Return an untrained adapter with the modules, ranks and kind of `like`, for the base `model`."""
+    return blank_like(like, seed, row_norms(model, like.factors) if like.is_dora else None)
 
 
 def train_scratch(
-    model: Any,
+    model: CausalLM,
     encoder: Encoder,
     rows: Sequence[Row],
     like: Adapter,
@@ -97,6 +65,38 @@ def train_scratch(
     watch: Callable[[Evaluation], Verdict] = go_on,
     report: Callable[[CurvePoint], None] = lambda point: None,
 ) -> TrainingResult:
-    """Trains a new adapter with the modules and ranks of `like` on a bare model, which is bare again afterwards."""
-    start = blank_like(like, config.seed, row_norms(model, like.factors) if like.is_dora else None)
-    return fine_tune(model, TrainingRun(start, encoder.encode_all(rows), scratch_plan(config), evaluate, watch, report))
+    """Train a new adapter with the modules, ranks and kind of `like`. `model` is bare before and after."""
+    start, settings = scratch_start(model, like, config.seed), scratch_settings(config)
+    return fine_tune(model, TrainingRun(start, encoder.encode_all(rows), settings, evaluate, watch, report))
+
+
+def anchor_adapter(kind: str, start: Adapter, old: Adapter) -> Adapter | None:
+    """Return what the weights are pulled to: the run's start ("init", None), the `old` adapter, or zeros ("zero")."""
+    if kind == "init":
+        return None
+    return align(_laid_out(old, start), start) if kind == "old" else _zeros(start)
+
+
+def _laid_out(adapter: Adapter, like: Adapter) -> Adapter:
+    """Give the adapter the ranks and scalings of `like`: pad missing ranks with zeros, cut surplus ranks by SVD.
+
+    Magnitudes are those of `like`, if any: a plain adapter is pulled only towards the direction of a DoRA.
+    """
+    factors = {name: _factors_like(adapter.factors[name], f) for name, f in like.factors.items()}
+    return replace(like, factors=factors)
+
+
+def _factors_like(factors: LoraFactors, like: LoraFactors) -> LoraFactors:
+    if factors.rank > like.rank:
+        factors = LoraFactors(*decompose(factors.delta(), like.rank).factors(like.rank), 1.0)
+    missing = like.rank - factors.rank
+    a_RD, b_FR = pad(factors.a_RD, (0, 0, 0, missing)), pad(factors.b_FR, (0, missing))
+    return replace(like, a_RD=a_RD, b_FR=b_FR * (factors.scaling / like.scaling))
+
+
+def _zeros(like: Adapter) -> Adapter:
+    factors = {
+        name: replace(f, a_RD=torch.zeros_like(f.a_RD), b_FR=torch.zeros_like(f.b_FR))
+        for name, f in like.factors.items()
+    }
+    return replace(like, factors=factors)

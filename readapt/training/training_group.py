@@ -19,7 +19,7 @@ from readapt.training.lora import linear_shapes
 from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, layout_of, values_of
 from readapt.training.optimiser import MAX_GRADIENT_NORM, adamw_, clip_, learning_rate, pull
 from readapt.training.packed_batch import PackedBatch, pack_batch
-from readapt.training.training_run import BrokenRunError, CurvePoint, End, Failure, TrainingResult, TrainingRun
+from readapt.training.training_run import BrokenRunError, CurvePoint, RunError, TrainingResult, TrainingRun
 
 READY_GROWTH = 4  # a run that is ready and runs on is evaluated once in so many intervals
 SAMPLED_ROWS = 64  # their mean length decides which runs share a cohort
@@ -47,7 +47,7 @@ class TrainingGroup:
         self._cohorts.setdefault(_cohort_key(run), _Cohort(self.model.device)).add(_RunState(key, run))
         self._update_hooks()
 
-    def step(self) -> list[tuple[Hashable, End | Failure]]:
+    def step(self) -> list[tuple[Hashable, TrainingResult | RunError]]:
         """Evaluate the runs that are due, then train each run one step. Return the runs that ended, with their ends.
 
         A run whose loss is no longer finite ends with a BrokenRunError. A run whose evaluation or rows fail ends with
@@ -66,9 +66,11 @@ class TrainingGroup:
         self._cohorts = {}
         self._update_hooks()
 
-    def _remove_ended(self, ends: Sequence[Mapping[int, End | Failure]]) -> list[tuple[Hashable, End | Failure]]:
+    def _remove_ended(
+        self, ends: Sequence[Mapping[int, TrainingResult | RunError]]
+    ) -> list[tuple[Hashable, TrainingResult | RunError]]:
         """Remove the runs that ended. `ends` has one mapping per cohort, from the run's row to its end."""
-        ended: list[tuple[Hashable, End | Failure]] = []
+        ended: list[tuple[Hashable, TrainingResult | RunError]] = []
         for cohort, by_row in zip(self._cohorts.values(), ends, strict=True):
             ended += [(cohort.states[row].key, end) for row, end in by_row.items()]
             if by_row:
@@ -224,24 +226,24 @@ class _Cohort:
         self.stack = LoraStack(starts, tensors_5AZ[0])
         self._averages = LoraStack(starts, tensors_5AZ[1])
 
-    def evaluate(self, hooks: LoraHooks) -> dict[int, TrainingResult | Failure]:
+    def evaluate(self, hooks: LoraHooks) -> dict[int, TrainingResult | RunError]:
         """Evaluate the runs that are due, each with only its adapter on the model. Return the ends of finished runs."""
-        ends: dict[int, TrainingResult | Failure] = {}
+        ends: dict[int, TrainingResult | RunError] = {}
         for row, state in enumerate(self.states):
             if state.is_due and (end := self._evaluate(hooks, row, state)) is not None:
                 ends[row] = end
         return ends
 
-    def _evaluate(self, hooks: LoraHooks, row: int, state: _RunState) -> TrainingResult | Failure | None:
+    def _evaluate(self, hooks: LoraHooks, row: int, state: _RunState) -> TrainingResult | RunError | None:
         try:
             with hooks.running(Segment(self._averages, ALL_ROWS, row)):
                 return state.evaluate(partial(self._averages.adapter, row))
         except (ReloraError, RuntimeError) as error:
             return error
 
-    def draw(self) -> dict[int, Failure]:
+    def draw(self) -> dict[int, RunError]:
         """Take every run's next rows. Return the errors of the runs whose rows cannot be used."""
-        failed: dict[int, Failure] = {}
+        failed: dict[int, RunError] = {}
         for row, state in enumerate(self.states):
             try:
                 state.draw()

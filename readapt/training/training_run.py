@@ -116,5 +116,4 @@ class TrainingRun:
     known: Evaluation | None = None
 
 
-End = TrainingResult | BrokenRunError
-Failure = ReloraError | RuntimeError  # RuntimeError is torch's for out of memory and shapes that do not fit
+RunError = ReloraError | RuntimeError  # torch raises RuntimeError for out of memory and for shapes that do not fit

@@ -14,7 +14,7 @@ from cluster.errors import OverloadedError
 from cluster.fleet import open_registry
 from cluster.fleet_file import load_fleet
 from cluster.registry import Status, Version
-from readapt.campaign.worker import AdapterJob, JobFailed, Reports
+from readapt.campaign.jobs import AdapterJob, JobFailure, JobUpdates
 from readapt.training.data import Row, Task
 from serving.errors import BackendFailedError
 from tests.worlds.readapt import write_task
@@ -153,14 +153,14 @@ class Idle:
     def __init__(self, fleet: Fleet):
         self.num_polls = 0
 
-    def run(self, jobs: Iterator[AdapterJob]) -> Reports:
+    def run(self, jobs: Iterator[AdapterJob]) -> JobUpdates:
         for job in jobs:
             while self.is_endless:
                 time.sleep(0.05)
                 self.num_polls += 1
                 assert self.num_polls < 400, "nobody has stopped it"
                 yield None
-            yield job, JobFailed("it was to fail")
+            yield job, JobFailure("it was to fail")
 
 
 @pytest.fixture

@@ -23,11 +23,12 @@ from cluster.fleet_file import load_fleet
 from cluster.registry import Registry, Status, Version
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.campaign import Campaign
-from readapt.campaign.worker import AdapterJob, LocalExecutor, Report
+from readapt.campaign.jobs import AdapterJob, JobUpdate
 from readapt.fusion.points import COPY, CORNERS
 from readapt.training.data import encoder_for
 from tests.readapt.test_campaign import Scripted, climbed
 from tests.worlds.fleets import copy_of, make_fleet, registered
+from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
 from tests.worlds.serving import make_checkpoint
 
@@ -192,7 +193,7 @@ def test_adapters_are_carried_over_to_a_base_with_more_tokens(tmp_path: Path, is
     assert version.details["copy_quality"] < 90 < version.quality
     shipped = load_adapter(open_blobs(fleet).fetch_folder(version.blob_key))
     assert {module.rsplit(".", 1)[-1] for module in shipped.factors} >= {"q_proj", "down_proj"}
-    assert any("3 tokens more, the old ids as they were" in line for line in lines)
+    assert any("another tokenizer: 3 tokens were added, the old ids are unchanged" in line for line in lines)
 
 
 def grow(folder: Path, tokens: list[str]) -> None:
@@ -252,7 +253,7 @@ def test_a_full_disk_fails_the_adapter_and_leaves_nothing_behind(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, *args, **more)
 
-    def answer(job: AdapterJob) -> Report:
+    def answer(job: AdapterJob) -> JobUpdate:
         full.clear()
         if job.adapter == "usual":
             full.add("the disk")

@@ -24,10 +24,11 @@ from cluster.records import jsonable
 from cluster.registry import Registry, Status
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.campaign import Campaign, in_background
-from readapt.campaign.worker import AdapterJob, Climbed, JobFailed, LocalExecutor, Report, Reports
+from readapt.campaign.jobs import AdapterJob, AdapterResult, JobFailure, JobUpdate, JobUpdates
 from readapt.fusion.points import CORNERS
-from readapt.ladder.ladder import Outcome
+from readapt.ladder.outcome import Outcome
 from tests.worlds.fleets import copy_of, make_fleet, registered
+from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import try_points
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -65,16 +66,16 @@ class Scripted:
         self.answer = answer
         self.jobs: list[str] = []
 
-    def run(self, jobs: Iterator[AdapterJob]) -> Reports:
+    def run(self, jobs: Iterator[AdapterJob]) -> JobUpdates:
         for job in jobs:
             self.jobs.append(job.adapter)
             yield job, self.answer(job)
 
 
-def climbed(fleet: Fleet, job: AdapterJob, accepted: bool = True) -> Climbed:
+def climbed(fleet: Fleet, job: AdapterJob, accepted: bool = True) -> AdapterResult:
     adapter = load_adapter(open_blobs(fleet).fetch_folder(job.task_key))
-    outcome = Outcome("copy", adapter, 1.0, 0.0, 50.0, 50.0, 90.0, (), accepted, None, ())
-    return Climbed(outcome, None, {"reference": 0.0, "climb": 0.0})
+    outcome = Outcome("copy", adapter, 1.0, 0.0, 50.0, 50.0, 90.0, (), accepted, None)
+    return AdapterResult(outcome, None, {"reference": 0.0, "climb": 0.0})
 
 
 def campaign(fleet: Fleet, registry: Registry, executor=None, target: str = "v2", lease_s: float = 10.0, say=None):
@@ -159,8 +160,8 @@ def test_an_adapter_without_rows_fails_in_words(fleet: Fleet, registry: Registry
 
 
 def test_what_its_owner_has_replaced_is_not_carried_over_but_the_new_one_is(fleet: Fleet, registry: Registry):
-    def fail(job: AdapterJob) -> Report:
-        return JobFailed("the first campaign gets nowhere")
+    def fail(job: AdapterJob) -> JobUpdate:
+        return JobFailure("the first campaign gets nowhere")
 
     campaign(fleet, registry, Scripted(fail)).run()
     old = registry.routes()["busy"].live
@@ -168,7 +169,7 @@ def test_what_its_owner_has_replaced_is_not_carried_over_but_the_new_one_is(flee
     registry.promote(new.id)
     jobs: list[AdapterJob] = []
 
-    def keep(job: AdapterJob) -> Report:
+    def keep(job: AdapterJob) -> JobUpdate:
         jobs.append(job)
         return climbed(fleet, job)
 
@@ -213,7 +214,7 @@ def test_another_tokenizer_is_told(fleet: Fleet, registry: Registry):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     lines: list[str] = []
     campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job)), say=lines.append).run()
-    assert any("a tokenizer of its own: 0 tokens more" in line for line in lines)
+    assert any("another tokenizer: 0 tokens were added" in line for line in lines)
 
 
 def test_what_passes_no_gate_is_rejected_and_not_tried_again(fleet: Fleet, registry: Registry):
@@ -239,7 +240,7 @@ def test_changed_weights_under_an_old_name_are_refused(fleet: Fleet, registry: R
 
 
 def test_an_interrupted_campaign_puts_its_adapters_back(fleet: Fleet, registry: Registry):
-    def interrupt(job: AdapterJob) -> Report:
+    def interrupt(job: AdapterJob) -> JobUpdate:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -248,7 +249,7 @@ def test_an_interrupted_campaign_puts_its_adapters_back(fleet: Fleet, registry: 
 
 
 def test_campaigns_at_once_share_the_work(fleet: Fleet, registry: Registry):
-    def slowly(job: AdapterJob) -> Report:
+    def slowly(job: AdapterJob) -> JobUpdate:
         time.sleep(0.3)
         return climbed(fleet, job)
 
@@ -264,7 +265,7 @@ def test_campaigns_at_once_share_the_work(fleet: Fleet, registry: Registry):
 
 
 def test_a_silent_owner_loses_its_adapter_and_a_living_one_does_not(fleet: Fleet, registry: Registry):
-    campaign(fleet, registry, Scripted(lambda job: JobFailed("made the versions"))).run()
+    campaign(fleet, registry, Scripted(lambda job: JobFailure("made the versions"))).run()
     busy, usual, _ = sorted(registry.versions(base="v2"), key=lambda version: version.adapter)[:3]
     for version, owner in ((busy, "dead"), (usual, "alive")):
         registry.move(version.id, Status.FAILED, Status.PLANNED)
@@ -295,7 +296,7 @@ from cluster.fleet_file import load_fleet
 from cluster.fleet import open_blobs, open_registry
 from readapt.campaign.campaign import Campaign
 from readapt.fusion.points import CORNERS
-from readapt.campaign.worker import LocalExecutor
+from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import try_points
 
 fleet = load_fleet(Path(sys.argv[1]))
@@ -357,7 +358,7 @@ def test_what_an_adapter_has_learned_in_stages_is_carried_over_with_it(fleet: Fl
     more = with_stage(fleet, registry, "usual", learned="calm")
     jobs: list[AdapterJob] = []
 
-    def answer(job: AdapterJob) -> Report:
+    def answer(job: AdapterJob) -> JobUpdate:
         jobs.append(job)
         return climbed(fleet, job)
 
@@ -388,7 +389,7 @@ def test_a_campaign_that_is_stopped_puts_back_what_is_in_the_air(fleet: Fleet, r
     begun = threading.Event()
 
     class Endless(Scripted):
-        def run(self, jobs: Iterator[AdapterJob]) -> Reports:
+        def run(self, jobs: Iterator[AdapterJob]) -> JobUpdates:
             next(jobs)
             begun.set()
             while True:
@@ -408,7 +409,7 @@ def test_a_campaign_that_is_stopped_puts_back_what_is_in_the_air(fleet: Fleet, r
 
 def test_what_is_rejected_says_why(fleet: Fleet, registry: Registry):
     version, *_ = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=False))).run()
-    assert version.setback == "at rung copy it reached 50.0 points, 90.0 less the gate's tolerance were asked"
+    assert version.setback == "it reached 50.0 points at rung copy; the gate asks for 90.0 less its tolerance"
 
 
 def test_details_hold_no_infinity():

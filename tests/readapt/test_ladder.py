@@ -9,9 +9,12 @@ from cluster.checkpoints import open_checkpoint
 from cluster.config import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig, TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
 from readapt.fusion.points import COPY, CORNERS
-from readapt.fusion.search import FusionObjective, SearchResult, split_valid
+from readapt.fusion.search import FusionObjective, SearchResult
 from readapt.ladder import ladder as ladder_module
-from readapt.ladder.ladder import RUNGS, Ladder, Outcome, finish
+from readapt.ladder import starts as starts_module
+from readapt.ladder.inputs import Bases, LadderTask, TaskRows
+from readapt.ladder.ladder import Ladder
+from readapt.ladder.outcome import Outcome
 from readapt.ladder.runs import anchor_adapter, train_scratch
 from readapt.lowrank.delta import base_evolution
 from readapt.training.evaluate import Evaluator, Gate, judge
@@ -53,20 +56,19 @@ def copy_search(objective: FusionObjective) -> SearchResult:
 
 
 def climb(world: World, new: Path, config: ReadaptConfig = CONFIG, reference: float | None = None, **more) -> Outcome:
+    rows = TaskRows.split(world.task, config.search)
     if reference is None:
-        gate_rows = split_valid(world.task.valid, config.search)[1]
-        reference = judge(load_base(world.base), world.specialist, world.encoder, gate_rows, "exact_match").quality
-    old = more.pop("old", world.specialist)
+        reference = judge(load_base(world.base), world.specialist, world.encoder, rows.gate, "exact_match").quality
     evolution, _ = base_evolution(open_checkpoint(world.base), open_checkpoint(new), 64, 0.9999)
     model = more.pop("model", None) or load_base(new)
-    search = more.pop("search", corner_search)
-    gate, metric, old_model = Gate.beside(reference, config.gate), "exact_match", load_base(world.base)
-    ladder = Ladder(model, old_model, world.encoder, world.task, old, evolution, config, gate, metric, search, **more)
-    return finish(model, ladder.climb())
+    bases = Bases(load_base(world.base), model, world.encoder, evolution)
+    old, gate = more.pop("old", world.specialist), Gate.beside(reference, config.gate)
+    task = LadderTask(old, rows, gate, "exact_match")
+    return Ladder(bases, task, config, more.pop("search", corner_search), **more).climb_alone()
 
 
 def gate_quality(world: World, new: Path, adapter: Adapter) -> float:
-    gate_rows = split_valid(world.task.valid, CONFIG.search)[1]
+    gate_rows = TaskRows.split(world.task, CONFIG.search).gate
     return judge(load_base(new), adapter, world.encoder, gate_rows, "exact_match").quality
 
 
@@ -85,7 +87,6 @@ def test_low_rank_change_is_undone_by_fusion_without_training(world: World, tmp_
     assert outcome.copy_quality < 30 < 90 < outcome.quality
     assert [a.rung for a in outcome.attempts] == ["copy", "fused"]
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
-    assert outcome.golden[0]["completion"] == world.task.valid[0].completion
 
 
 def test_change_out_of_fusions_reach_takes_training(world: World, tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_change_out_of_fusions_reach_takes_training(world: World, tmp_path: Path
     assert outcome.quality >= outcome.reference - 2.0
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
     rungs = [a.rung for a in outcome.attempts]
-    assert rungs == [rung for rung in RUNGS if rung not in ("transplant", "wide")][: len(rungs)]
+    assert rungs == ["copy", "fused", "short", "full", "scratch"][: len(rungs)]
     assert rungs[-1] == outcome.rung
     assert [(a.rung, p) for a in outcome.attempts for p in a.curve] == seen
     assert all(a.quality == max(p.quality for p in a.curve) for a in outcome.attempts)
@@ -229,14 +230,14 @@ def test_models_that_the_transplant_does_not_know_are_trained_all_the_same(
     def refuse(*args: object) -> None:
         raise InvalidCheckpointError("another family")
 
-    monkeypatch.setattr(ladder_module, "transplant", refuse)
+    monkeypatch.setattr(starts_module, "transplant", refuse)
     outcome = climb(world, world.base, only("transplant", "scratch"))
     assert [a.error for a in outcome.attempts] == ["InvalidCheckpointError: another family", None]
     assert outcome.rung == "scratch"
 
 
 def test_where_the_old_base_reads_no_row_there_is_no_transplant(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder_module, "calibration_rows", lambda rows, vocabulary, num_tokens: [])
+    monkeypatch.setattr(starts_module, "calibration_rows", lambda rows, vocab_size, num_tokens: [])
     outcome = climb(world, world.base, only("transplant", "copy"))
     assert [(a.rung, a.quality > 0) for a in outcome.attempts] == [("transplant", False), ("copy", True)]
     assert "does not know" in str(outcome.attempts[0].error)
@@ -347,9 +348,9 @@ def test_search_and_gate_do_not_share_rows_and_tests_are_not_touched(world: Worl
         return corner_search(objective)
 
     assert climb(poisoned, new, model=model, search=search).accepted
-    search_rows, gate_rows = split_valid(world.task.valid, CONFIG.search)
-    assert not set(search_rows) & set(gate_rows)
-    expected = judge(model, world.specialist, world.encoder, search_rows, "exact_match").loss
+    rows = TaskRows.split(world.task, CONFIG.search)
+    assert not set(rows.search) & set(rows.gate)
+    expected = judge(model, world.specialist, world.encoder, rows.search, "exact_match").loss
     assert searched == [pytest.approx(expected, rel=1e-5)]
 
 
@@ -359,11 +360,6 @@ def test_model_is_bare_after_the_climb(world: World, tmp_path: Path) -> None:
     bare = logits(model)
     climb(world, new, model=model)
     assert torch.equal(logits(model), bare)
-
-
-def test_golden_prompts_are_as_many_as_asked_for(world: World) -> None:
-    outcome = climb(world, world.base, num_golden=2)
-    assert [set(g) for g in outcome.golden] == [{"prompt", "completion"}] * 2
 
 
 def test_train_scratch_alone_reaches_the_gate(world: World) -> None:

@@ -18,10 +18,11 @@ from cluster.on_ray import LocalCluster, connect
 from cluster.registry import Status, Version
 from readapt.campaign.campaign import Campaign
 from readapt.campaign.job_queue import MAX_CRASHES_PER_JOB, JobQueue
-from readapt.campaign.worker import AdapterJob, JobFailed, RungReached
+from readapt.campaign.jobs import AdapterJob, JobFailure, RungReached
+from readapt.campaign.search_rounds import SearchRounds
 from readapt.fusion.search import FusionObjective, SearchResult, find, split_valid
 from readapt.lowrank.delta import base_evolution
-from readapt.on_ray import FleetSearch, RayExecutor, _Service, check_room
+from readapt.on_ray import RayExecutor, RoundSearcher, _Service, check_room
 from readapt.training.data import encoder_for, load_task
 from readapt.training.lora import load_base
 from readapt.training.training_run import CurvePoint
@@ -109,7 +110,7 @@ def test_a_service_that_ends_while_it_is_needed_is_an_error():
     with pytest.raises(TrainingError, match="the search ended before"):
         ended.check_alive()
     died = _Service("the search", lambda: {}["lost"])
-    with pytest.raises(TrainingError, match="could not go on: 'lost'"):
+    with pytest.raises(TrainingError, match="failed: 'lost'"):
         died.join()
     goes_on = threading.Event()
     alive = _Service("the search", goes_on.wait)
@@ -167,12 +168,12 @@ async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothin
     await queue.close()
     lives = [await queue.enter(0), await queue.enter(1)]
     assert (await taken(queue, 0, lives[0]), await taken(queue, 1, lives[1])) == (7, 5)
-    await queue.report(0, 7, JobFailed("its own fault"))
+    await queue.update(0, 7, JobFailure("its own fault"))
     idle = await waiting_for(queue, 0, lives[0])  # worker 1 may yet die with job 5
-    await queue.report(1, 5, JobFailed("its own fault"))
+    await queue.update(1, 5, JobFailure("its own fault"))
     assert await idle is None
-    assert [version_id for version_id, _ in await queue.reports(1.0)] == [7, 5]
-    assert await queue.reports(0.01) == []
+    assert [version_id for version_id, _ in await queue.updates(1.0)] == [7, 5]
+    assert await queue.updates(0.01) == []
 
 
 async def test_a_dead_workers_job_goes_to_its_successor_until_it_has_killed_too_many():
@@ -180,9 +181,9 @@ async def test_a_dead_workers_job_goes_to_its_successor_until_it_has_killed_too_
     for _ in range(MAX_CRASHES_PER_JOB):
         assert await taken(queue, 0, await queue.enter(0)) == 7
     assert await taken(queue, 0, await queue.enter(0)) == 8
-    ((version_id, report),) = await queue.reports(1.0)
+    ((version_id, report),) = await queue.updates(1.0)
     assert version_id == 7
-    assert isinstance(report, JobFailed)
+    assert isinstance(report, JobFailure)
     assert "died" in report.error
 
 
@@ -205,7 +206,7 @@ async def test_the_late_last_word_of_a_dead_worker_does_not_end_its_successors_j
     for expected in (7, 8):
         life = await queue.enter(0)
         assert await taken(queue, 0, life) == expected
-        await queue.report(0, 7, JobFailed("by the first, then by the second, late"))
+        await queue.update(0, 7, JobFailure("by the first, then by the second, late"))
     assert await taken(queue, 0, await queue.enter(0)) == 8, "it was still held, so it comes back"
 
 
@@ -217,15 +218,15 @@ async def test_jobs_that_a_worker_died_with_are_tried_alone_and_only_the_guilty_
     life = await queue.enter(0)
     assert await taken(queue, 0, life) == 7
     another = await waiting_for(queue, 0, life)
-    await queue.report(0, 7, JobFailed("its own fault"))
+    await queue.update(0, 7, JobFailure("its own fault"))
     assert (await another).version_id == 8
     for _ in range(MAX_CRASHES_PER_JOB - 1):
         assert await taken(queue, 0, await queue.enter(0)) == 8
     life = await queue.enter(0)
     assert await taken(queue, 0, life) == 9
-    await queue.report(0, 9, JobFailed("its own fault"))
+    await queue.update(0, 9, JobFailure("its own fault"))
     assert [await taken(queue, 0, life) for _ in range(2)] == [5, 6]
-    failed = {version_id: report.error for version_id, report in await queue.reports(1.0)}
+    failed = {version_id: report.error for version_id, report in await queue.updates(1.0)}
     assert {version_id for version_id, error in failed.items() if "died" in error} == {8}
 
 
@@ -256,7 +257,7 @@ async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_
     queue = await filled(7)
     await queue.close()
     await taken(queue, 0, await queue.enter(0))
-    await queue.report(0, 7, RungReached("copy", CurvePoint(0, 0.0, 1.0, 50.0), 0.1))
+    await queue.update(0, 7, RungReached("copy", CurvePoint(0, 0.0, 1.0, 50.0), 0.1))
     waiting = asyncio.create_task(queue.found(7, ("mlp",)))
     await queue.set_found(8, "another's")
     await asyncio.sleep(0.01)
@@ -268,20 +269,20 @@ async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_
     assert await taken(queue, 0, await queue.enter(0)) == 7, "still held, so it is taken up again"
 
 
-def play(search: FleetSearch, *names: str) -> list[tuple[int, int] | None]:
+def play(search: SearchRounds, *names: str) -> list[tuple[int, int] | None]:
     """Plays Tune, which asks for trials: whose round each is, and how many candidates it has."""
-    asked = [search.suggest(name) for name in names]
-    return [(found["version_id"], len(found["points"])) if isinstance(found, dict) else None for found in asked]
+    asked = [search.begin(name) for name in names]
+    return [(found.version_id, len(found.points)) if found is not None else None for found in asked]
 
 
-def end(search: FleetSearch, **num_points: int) -> None:
+def end(search: SearchRounds, **num_points: int) -> None:
     for name, number in num_points.items():
-        search.on_trial_complete(name, {"losses": [1.0] * number})
+        search.end(name, [1.0] * number)
 
 
 def test_the_search_serves_adapters_in_turn_when_they_are_wanted():
     results: dict[int, SearchResult | str] = {}
-    search = FleetSearch(SearchConfig(trials=12, batch=8), results.__setitem__)
+    search = SearchRounds(SearchConfig(trials=12, batch=8), results.__setitem__)
     assert play(search, "idle") == [None]
     search.add(3)
     search.add(2)
@@ -291,12 +292,24 @@ def test_the_search_serves_adapters_in_turn_when_they_are_wanted():
     assert play(search, "idle") == [None]
     assert list(results) == [3, 2]
     assert all(isinstance(found, SearchResult) and len(found.trials) == 12 for found in results.values())
-    search.close()
-    assert search.suggest("over") == "FINISHED"
+
+
+def test_tune_is_told_the_rounds_and_their_end():
+    results: dict[int, SearchResult | str] = {}
+    rounds = SearchRounds(SearchConfig(trials=3), results.__setitem__)
+    searcher = RoundSearcher(rounds)
+    assert searcher.suggest("idle") is None
+    rounds.add(3)
+    settings = searcher.suggest("a")
+    assert (settings["version_id"], len(settings["points"])) == (3, 3)
+    searcher.on_trial_complete("a", {"losses": [3.0, 1.0, 2.0]})
+    assert results[3].point == settings["points"][1]
+    rounds.close()
+    assert searcher.suggest("over") == "FINISHED"
 
 
 def test_the_actors_begin_with_an_empty_round_for_the_first_adapter():
-    search = FleetSearch(SearchConfig(concurrency=2), lambda version_id, found: None)
+    search = SearchRounds(SearchConfig(concurrency=2), lambda version_id, found: None)
     search.warm_up(7)
     search.warm_up(8)
     assert play(search, "a", "b", "c") == [(7, 0), (7, 0), None]
@@ -305,7 +318,7 @@ def test_the_actors_begin_with_an_empty_round_for_the_first_adapter():
 
 
 def test_rounds_side_by_side_are_of_different_adapters_where_there_are_some():
-    search = FleetSearch(SearchConfig(trials=24, batch=8, concurrency=3), lambda version_id, found: None)
+    search = SearchRounds(SearchConfig(trials=24, batch=8, concurrency=3), lambda version_id, found: None)
     search.add(3)
     search.add(2)
     assert play(search, *"abcd") == [(3, 8), (2, 8), (3, 8), None]
@@ -316,8 +329,8 @@ def test_rounds_side_by_side_are_of_different_adapters_where_there_are_some():
 
 def test_a_search_without_any_result_says_so():
     results: dict[int, SearchResult | str] = {}
-    search = FleetSearch(SearchConfig(trials=3), results.__setitem__)
+    search = SearchRounds(SearchConfig(trials=3), results.__setitem__)
     search.add(3)
     assert play(search, "a") == [(3, 3)]
-    search.on_trial_complete("a", None, error=True)
+    search.end("a", None)
     assert "no trial" in results[3]

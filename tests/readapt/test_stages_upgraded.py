@@ -12,15 +12,15 @@ from cluster.config import Fleet, GateConfig, LadderConfig, TrainConfig
 from cluster.fleet import open_blobs
 from cluster.registry import Registry, Status, Version
 from readapt.campaign.campaign import Campaign
-from readapt.campaign.worker import LocalExecutor
 from readapt.continual.learn import Method, contrast
 from readapt.continual.stage import NextStage, add_stage
-from readapt.ladder.ladder import Outcome
+from readapt.ladder.outcome import Outcome
 from readapt.ladder.runs import train_scratch
 from readapt.training.data import Row, Task, encoder_for, joined, load_rows, load_task
 from readapt.training.evaluate import Evaluator, judge
 from readapt.training.lora import blank, linear_shapes, load_base
 from tests.worlds.fleets import make_fleet, registered
+from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import ready_when, write_task
 
 METHOD = contrast(Method(steps=80, ranks=((0, 4),), learning_rate=1e-2))
@@ -112,13 +112,13 @@ def test_a_small_stage_that_is_lost_among_many_rows_is_not_let_through(
             pass
 
         def climb(self) -> Generator[None, None, Outcome]:
-            return Outcome("copy", forgetful, 1.0, 0.0, 90.0, 90.0, 90.0, (), True, None, ())
+            return Outcome("copy", forgetful, 1.0, 0.0, 90.0, 90.0, 90.0, (), True, None)
             yield
 
     monkeypatch.setattr("readapt.campaign.worker.Ladder", Passed)
     shutil.copy(fleet.base("v1").path / "model.safetensors", fleet.base("v2").path)
     version = upgraded(fleet, registry)
     assert (version.status, version.blob_key) == (Status.REJECTED, None)
-    assert f"it passed its gate, but on the rows in {letters} fell from 100.0 to 0.0 points" == version.setback
+    assert f"it passed its gate, but fell from 100.0 to 0.0 points on the rows in {letters}" == version.setback
     assert registry.routes()["usual"].live.details["stages"][1]["name"] == "letters", "the old version serves on"
     registry.close()

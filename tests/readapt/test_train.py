@@ -9,7 +9,7 @@ import torch
 
 from cluster.adapter_files import Adapter
 from cluster.config import TrainConfig
-from readapt.ladder.runs import warm_plan
+from readapt.ladder.runs import warm_settings
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, blank_like, linear_shapes, load_base, row_norms
 from readapt.training.optimiser import learning_rate, pull
@@ -96,7 +96,7 @@ def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any)
 
 def test_a_good_start_is_not_lost_on_the_way(world: World, model: Any) -> None:
     """The default warm settings: neither the best nor the last checkpoint is worse than the start."""
-    result = run(world, world.specialist, model, warm_plan(TrainConfig(), anchor=None))
+    result = run(world, world.specialist, model, warm_settings(TrainConfig(), anchor=None))
     start, last = result.curve[0], result.curve[-1]
     assert start.quality >= 95, "the start was meant to be good"
     assert (result.best_quality, result.steps_done) == (max(p.quality for p in result.curve), TrainConfig().full_steps)

@@ -7,7 +7,10 @@ import torch
 from cluster.adapter_files import Adapter
 from cluster.config import TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
-from readapt.ladder.transplant import HeadMap, Regression, calibration_rows, check_walk, transplant
+from readapt.ladder.layer_walk import check_walk
+from readapt.ladder.regression import HeadMap, Regression
+from readapt.ladder.starts import calibration_rows
+from readapt.ladder.transplant import transplant
 from readapt.training.data import Encoded, by_length
 from readapt.training.evaluate import judge
 from readapt.training.lora import attach, attached, load_base, row_norms
@@ -30,42 +33,42 @@ def random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def reference_map(x_ND, y_NF, ridge: float, centre_FD) -> torch.Tensor:
+def reference_map(x_UD, y_UF, ridge: float, centre_FD) -> torch.Tensor:
     """The full-rank solution by the normal equations, in double."""
-    x_ND, y_NF = x_ND.double(), y_NF.double()
-    gram_DD = x_ND.T @ x_ND
+    x_UD, y_UF = x_UD.double(), y_UF.double()
+    gram_DD = x_UD.T @ x_UD
     penalty = ridge * gram_DD.diagonal().mean()
-    inner_DF = x_ND.T @ y_NF + penalty * centre_FD.double().T
+    inner_DF = x_UD.T @ y_UF + penalty * centre_FD.double().T
     return torch.linalg.solve(gram_DD + penalty * torch.eye(len(gram_DD)), inner_DF).T
 
 
 @pytest.mark.parametrize("has_centre", [False, True])
 def test_regression_solves_the_ridge_problem(has_centre: bool) -> None:
-    x_ND, y_NF = random(90, 13, seed=0), random(90, 7, seed=1)
+    x_UD, y_UF = random(90, 13, seed=0), random(90, 7, seed=1)
     centre_FD = random(7, 13, seed=3) if has_centre else torch.zeros(7, 13)
-    regression = Regression(x_ND, ridge=0.05)
-    a_RD, b_FR, energy = regression.solve(y_NF, 7, centre_FD if has_centre else None)
-    torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_ND, y_NF, 0.05, centre_FD), rtol=1e-4, atol=1e-5)
+    regression = Regression(x_UD, ridge=0.05)
+    a_RD, b_FR, energy = regression.solve(y_UF, 7, centre_FD if has_centre else None)
+    torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_UD, y_UF, 0.05, centre_FD), rtol=1e-4, atol=1e-5)
     assert energy == pytest.approx(1.0, abs=1e-5)
 
 
 def test_no_cut_of_that_rank_is_nearer_in_the_metric_of_the_outputs() -> None:
     """Eckart and Young, in the metric of G: random competitors and the plain SVD of the weights are all worse."""
     scales_D = torch.logspace(0, -2, 13)
-    x_ND, y_NF = random(300, 13, seed=0) * scales_D, random(300, 9, seed=1)
-    regression = Regression(x_ND, ridge=1e-2)
-    full_FD = reference_map(x_ND, y_NF, 1e-2, torch.zeros(9, 13)).float()
-    gram_DD = x_ND.T @ x_ND
+    x_UD, y_UF = random(300, 13, seed=0) * scales_D, random(300, 9, seed=1)
+    regression = Regression(x_UD, ridge=1e-2)
+    full_FD = reference_map(x_UD, y_UF, 1e-2, torch.zeros(9, 13)).float()
+    gram_DD = x_UD.T @ x_UD
     gram_DD.diagonal().add_(1e-2 * gram_DD.diagonal().mean())
 
     def distance(cut_FD: torch.Tensor) -> float:
         lost_FD = cut_FD - full_FD
         return float((lost_FD @ gram_DD * lost_FD).sum())
 
-    a_RD, b_FR, energy = regression.solve(y_NF, 3)
+    a_RD, b_FR, energy = regression.solve(y_UF, 3)
     found = distance(b_FR @ a_RD)
-    u_FK, s_K, v_KD = torch.linalg.svd(full_FD, full_matrices=False)
-    assert found < 0.9 * distance((u_FK[:, :3] * s_K[:3]) @ v_KD[:3])
+    u_FR, s_R, v_RD = torch.linalg.svd(full_FD, full_matrices=False)
+    assert found < 0.9 * distance((u_FR[:, :3] * s_R[:3]) @ v_RD[:3])
     nudged = [
         distance((b_FR + 0.01 * random(9, 3, seed=s)) @ (a_RD + 0.01 * random(3, 13, seed=s + 50))) for s in range(20)
     ]
@@ -105,11 +108,11 @@ def test_all_that_a_dora_does_is_carried_over(world: World) -> None:
 
 
 def test_inputs_that_are_not_finite_are_told() -> None:
-    x_ND, y_NF = random(30, 5, seed=0), random(30, 4, seed=1)
+    x_UD, y_UF = random(30, 5, seed=0), random(30, 4, seed=1)
     with pytest.raises(TrainingError, match="not finite"):
-        Regression(x_ND * torch.nan, 0.03)
+        Regression(x_UD * torch.nan, 0.03)
     with pytest.raises(TrainingError, match="not finite"):
-        Regression(x_ND, 0.03).solve(y_NF * torch.inf, 2)
+        Regression(x_UD, 0.03).solve(y_UF * torch.inf, 2)
 
 
 def test_equal_inputs_are_factored_with_a_larger_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,17 +125,19 @@ def test_equal_inputs_are_factored_with_a_larger_penalty(monkeypatch: pytest.Mon
         return cholesky(matrix if len(tried) > 1 else -matrix)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_once)
-    x_ND, y_NF = random(1, 6, seed=0).expand(30, 6), random(30, 4, seed=1)
-    a_RD, b_FR, _ = Regression(x_ND, 0.03).solve(y_NF, 4)
-    torch.testing.assert_close((b_FR @ a_RD).double(), reference_map(x_ND, y_NF, 0.3, torch.zeros(4, 6)))
+    x_UD, y_UF = random(1, 6, seed=0).expand(30, 6), random(30, 4, seed=1)
+    a_RD, b_FR, _ = Regression(x_UD, 0.03).solve(y_UF, 4)
+    torch.testing.assert_close(
+        (b_FR @ a_RD).double(), reference_map(x_UD, y_UF, 0.3, torch.zeros(4, 6)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_rank_is_the_least_that_holds_the_energy_within_its_bounds() -> None:
-    x_ND = random(200, 6, seed=0)
+    x_UD = random(200, 6, seed=0)
     map_FD = torch.diag(torch.tensor([8.0, 4.0, 1.0, 0.1, 0.0, 0.0]))
-    regression, y_NF = Regression(x_ND, 1e-5), x_ND @ map_FD.T
+    regression, y_UF = Regression(x_UD, 1e-5), x_UD @ map_FD.T
     for share, min_rank, max_rank, rank in ((0.97, 1, 6, 2), (0.97, 1, 1, 1), (0.97, 4, 6, 4), (0.999, 1, 6, 3)):
-        a_RD, b_FR, energy = regression.solve(y_NF, max_rank, min_rank=min_rank, energy=share)
+        a_RD, b_FR, energy = regression.solve(y_UF, max_rank, min_rank=min_rank, energy=share)
         assert a_RD.shape[0] == b_FR.shape[1] == rank
         assert (energy >= share) == (max_rank > 1)
 
@@ -158,7 +163,7 @@ def test_decoders_of_another_family_are_refused(world: World) -> None:
     check_walk(model, rows)
     layer = model.base_model.layers[0]
     layer.register_forward_hook(lambda module, inputs, output: output * 1.1)
-    with pytest.raises(InvalidCheckpointError, match="its layers differ"):
+    with pytest.raises(InvalidCheckpointError, match="layers differ"):
         transplant(load_base(world.base), world.specialist, model, rows, CONFIG)
     del layer.mlp.act_fn
     with pytest.raises(InvalidCheckpointError, match="act_fn"):
@@ -187,9 +192,9 @@ def test_with_ranks_to_spare_the_new_base_does_what_the_old_service_did(
 
 
 def test_a_head_that_did_not_change_asks_for_the_teachers_own_stream(world: World) -> None:
-    model, answers_L = load_base(world.base), torch.tensor([5, 6, 6])
-    stream_ND = random(7, model.config.hidden_size, seed=0)
-    torch.testing.assert_close(HeadMap(model, model, answers_L)(stream_ND), stream_ND, rtol=1e-4, atol=1e-4)
+    model, answers_Y = load_base(world.base), torch.tensor([5, 6, 6])
+    stream_UD = random(7, model.config.hidden_size, seed=0)
+    torch.testing.assert_close(HeadMap(model, model, answers_Y)(stream_UD), stream_UD, rtol=1e-4, atol=1e-4)
 
 
 def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
@@ -199,16 +204,16 @@ def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
     q_DD, _ = torch.linalg.qr(random(width, width, seed=1))
     student.get_output_embeddings().weight = torch.nn.Parameter(teacher.get_output_embeddings().weight @ q_DD)
     student.base_model.norm.weight.data = random(width, seed=2).abs() + 0.5
-    stream_ND = random(7, width, seed=0)
-    turned_ND = HeadMap(teacher, student, torch.tensor([5, 6, 6]))(stream_ND)
+    stream_UD = random(7, width, seed=0)
+    turned_UD = HeadMap(teacher, student, torch.tensor([5, 6, 6]))(stream_UD)
 
-    def logits_of(model, stream_ND):
+    def logits_of(model, stream_UD):
         # The gain rescales the stream, and so its norm: heads that differ in it agree up to one factor a token.
-        logits_NV = model.get_output_embeddings()(model.base_model.norm(stream_ND))
-        return logits_NV / logits_NV.norm(dim=1, keepdim=True)
+        logits_UV = model.get_output_embeddings()(model.base_model.norm(stream_UD))
+        return logits_UV / logits_UV.norm(dim=1, keepdim=True)
 
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(student, turned_ND), logits_of(teacher, stream_ND), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(logits_of(student, turned_UD), logits_of(teacher, stream_UD), rtol=1e-2, atol=1e-3)
 
 
 def test_what_the_new_head_cannot_see_is_left_as_it_is(world: World) -> None:
@@ -216,9 +221,9 @@ def test_what_the_new_head_cannot_see_is_left_as_it_is(world: World) -> None:
     teacher, student = load_base(world.base), load_base(world.base)
     for model in (teacher, student):
         model.base_model.norm.weight.data[3] = 0.0
-    stream_ND = random(7, teacher.config.hidden_size, seed=0)
-    answers_L = torch.tensor([teacher.config.vocab_size + 5])  # nothing that both know
-    torch.testing.assert_close(HeadMap(teacher, student, answers_L)(stream_ND), stream_ND, rtol=1e-3, atol=1e-3)
+    stream_UD = random(7, teacher.config.hidden_size, seed=0)
+    answers_Y = torch.tensor([teacher.config.vocab_size + 5])  # nothing that both know
+    torch.testing.assert_close(HeadMap(teacher, student, answers_Y)(stream_UD), stream_UD, rtol=1e-3, atol=1e-3)
 
 
 def test_it_mends_what_fusion_cannot_reach_and_leaves_both_models_bare(world: World, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Many jobs in one process: bases held apart, and packed jobs that go as they would alone, whatever ails the others."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,21 +11,14 @@ from cluster.adapter_files import save_adapter
 from cluster.config import Fleet
 from cluster.fleet import open_blobs
 from cluster.fleet_file import load_fleet
-from readapt.campaign.worker import (
-    AdapterJob,
-    Climbed,
-    JobFailed,
-    LocalExecutor,
-    Report,
-    RungReached,
-    Shift,
-    Worker,
-    has_labels,
-)
+from readapt.campaign.concurrent_jobs import ConcurrentJobs
+from readapt.campaign.jobs import AdapterJob, AdapterResult, JobEnd, JobFailure, JobUpdate, RungReached
+from readapt.campaign.worker import Worker, has_labels
 from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.fusion.points import CORNERS
-from readapt.ladder.ladder import Outcome
+from readapt.ladder.outcome import Outcome
 from readapt.training.data import Row, encoder_for
+from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
 from tests.worlds.serving import make_checkpoint
 
@@ -78,9 +71,9 @@ def configured(fleet: Fleet, rungs: tuple[str, ...], adapters_per_worker: int = 
 
 def run(
     fleet: Fleet, jobs: Sequence[AdapterJob], rungs: tuple[str, ...], adapters_per_worker: int = 1
-) -> dict[int, list[Report]]:
+) -> dict[int, list[JobUpdate]]:
     fleet = configured(fleet, rungs, adapters_per_worker)
-    reports: dict[int, list[Report]] = {job.version_id: [] for job in jobs}
+    reports: dict[int, list[JobUpdate]] = {job.version_id: [] for job in jobs}
 
     def refuse(objective: object) -> None:
         raise AssertionError("no rung here is searched for")
@@ -90,10 +83,10 @@ def run(
     return reports
 
 
-def outcome(reports: Sequence[Report]) -> Outcome:
+def outcome(reports: Sequence[JobUpdate]) -> Outcome:
     *reached, last = reports
     assert all(isinstance(report, RungReached) for report in reached)
-    assert isinstance(last, Climbed), last
+    assert isinstance(last, AdapterResult), last
     return last.outcome
 
 
@@ -125,8 +118,7 @@ def test_rows_of_all_folders_are_joined_and_prompts_alone_are_answered(place: Pl
     prompts = [row.prompt for row in task.test[:20]]
     (logged / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
     job = replace(place.from_v2, data=(*place.from_v2.data, more, logged))
-    bench = Worker(place.fleet)
-    found = bench._task(job)
+    found = Worker(place.fleet)._task(job)
     assert found.train[:301] == [*task.train, Row("zz=", "zed")]
     assert found.valid[:121] == [*task.valid, Row("z9=", "zed")]
     answered = {row.prompt: row.completion for row in (*found.train[301:], *found.valid[121:])}
@@ -142,6 +134,15 @@ def test_what_goes_between_processes_carries_one_adapter(place: Place) -> None:
     assert done.ready is None
 
 
+def test_golden_prompts_are_as_many_as_asked_for(place: Place) -> None:
+    fleet = replace(place.fleet, rollout=replace(place.fleet.rollout, golden_prompts=2))
+    result = run(fleet, [place.from_v2], ("copy",))[1][-1]
+    assert isinstance(result, AdapterResult)
+    prompts = list(dict.fromkeys(row.prompt for row in make_task().valid))
+    assert [answer["prompt"] for answer in result.golden] == prompts[:2]
+    assert result.golden[0]["completion"] == make_task().valid[0].completion
+
+
 def test_packed_jobs_go_as_they_would_alone_though_one_of_them_breaks(place: Place, tmp_path: Path) -> None:
     """One trains, one passes as a copy, one has a row that cannot be encoded, which its training comes to late."""
     task = make_task()
@@ -151,7 +152,7 @@ def test_packed_jobs_go_as_they_would_alone_though_one_of_them_breaks(place: Pla
     packed, alone = (run(place.fleet, jobs, ("copy", "train"), number) for number in (3, 1))
     for reports in (packed, alone):
         failed = reports[2][-1]
-        assert isinstance(failed, JobFailed)
+        assert isinstance(failed, JobFailure)
         assert "InvalidDataError: a completion leaves no room" in failed.error
         assert any(isinstance(report, RungReached) for report in reports[2]), "it was on its way"
     assert [outcome(packed[key]).rung for key in (0, 1)][1] == "copy"
@@ -170,12 +171,12 @@ def test_while_one_job_waits_for_its_search_the_others_train(place: Place) -> No
         is_found = job.version_id == 0 or any(report.point.step == 20 for report in reached[0])
         return try_points(objective, CORNERS) if is_found else None
 
-    shift = Shift(Worker(configured(place.fleet, ("fused", "train"))), search)
-    ended = []
+    concurrent = ConcurrentJobs(Worker(configured(place.fleet, ("fused", "train"))), search)
+    ended: dict[Hashable, JobEnd] = {}
     for job in (place.from_v2, place.from_v1):  # the search of the first takes its time
-        assert shift.begin(job, reached[job.version_id].append) == []
-    while shift.num_jobs:
-        ended += shift.step()
+        assert concurrent.begin(job, reached[job.version_id].append) == {}
+    while concurrent.num_jobs:
+        ended |= concurrent.step()
     assert num_asked > 20
-    assert all(isinstance(end, Climbed) and end.search is not None for _, end in ended)
+    assert all(isinstance(end, AdapterResult) and end.search is not None for end in ended.values())
     assert len(ended) == 2

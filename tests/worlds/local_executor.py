@@ -1,0 +1,34 @@
+"""An executor without Ray: it works on a campaign's jobs in this process."""
+
+from collections.abc import Callable, Hashable, Iterator
+
+from cluster.config import Fleet
+from readapt.campaign.concurrent_jobs import ConcurrentJobs
+from readapt.campaign.jobs import AdapterJob, JobEnd, JobUpdate, JobUpdates
+from readapt.campaign.worker import Worker
+from readapt.fusion.objective import FusionObjective, SearchResult
+
+
+class LocalExecutor:
+    """Works on `workers.adapters_per_worker` jobs at a time; `search` is the whole search."""
+
+    def __init__(self, fleet: Fleet, search: Callable[[FusionObjective], SearchResult]):
+        self._jobs = ConcurrentJobs(Worker(fleet), lambda job, objective: search(objective))
+        self._max_jobs = fleet.readapt.workers.adapters_per_worker
+
+    def run(self, jobs: Iterator[AdapterJob]) -> JobUpdates:
+        """See `Executor.run`. The rungs of a job are reported together, when it is over."""
+        held: dict[Hashable, tuple[AdapterJob, list[JobUpdate]]] = {}
+        while True:
+            ended: dict[Hashable, JobEnd] = {}
+            while self._jobs.num_jobs < self._max_jobs and (job := next(jobs, None)) is not None:
+                held[job.version_id] = job, []
+                ended |= self._jobs.begin(job, held[job.version_id][1].append)
+                if ended:
+                    break  # reported before the next one is claimed
+            if not ended and not self._jobs.num_jobs:
+                return
+            for version_id, end in (ended or self._jobs.step()).items():
+                job, reached = held.pop(version_id)
+                yield from ((job, update) for update in (*reached, end))
+            yield None
