@@ -1,14 +1,14 @@
-"""Batched decoding on llama.cpp with one adapter, run by an environment of its own: `python -I ... JOB OUT`.
+"""Runs batched decoding on llama.cpp with one adapter, in its own environment: `python -I llamacpp.py INPUTS OUT`.
 
-The environment has llama-cpp-python, gguf, safetensors and NumPy. JOB, in JSON: `model` (a Hugging Face folder of a
-Llama), `adapter` (a PEFT folder or null), `weights` (f32 or f16), `prompts` (token ids, all of one length), `batches`
-(how many of the prompts decode together), `decode_tokens`, `repeats`, `threads`, `gpu_layers` (how many of them a GPU
-computes). OUT, for each batch: the best `setting` of flash attention and of the KV cache's type; its `tokens_per_s`,
-taken as llama.cpp's own benchmark does (calls of `llama_decode` alone), and `sampled_tokens_per_s` (with picking each
-next token), medians over the repeats; and `tokens`, those without flash attention and with float32 KV.
+The environment has llama-cpp-python, gguf, safetensors and NumPy. INPUTS is JSON with `model` (a Hugging Face folder of
+a Llama), `adapter` (a PEFT folder or null), `weights` (f32 or f16), `prompts` (token ids, all of one length), `batches`
+(numbers of prompts that decode together), `decode_tokens`, `repeats`, `threads` and `gpu_layers` (layers computed on a
+GPU). OUT is JSON with, for each batch, the best `setting` of flash attention and KV type, and medians over the repeats:
+`tokens_per_s` times only the calls of `llama_decode`, as llama.cpp's own benchmark does, and `sampled_tokens_per_s`
+includes choosing each next token. `tokens` come from the run without flash attention and with float32 KV.
 
-Both files are written here, as GGUF. llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face those half
-a head apart: the rows of q and k, and of their LoRA B, change order.
+Model and adapter are converted to GGUF here. llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face
+rotates pairs that are half a head apart. So the rows of q and k, and of their LoRA B, change order.
 """
 
 import ctypes
@@ -36,19 +36,19 @@ PER_LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-SETTINGS = {  # enumerators of llama.cpp: flash attention, type of the KV cache
+SETTINGS = {  # llama.cpp's enum values of flash attention and KV type
     "no flash attention, f32 KV": (0, 0),
     "no flash attention, f16 KV": (0, 1),
     "flash attention, f32 KV": (1, 0),
     "flash attention, f16 KV": (1, 1),
 }
 _LORA = {"lora_A": "lora_a", "lora_B": "lora_b"}
-_CELLS = 256  # the KV cache of a sequence is a multiple of so many tokens
+_CELLS = 256  # the KV cache of a sequence is a multiple of this many tokens
 _UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 def gguf_name(module: str) -> str:
-    """What llama.cpp calls a module of a Hugging Face Llama; KeyError where it knows none."""
+    """Return llama.cpp's name of a module of a Hugging Face Llama. Raises KeyError if it has none."""
     if module in WHOLE:
         return WHOLE[module]
     layer, _, rest = module.removeprefix("model.layers.").partition(".")
@@ -56,19 +56,19 @@ def gguf_name(module: str) -> str:
 
 
 def neighbouring_pairs(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows [heads * head size, ...] in llama.cpp's order: the two of each rotated pair one after the other."""
+    """Return rows [heads * head size, ...] in llama.cpp's order: the two rows of a rotated pair are neighbours."""
     pairs = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def reordered(module: str, rows: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-    """A weight or a LoRA B of the module, rows [out, ...], as llama.cpp wants it."""
+    """Return a weight or a LoRA B of the module, rows [out, ...], in llama.cpp's order."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module.rpartition(".")[2])
     return neighbouring_pairs(rows, config[heads]) if heads else rows
 
 
 def write_model(model: Path, file: Path, weights: str) -> None:
-    """The checkpoint as GGUF, matrices in f32 or f16 and norms in f32; no tokenizer."""
+    """Write the checkpoint as GGUF: matrices in f32 or f16, norms in f32, and no tokenizer."""
     import gguf
 
     config = json.loads((model / "config.json").read_text())
@@ -84,7 +84,7 @@ def write_model(model: Path, file: Path, weights: str) -> None:
 
 
 def write_adapter(model: Path, adapter: Path, file: Path) -> None:
-    """The PEFT adapter as GGUF, in f32; ValueError for what llama.cpp's adapters have no place for."""
+    """Write the PEFT adapter as GGUF in f32. Raises ValueError for options that GGUF adapters do not support."""
     import gguf
 
     config = json.loads((model / "config.json").read_text())
@@ -136,7 +136,7 @@ def _finish(writer: Any) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One prefill and decode of a batch: seconds of the decode steps, alone and with sampling, and what came."""
+    """One prefill and decode of a batch: seconds of the decode steps, without and with sampling, and the tokens."""
 
     decode_s: float
     sampled_s: float
@@ -144,7 +144,7 @@ class Run:
 
 
 class Decoder:
-    """llama.cpp with a model and at most one adapter; a context of its own for each batch and setting."""
+    """llama.cpp with a model and at most one adapter. Each batch and setting gets its own context."""
 
     def __init__(self, model: Path, adapter: Path | None, threads: int, gpu_layers: int):
         import llama_cpp
@@ -163,7 +163,7 @@ class Decoder:
         self._threads = threads
 
     def runs(self, prompts: np.ndarray, decode_tokens: int, repeats: int, setting: tuple[int, int]) -> Iterator[Run]:
-        """Greedy from prompts [sequences, tokens]: one run to warm up, which is not told, then the others."""
+        """Decode greedily from prompts [sequences, tokens]: one warm-up run that is dropped, then `repeats` runs."""
         num_seqs, prompt_tokens = prompts.shape
         context = self._context(num_seqs, prompt_tokens + decode_tokens, setting)
         batch = self._api.llama_batch_init(max(num_seqs, prompt_tokens), 0, 1)
@@ -181,7 +181,7 @@ class Decoder:
         params.n_threads = params.n_threads_batch = self._threads
         params.flash_attn_type, params.type_k = setting
         params.type_v = params.type_k
-        params.kv_unified = False  # each sequence attends to its own cells only
+        params.kv_unified = False  # each sequence reads only its own cells
         context = _loaded(self._api.llama_init_from_model(self._model, params), "a context")
         if self._adapter is not None:
             adapters = (self._api.llama_adapter_lora_p_ctypes * 1)(self._adapter)
@@ -221,17 +221,17 @@ def _address(batch: Any, sequences: Any, needs_logits: list[bool]) -> None:
 
 def _loaded(handle: Any, what: object) -> Any:
     if not handle:
-        raise RuntimeError(f"llama.cpp could not make {what}")
+        raise RuntimeError(f"llama.cpp failed to create {what}")
     return handle
 
 
 def _check(code: int) -> None:
     if code:
-        raise RuntimeError(f"llama.cpp answered {code}")
+        raise RuntimeError(f"llama.cpp returned error {code}")
 
 
 def measure(decoder: Decoder, prompts: np.ndarray, decode_tokens: int, repeats: int) -> dict[str, Any]:
-    """The best setting's record for these prompts, all of which decode together."""
+    """Decode these prompts together with each setting, and return the record of the best one."""
     runs = {name: list(decoder.runs(prompts, decode_tokens, repeats, setting)) for name, setting in SETTINGS.items()}
     seconds = {name: statistics.median(run.decode_s for run in some) for name, some in runs.items()}
     best = min(seconds, key=lambda name: seconds[name])
@@ -244,18 +244,21 @@ def measure(decoder: Decoder, prompts: np.ndarray, decode_tokens: int, repeats: 
     }
 
 
-def main(job_file: str, out_file: str) -> None:
-    """Write the GGUF files and measure the job's batches."""
-    job = json.loads(Path(job_file).read_text())
-    prompts = np.array(job["prompts"], dtype=np.int32)
+def main(inputs_file: str, out_file: str) -> None:
+    """Write the GGUF files and measure all batches."""
+    inputs = json.loads(Path(inputs_file).read_text())
+    prompts = np.array(inputs["prompts"], dtype=np.int32)
     with tempfile.TemporaryDirectory() as folder:
         model, adapter = Path(folder, "model.gguf"), Path(folder, "adapter.gguf")
-        write_model(Path(job["model"]), model, job["weights"])
-        if job["adapter"] is not None:
-            write_adapter(Path(job["model"]), Path(job["adapter"]), adapter)
-        decoder = Decoder(model, adapter if job["adapter"] is not None else None, job["threads"], job["gpu_layers"])
+        write_model(Path(inputs["model"]), model, inputs["weights"])
+        if inputs["adapter"] is not None:
+            write_adapter(Path(inputs["model"]), Path(inputs["adapter"]), adapter)
+        decoder = Decoder(
+            model, adapter if inputs["adapter"] is not None else None, inputs["threads"], inputs["gpu_layers"]
+        )
         records = {
-            size: measure(decoder, prompts[:size], job["decode_tokens"], job["repeats"]) for size in job["batches"]
+            size: measure(decoder, prompts[:size], inputs["decode_tokens"], inputs["repeats"])
+            for size in inputs["batches"]
         }
     Path(out_file).write_text(json.dumps(records))
 

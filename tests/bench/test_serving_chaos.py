@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.serving.chaos.clients import Clients
-from bench.serving.chaos.plan import WAVES, Ask, Wave, faults_of, plan
+from bench.serving.chaos.events import WAVES, Ask, Wave, draw_events, faults_of
 from bench.serving.chaos.run import is_clean, run_chaos
 from bench.serving.chaos.tally import Tally
 from bench.serving.chaos.watch import BoundWatch
@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def play(world: World, wave: Wave, num_requests: int) -> Tally:
     tally = Tally(world)
-    asyncio.run(Clients(world, wave, tally).play(plan(world, wave, num_requests, seed=0)))
+    asyncio.run(Clients(world, wave, tally).play(draw_events(world, wave, num_requests, seed=0)))
     return tally
 
 
@@ -45,8 +45,8 @@ def test_a_small_run_is_clean(tmp_path: Path) -> None:
 
 def test_the_same_seed_decides_the_same(world: World) -> None:
     wave = WAVES[1]
-    events = list(plan(world, wave, 300, seed=5))
-    assert events == list(plan(world, wave, 300, seed=5)) != list(plan(world, wave, 300, seed=6))
+    events = list(draw_events(world, wave, 300, seed=5))
+    assert events == list(draw_events(world, wave, 300, seed=5)) != list(draw_events(world, wave, 300, seed=6))
     assert sum(isinstance(event, Ask) for event in events) == 300
     kinds = {kind for event in events for kind in faults_of(event)}
     assert kinds >= {"racing loads", "unload", "client leaves", "slow reader", "load of sound files"}
@@ -84,18 +84,18 @@ def test_ties_are_told_from_wrong_tokens(world: World) -> None:
 def test_errors_need_a_cause(world: World) -> None:
     tally = Tally(world)
     sound, poison = world.by_fate("sound")[0], world.by_fate("poison")[0]
-    asks = [event for event in plan(world, QUIET, 400, 0) if isinstance(event, Ask)]
+    asks = [event for event in draw_events(world, QUIET, 400, 0) if isinstance(event, Ask)]
     plain = next(ask for ask in asks if ask.twist is None)
     refs = [AdapterRef(content.key, content.name, 1, content.key) for content in (sound, poison)]
-    tally.book_error(plain, refs[1], InvalidAdapterError("NaN"))
-    tally.book_error(next(ask for ask in asks if ask.twist == "not loaded"), refs[0], NotFoundError("gone"))
+    tally.record_error(plain, refs[1], InvalidAdapterError("NaN"))
+    tally.record_error(next(ask for ask in asks if ask.twist == "not loaded"), refs[0], NotFoundError("gone"))
     assert not tally.unexplained
-    tally.book_error(plain, refs[0], InvalidAdapterError("NaN"))
-    tally.book_error(plain, refs[0], StorageError("down"))
-    tally.book_error(plain, None, AssertionError("a bug"))
+    tally.record_error(plain, refs[0], InvalidAdapterError("NaN"))
+    tally.record_error(plain, refs[0], StorageError("down"))
+    tally.record_error(plain, None, AssertionError("a bug"))
     assert len(tally.unexplained) == 3
     tally.doubtful.add(sound.key)
-    tally.book_error(plain, refs[0], StorageError("down"))
+    tally.record_error(plain, refs[0], StorageError("down"))
     assert len(tally.unexplained) == 3
     assert tally.outcomes == {"adapter unusable": 2, "adapter not found": 1, "storage": 2, "AssertionError": 1}
 

@@ -26,7 +26,7 @@ def world(tmp_path: Path) -> World:
 
 
 def interpreter(folder: Path, script: str) -> Path:
-    """Stands for the Python of another environment; it is called with -I, the script, the job and the answer's file."""
+    """Make a file that stands for the Python of another environment, called with -I, script, inputs and output file."""
     file = folder / "python"
     file.write_text(f"#!/bin/sh\n{script}\n")
     file.chmod(0o755)
@@ -35,7 +35,9 @@ def interpreter(folder: Path, script: str) -> Path:
 
 def answering(folder: Path, answer: object) -> Path:
     (folder / "answer.json").write_text(json.dumps(answer))
-    return interpreter(folder, f'cp "$3" {folder}/job.json; echo "$1 $2" > {folder}/call; cp {folder}/answer.json "$4"')
+    return interpreter(
+        folder, f'cp "$3" {folder}/inputs.json; echo "$1 $2" > {folder}/call; cp {folder}/answer.json "$4"'
+    )
 
 
 def vllm_answers(python: Path, world: World) -> list[list[Answer]]:
@@ -46,10 +48,10 @@ def test_vllm_gets_the_requests_and_every_answer_ends_with_the_last(tmp_path: Pa
     runs = [{"wall_s": wall_s, "tokens": [[7, 8], [9]]} for wall_s in (0.5, 0.25)]
     found = vllm_answers(answering(tmp_path, {"runs": runs}), world)
     assert found == [[Answer(None, s, (7, 8)), Answer(None, s, (9,))] for s in (0.5, 0.25)]
-    job = json.loads((tmp_path / "job.json").read_text())
-    assert job["adapters"] == [str(folder) for folder in world.adapters]
-    assert job["requests"][1] == {"prompt": [5], "adapter": None, "max_tokens": 1}
-    assert (job["engine"]["max_loras"], job["engine"]["max_lora_rank"], job["repeats"]) == (2, 8, 2)
+    inputs = json.loads((tmp_path / "inputs.json").read_text())
+    assert inputs["adapters"] == [str(folder) for folder in world.adapters]
+    assert inputs["requests"][1] == {"prompt": [5], "adapter": None, "max_tokens": 1}
+    assert (inputs["engine"]["max_loras"], inputs["engine"]["max_lora_rank"], inputs["repeats"]) == (2, 8, 2)
     isolated, script = (tmp_path / "call").read_text().split()
     assert isolated == "-I", "modules of ours would be found before those of the environment"
     assert Path(script).is_file()
@@ -68,9 +70,9 @@ def test_llamacpp_gets_the_prompts_that_our_engine_gets(tmp_path: Path, world: W
         threads=1,
     )
     assert (found[1].tokens_per_s, found[1].tokens) == (2.0, ((3, 4),))
-    job = json.loads((tmp_path / "job.json").read_text())
-    assert [tuple(row) for row in job["prompts"]] == prompts(4, 3, SIZES["vocab_size"])
-    assert job["adapter"] == str(world.adapters[1])
+    inputs = json.loads((tmp_path / "inputs.json").read_text())
+    assert [tuple(row) for row in inputs["prompts"]] == prompts(4, 3, SIZES["vocab_size"])
+    assert inputs["adapter"] == str(world.adapters[1])
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path, world: World):

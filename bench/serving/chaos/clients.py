@@ -1,7 +1,7 @@
-"""The clients of a fault run and those who load, unload and break things, on one event loop against an engine's thread.
+"""The clients of a fault run, and everything that loads, unloads and breaks adapters, on one event loop.
 
-Every answer is held against what is right for the adapter that its request began with, and every error against the
-causes that it may have.
+Each answer is checked against the expected tokens of the adapter that its request started with, and each error against
+the causes that it may have.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving.chaos.engines import Engines
-from bench.serving.chaos.plan import (
+from bench.serving.chaos.events import (
     Ask,
     Crash,
     Delay,
@@ -46,7 +46,7 @@ _SLOW_S = 0.03
 
 
 class Clients:
-    """Plays a wave's events. Names lead to versions here as the registry's routes do, changed in one go."""
+    """Plays a wave's events. It maps names to adapters as the registry's routes do, and changes a name at once."""
 
     def __init__(self, world: World, wave: Wave, tally: Tally):
         self._world = world
@@ -68,7 +68,7 @@ class Clients:
         tally.is_crowded = config.host_cache_bytes < CROWDED_BYTES
 
     async def play(self, events: Iterable[Event]) -> Engines:
-        """Everything in order, until all have their answer and the engine holds nothing any more."""
+        """Play all events in order, then wait until all requests have ended and the engine's memory is free."""
         for event in events:
             await self._begin(event)
         self._is_over.set()
@@ -144,17 +144,17 @@ class Clients:
                 outcome = await self._answer(ask, ref, tokens)
         except TimeoutError as error:
             if ask.gives_up_s is None:
-                self._tally.book_error(ask, ref, error)
+                self._tally.record_error(ask, ref, error)
                 return outcome
             outcome = "client left"
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is booked
-            self._tally.book_error(ask, ref, error)
+        except Exception as error:  # noqa: BLE001 - every error is recorded
+            self._tally.record_error(ask, ref, error)
             return outcome
         self._tally.outcomes[outcome] += 1
         return outcome
 
     async def _answer(self, ask: Ask, ref: AdapterRef | None, tokens: list[int]) -> str:
-        """As the gateway does: from an engine that dies to another one, with the tokens so far."""
+        """Ask as the gateway does: if an engine dies, resume on the next one with the tokens so far."""
         trouble: ReloraError = BackendDiedError("never tried")
         for _ in range(_MAX_TRIES):
             loop = self._engines.current()
@@ -162,7 +162,7 @@ class Clients:
                 if ref is not None and ask.twist not in ("no such adapter", "not loaded"):
                     await loop.ensure_adapter(ref, partial(self._fetch, ref.blob_key))
                 return await self._read(loop, self._request(ask, ref, tokens), ask, tokens)
-            except NotFoundError as error:  # its name has gone since, or it was evicted from the host: once more
+            except NotFoundError as error:  # it was unloaded, or evicted from the host: try again
                 trouble = error
                 if ask.twist in ("no such adapter", "not loaded"):
                     break
@@ -199,7 +199,7 @@ class Clients:
             await self._try_twin(loop, request, ask)
 
     async def _try_twin(self, loop: EngineLoop, request: Request, ask: Ask) -> None:
-        """Another request with an id that is taken: refused, or served as any if the first has just ended."""
+        """Send another request with the same id: it is refused, or served if the first one has just ended."""
         tokens: list[int] = []
         with suppress(InvalidRequestError, NotFoundError, OverloadedError, BackendDiedError):
             await self._read(loop, replace(request, resumed_tokens=()), replace(ask, twist=None), tokens)
@@ -219,7 +219,7 @@ class Clients:
     # Adapters.
 
     async def _load(self, name: str, content: Content) -> None:
-        """A version of a name; one that is sound is loaded before anybody is led to it, others come unseen."""
+        """Load a content under a name. A sound one is loaded before the name leads to it, others are not."""
         ref = AdapterRef(content.key, name, next(self._numbers), content.key)
         if name in self._names and content.fate == "sound":
             try:
@@ -230,7 +230,7 @@ class Clients:
         self._publish(name, ref)
 
     def _publish(self, name: str, ref: AdapterRef | None) -> None:
-        """Flip a name, and let go of the adapter that no name leads to any more."""
+        """Point a name at another adapter, and remove the old one if no name leads to it any more."""
         old = self._names.pop(name, None)
         if ref is not None:
             self._names[name] = ref
@@ -242,7 +242,7 @@ class Clients:
             await self._engines.current().remove_adapter(key)
 
     def _fetch(self, key: str) -> Path:
-        """On a loader thread: the files, as slow and as faulty as was ordered."""
+        """Fetch files on a loader thread, with the delay or fault of a `Delay` event."""
         delay = self._delays.pop(key, None)
         if delay is not None:
             time.sleep(delay.seconds)
@@ -251,7 +251,7 @@ class Clients:
         return self._blobs.fetch_folder(key)
 
     async def _settle(self) -> None:
-        """When all names are gone, nothing may be left but idle prefixes of the base."""
+        """Remove all adapters; nothing may be left then but idle prefixes of the base."""
         for _ in range(200):
             loop = self._engines.current()
             with suppress(BackendDiedError):

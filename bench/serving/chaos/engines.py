@@ -1,8 +1,8 @@
-"""The engine of a fault run and, where it dies or is stopped, the next one."""
+"""The engines of a fault run: when one dies or is stopped, the next one takes over."""
 
 from collections import Counter
 
-from bench.serving.chaos.plan import Wave
+from bench.serving.chaos.events import Wave
 from bench.serving.chaos.tally import Tally
 from bench.serving.chaos.watch import WatchedEngine
 from bench.serving.chaos.world import World
@@ -21,36 +21,36 @@ _SHOWN = (
 
 
 class Engines:
-    """The engine of now, and another one where it has died. `totals` adds up all of them, once they have ended."""
+    """The current engine, replaced when it has died or stopped. `totals` sums up the engines that have ended."""
 
     def __init__(self, world: World, wave: Wave, tally: Tally):
         self._base = world.base
-        self._packed = world.folder / "packed" if wave.keeps_packed else None
+        self._packed_dir = world.folder / "packed" if wave.keeps_packed else None
         self._config = wave.config()
         self._tally = tally
         self.totals: Counter[str] = Counter()
-        self.longest_share = 0.0  # of its bound that any request waited
+        self.longest_share = 0.0  # the largest share of its bound that a request waited
         self._open()
 
     def current(self) -> EngineLoop:
-        """A loop that takes requests."""
+        """Return a loop that takes requests."""
         if not self._loop.is_healthy:
             self._end()
             self._open()
         return self._loop
 
     def crash(self) -> None:
-        """Have the next step fail."""
+        """Make the next step fail."""
         self._may_end = self._engine.should_fail = True
 
     def stop(self) -> None:
-        """End the one of now; requests under way end with ABORT."""
+        """Stop the current engine; running requests end with ABORT."""
         if self._loop.is_healthy:
             self._may_end = True
             self._loop.stop()
 
     def close(self) -> None:
-        """End the last one."""
+        """Stop the last engine."""
         self.stop()
         self._end()
 
@@ -58,7 +58,7 @@ class Engines:
         engine = WatchedEngine.open(self._base, self._config)
         assert isinstance(engine, WatchedEngine)
         self._engine, self._may_end = engine, False
-        self._loop = EngineLoop(engine, packed_dir=self._packed)
+        self._loop = EngineLoop(engine, packed_dir=self._packed_dir)
         self._loop.start()
 
     def _end(self) -> None:

@@ -1,11 +1,14 @@
-"""The fault run: very many requests of a small model while everything that can go wrong does, and whether it shows.
+"""The fault run: many requests to a small model while everything that can go wrong does, and a check of every answer.
 
     relora bench chaos --kit DIR [--requests 100000] [--seed 0] [--out FILE.json]
 
-The real engine on its thread with its loader threads, adapters of every kind as files, and clients on an event loop,
-in waves (see `plan`). Every token that anybody gets is held against what Hugging Face and PEFT say for
-the adapter that the request began with; every admission against the bound on waiting of `serving.engine.waiting`; every
-error against the causes that it may have; and after each wave all memory has to be back.
+The real engine runs on its thread with its loader threads. Adapters of every kind are files, and clients run on an
+event loop, in waves (see `events`). The run checks:
+
+- every token against Hugging Face and PEFT with the adapter that the request started with,
+- every admission against the bound on waiting of `serving.engine.waiting`,
+- every error against the causes that it may have,
+- and after each wave, that all memory is free again.
 """
 
 import asyncio
@@ -23,7 +26,7 @@ import torch
 from bench.facts import facts, write_report
 from bench.serving.chaos.clients import Clients
 from bench.serving.chaos.engines import Engines
-from bench.serving.chaos.plan import WAVES, Wave, plan
+from bench.serving.chaos.events import WAVES, Wave, draw_events
 from bench.serving.chaos.tally import Tally
 from bench.serving.chaos.world import World, describe, make_world
 from cluster.config import MIB
@@ -34,7 +37,7 @@ _MOST_PROMPTS, _LEAST_PROMPTS = 64, 12
 
 
 def run_chaos(kit: Path | None, num_requests: int, seed: int, out: Path | None = None) -> dict[str, Any]:
-    """Run it all and return the records. Without a kit, a base with random weights takes the place of its model."""
+    """Run all waves and return the records. Without a kit, the base has random weights."""
     started_at = time.perf_counter()
     torch.set_num_threads(1)
     num_adapters = min(max(num_requests // 250, _LEAST_ADAPTERS), _MOST_ADAPTERS)
@@ -54,14 +57,14 @@ def run_chaos(kit: Path | None, num_requests: int, seed: int, out: Path | None =
 
 
 def is_clean(records: dict[str, Any]) -> bool:
-    """Whether nothing happened that must never happen."""
+    """Whether the records show nothing that must never happen."""
     outcomes = records["requests_by_outcome"]
     counts = (records["wrong_adapter_tokens"], records["max_wait_bound_violations"], outcomes.get("hung", 0))
     return not any(counts) and not records["unexplained"]
 
 
 def _sizes(num_requests: int) -> list[int]:
-    """Requests of each wave; the first takes what rounding leaves."""
+    """Return the number of requests of each wave; the first gets the rounding remainder."""
     sizes = [int(num_requests * wave.share) for wave in WAVES]
     return [sizes[0] + num_requests - sum(sizes), *sizes[1:]]
 
@@ -73,7 +76,7 @@ def _run_wave(world: World, wave: Wave, num_requests: int, seed: int, tally: Tal
         engines = asyncio.run(_play(world, wave, num_requests, seed, tally))
     finally:
         sys.setswitchinterval(switch_s)
-    gc.collect()  # errors' tracebacks hold on to engines that have died
+    gc.collect()  # tracebacks keep engines that have died in memory
     return {
         "wave": wave.name,
         "requests": num_requests,
@@ -86,7 +89,7 @@ def _run_wave(world: World, wave: Wave, num_requests: int, seed: int, tally: Tal
 
 
 async def _play(world: World, wave: Wave, num_requests: int, seed: int, tally: Tally) -> Engines:
-    return await Clients(world, wave, tally).play(plan(world, wave, num_requests, seed))
+    return await Clients(world, wave, tally).play(draw_events(world, wave, num_requests, seed))
 
 
 def _records(tally: Tally, waves: list[dict[str, Any]]) -> dict[str, Any]:

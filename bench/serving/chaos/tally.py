@@ -1,11 +1,11 @@
-"""What came of the requests of a fault run, and whether it may be so: tokens against what is right, errors by cause."""
+"""Counts the outcomes of a fault run, and checks tokens against the expected ones and errors against their causes."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.serving.chaos.plan import Ask, Twist
+from bench.serving.chaos.events import Ask, Twist
 from bench.serving.chaos.world import World
 from cluster.errors import (
     InvalidAdapterError,
@@ -25,12 +25,12 @@ _KINDS: dict[str, type[Exception]] = {
     "adapter unusable": InvalidAdapterError,
     "storage": StorageError,
 }
-_MOST_TOLD = 20
+_MAX_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """An answer that is not what is right, as far as it goes."""
+    """An answer whose tokens differ from the expected ones."""
 
     key: str | None
     prompt: int
@@ -39,21 +39,21 @@ class Mismatch:
 
 @dataclass
 class Tally:
-    """Owned by the run. `unexplained` has errors without a cause that would allow them, and whatever else is wrong."""
+    """The counts of a run. `unexplained` counts errors that nothing explains, and everything else that is wrong."""
 
     world: World
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     mismatches: list[Mismatch] = field(default_factory=list)
     unexplained: Counter[str] = field(default_factory=Counter)
-    doubtful: set[str] = field(default_factory=set)  # adapters whose files were ever hurt or slow to come
-    is_impatient: bool = False  # whether loads may be given up that only wait for others
-    is_crowded: bool = False  # whether adapters may be evicted from the host again and again before a request has them
+    doubtful: set[str] = field(default_factory=set)  # adapters whose files were ever damaged or slow
+    is_impatient: bool = False  # whether loads may time out while they wait for other loads
+    is_crowded: bool = False  # whether adapters may leave the host before their request gets them
     num_tokens: int = 0
     num_resumed: int = 0
 
     def check(self, ask: Ask, key: str | None, tokens: Sequence[int], is_whole: bool) -> None:
-        """Hold an answer, whole or as far as it came, against what is right."""
+        """Check the tokens of an answer, which may have ended early."""
         self.num_tokens += len(tokens)
         rows = self.world.expected.get(key)
         right = rows[ask.prompt][: ask.num_tokens] if rows is not None else ()
@@ -62,16 +62,16 @@ class Tally:
         elif tuple(tokens) != right[: len(tokens)]:
             self.mismatches.append(Mismatch(key, ask.prompt, tuple(tokens)))
 
-    def book_error(self, ask: Ask, ref: AdapterRef | None, error: Exception) -> None:
-        """The outcome of a request that ended in an error; one that nothing explains is booked as such too."""
+    def record_error(self, ask: Ask, ref: AdapterRef | None, error: Exception) -> None:
+        """Record a request that ended with an error, and whether anything explains the error."""
         kind = next((kind for kind, cls in _KINDS.items() if isinstance(error, cls)), type(error).__name__)
         self.outcomes[kind] += 1
-        if not self._may_be(kind, ask, ref):
+        if not self._is_explained(kind, ask, ref):
             what = f"{kind}: {error!r}"
-            self.unexplained[what if what in self.unexplained or len(self.unexplained) < _MOST_TOLD else "more"] += 1
+            self.unexplained[what if what in self.unexplained or len(self.unexplained) < _MAX_SHOWN else "more"] += 1
 
     def verdict(self) -> dict[str, Any]:
-        """What the mismatches are. Tokens count as wrong from the first one that differs, unless that is a tie."""
+        """Return what the mismatches are. All tokens of a mismatch count as wrong, unless it is a tie."""
         counts: Counter[str] = Counter()
         num_wrong = 0
         for mismatch in self.mismatches:
@@ -80,7 +80,7 @@ class Tally:
             ):
                 counts["ties"] += 1
                 continue
-            others = self._who_says(mismatch)
+            others = self._adapters_saying(mismatch)
             counts["of_another_adapter" if others else "of_no_adapter"] += 1
             num_wrong += len(mismatch.tokens)
         return {
@@ -88,10 +88,10 @@ class Tally:
             "ties": counts["ties"],
             "wrong_answers_of_another_adapter": counts["of_another_adapter"],
             "wrong_answers_of_no_adapter": counts["of_no_adapter"],
-            "wrong_examples": [self._told(mismatch) for mismatch in self.mismatches[:10]],
+            "wrong_examples": [self._shown(mismatch) for mismatch in self.mismatches[:10]],
         }
 
-    def _may_be(self, kind: str, ask: Ask, ref: AdapterRef | None) -> bool:
+    def _is_explained(self, kind: str, ask: Ask, ref: AdapterRef | None) -> bool:
         is_doubtful = ref is not None and ref.key in self.doubtful
         is_sound = ref is None or any(c.key == ref.key and c.fate == "sound" for c in self.world.contents)
         return {
@@ -102,12 +102,12 @@ class Tally:
             "storage": is_doubtful or (ref is not None and self.is_impatient),
         }.get(kind, False)
 
-    def _who_says(self, mismatch: Mismatch) -> list[str | None]:
+    def _adapters_saying(self, mismatch: Mismatch) -> list[str | None]:
         size = len(mismatch.tokens)
         rows = self.world.expected.items()
         return [key for key, row in rows if key != mismatch.key and row[mismatch.prompt][:size] == mismatch.tokens]
 
-    def _told(self, mismatch: Mismatch) -> dict[str, Any]:
+    def _shown(self, mismatch: Mismatch) -> dict[str, Any]:
         names = {content.key: content.name for content in self.world.contents}
         rows = self.world.expected.get(mismatch.key)
         return {
@@ -115,5 +115,5 @@ class Tally:
             "prompt": mismatch.prompt,
             "tokens": mismatch.tokens,
             "right": rows[mismatch.prompt] if rows is not None else None,
-            "said_by": ["base" if key is None else names[key] for key in self._who_says(mismatch)],
+            "said_by": ["base" if key is None else names[key] for key in self._adapters_saying(mismatch)],
         }

@@ -1,8 +1,6 @@
-"""What is right in the fault run: greedy tokens by Hugging Face and PEFT in float64, each adapter alone.
+"""The expected answers of the fault run: greedy tokens by Hugging Face and PEFT in float64, each adapter alone.
 
-Nothing of it comes from the engine, or from this project's reader of adapters.
-
-Shape letters: N prompts, T tokens, V vocabulary.
+Nothing here uses the engine, or this project's reader of adapters.
 """
 
 import warnings
@@ -15,13 +13,13 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 MAX_NEW_TOKENS = 12
-TIE = 1e-4  # logits that are no further apart are a tie: rounding in float32 may decide it either way
+TIE = 1e-4  # closer logits are a tie: rounding in float32 may decide either way
 
 
 def greedy_answers(
     base: Path, folders: Mapping[str, Path], prompts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[str | None, list[tuple[int, ...]]]]:
-    """Greedy tokens of every prompt, first of the bare base, then of each adapter, by the key of its folder."""
+    """Yield the greedy tokens of all prompts, first for the base alone (None), then for each key of `folders`."""
     model: Any = _reference(base)
     yield None, _greedy(model, prompts)
     last = None
@@ -34,7 +32,7 @@ def greedy_answers(
 
 
 def are_likeliest(base: Path, folder: Path | None, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-    """Whether each token, given those before it, is as likely as the likeliest one to within `TIE`."""
+    """Whether each token, given those before it, has the highest logit or is within `TIE` of it."""
     model = _reference(base)
     if folder is not None:
         model = _adapted(model, folder, "only")
@@ -45,7 +43,7 @@ def are_likeliest(base: Path, folder: Path | None, prompt: Sequence[int], tokens
 
 
 def _reference(base: Path) -> Any:
-    """The model in float64; its head is untied, since an adapter of the embedding is none of the head's."""
+    """Load the model in float64. The head is untied, since an adapter of the embedding must not change it."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float64, attn_implementation="eager")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
@@ -53,7 +51,7 @@ def _reference(base: Path) -> Any:
 
 
 def _adapted(model: Any, folder: Path, key: str) -> Any:
-    with warnings.catch_warnings():  # PEFT looks for the base's vocabulary on the hub, and says that it is not there
+    with warnings.catch_warnings():  # PEFT looks for the base's vocabulary on the hub, and warns that it is not there
         warnings.simplefilter("ignore")
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name=key)
@@ -65,17 +63,17 @@ def _adapted(model: Any, folder: Path, key: str) -> Any:
 
 @torch.inference_mode()
 def _greedy(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """All prompts in one batch, padded on the right: on the left, rows that may look at nothing would become NaN."""
-    lengths_N = torch.tensor([len(prompt) for prompt in prompts])
-    positions_T = torch.arange(int(lengths_N.max()))
-    ids_NT = torch.tensor([[*prompt, *[0] * (len(positions_T) - len(prompt))] for prompt in prompts])
-    mask_NT = (positions_T < lengths_N[:, None]).long()
-    out = model(ids_NT, attention_mask=mask_NT, position_ids=positions_T.expand_as(ids_NT), use_cache=True)
-    logits_NV = out.logits[torch.arange(len(prompts)), lengths_N - 1]
-    made = [logits_NV.argmax(-1)]
+    """Decode all prompts in one batch, padded on the right: on the left, rows without any context would become NaN."""
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts])
+    positions_T = torch.arange(int(lengths_B.max()))
+    ids_BT = torch.tensor([[*prompt, *[0] * (len(positions_T) - len(prompt))] for prompt in prompts])
+    mask_BT = (positions_T < lengths_B[:, None]).long()
+    out = model(ids_BT, attention_mask=mask_BT, position_ids=positions_T.expand_as(ids_BT), use_cache=True)
+    logits_BV = out.logits[torch.arange(len(prompts)), lengths_B - 1]
+    made = [logits_BV.argmax(-1)]
     for step in range(MAX_NEW_TOKENS - 1):
-        mask_NT = torch.cat([mask_NT, mask_NT.new_ones(len(prompts), 1)], 1)
-        fed, positions = made[-1][:, None], (lengths_N + step)[:, None]
-        out = model(fed, attention_mask=mask_NT, position_ids=positions, past_key_values=out.past_key_values)
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], 1)
+        fed, positions = made[-1][:, None], (lengths_B + step)[:, None]
+        out = model(fed, attention_mask=mask_BT, position_ids=positions, past_key_values=out.past_key_values)
         made.append(out.logits[:, -1].argmax(-1))
     return [tuple(row) for row in torch.stack(made, 1).tolist()]

@@ -1,7 +1,4 @@
-"""The world of the fault run: a small model, adapters of every kind on a disk that can be hurt, and what is right.
-
-Shape letters: R rank, D in, F out.
-"""
+"""The world of the fault run: a small model, adapters of every kind on a disk that can be damaged, expected answers."""
 
 import json
 import math
@@ -26,7 +23,7 @@ from cluster.checkpoints import Checkpoint, open_checkpoint
 
 MAX_RANK = 16
 WEIGHTS = "adapter_model.safetensors"
-_STRENGTH = 0.7  # of an adapter's change against the base's weights: enough that no two adapters say the same
+_STRENGTH = 0.7  # an adapter's change relative to the base's weights: enough that no two adapters answer alike
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEARS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
 _EVERYTHING = (*_LINEARS, "embed_tokens", "lm_head")
@@ -36,7 +33,7 @@ Fate = Literal["sound", "poison", "bad"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of adapter. With `is_pattern` each module has a rank and an alpha of its own."""
+    """A kind of adapter. With `is_pattern` each module has its own rank and alpha."""
 
     name: str
     rank: int = 8
@@ -65,7 +62,7 @@ FAULTS = ("NaN", "rank", "no B", "unknown module", "shape", "pickle", "no config
 
 @dataclass(frozen=True)
 class Content:
-    """One adapter's files by their content key. Poison loads, and makes logits NaN; what is bad never loads."""
+    """One adapter's files, by their content key. "poison" loads and makes logits NaN; "bad" never loads."""
 
     name: str
     key: str
@@ -74,7 +71,7 @@ class Content:
 
 @dataclass(frozen=True)
 class World:
-    """Everything on the disk, the prompts, and the greedy tokens of each by adapter key (None: the bare base)."""
+    """Everything on the disk, the prompts, and their greedy tokens by adapter key (None: the base alone)."""
 
     folder: Path
     base: Path
@@ -83,21 +80,21 @@ class World:
     expected: Mapping[str | None, Sequence[tuple[int, ...]]]
 
     def blobs(self) -> BlobStore:
-        """The store, with its cache beside it."""
+        """Open the store, with its cache beside it."""
         return BlobStore(str(self.folder / "blobs"), self.folder / "cache")
 
     def by_fate(self, fate: Fate) -> list[Content]:
-        """The adapters of one fate."""
+        """Return the adapters of one fate."""
         return [content for content in self.contents if content.fate == fate]
 
     def is_tie(self, key: str | None, prompt: int, tokens: Sequence[int]) -> bool:
-        """Whether each token, given those before it, is the likeliest one or ties with it."""
+        """Whether each token, given those before it, is the likeliest one or tied with it."""
         folder = None if key is None else _pristine(self.folder, key)
         return are_likeliest(self.base, folder, self.prompts[prompt], tokens)
 
 
 def make_world(folder: Path, base: Path | None, num_adapters: int, num_prompts: int, seed: int) -> World:
-    """Write the adapters and compute what is right. Without a base, one with random weights is made."""
+    """Write the adapters and compute the expected answers. Without a base, make one with random weights."""
     base = base or random_base(folder / "base")
     checkpoint, blobs = open_checkpoint(base), BlobStore(str(folder / "blobs"), folder / "cache")
     contents = []
@@ -112,9 +109,9 @@ def make_world(folder: Path, base: Path | None, num_adapters: int, num_prompts: 
 
 
 class Disk:
-    """The store's files and the machine's copies of them, to be hurt and mended. Every harm is one atomic change.
+    """Damages and restores the store's files and the machine's copies of them. Each harm is one atomic change.
 
-    What is changed in place under a process that has it mapped is beyond anybody's help, and not tried.
+    Files are not changed in place: nothing can protect a process that has them mapped.
     """
 
     HARMS = (
@@ -135,7 +132,7 @@ class Disk:
         self._folder = world.folder
 
     def hurt(self, key: str, how: str) -> None:
-        """One of HARMS. Copies that would hide it go with it: packed files, and the cache where the store is hurt."""
+        """Do one of HARMS, and delete copies that would hide it: the packed file, and for the store the cache."""
         cached, tar = self._folder / "cache" / key, self._folder / "blobs" / f"{key}.tar"
         packed = next(self._folder.glob(f"packed/*/{key}*"), tar.with_name("none"))
         file = packed if how.endswith("packed") else cached / WEIGHTS if how.endswith("cache") else tar
@@ -149,13 +146,13 @@ class Disk:
             _replace(file, _damaged(file.read_bytes(), how))
 
     def mend(self, key: str) -> None:
-        """Store and cache as they should be: the file back in the one, nothing in the other."""
+        """Restore the file in the store, and empty the cache."""
         _replace(self._folder / "blobs" / f"{key}.tar", (self._folder / "backup" / f"{key}.tar").read_bytes())
         _remove(self._folder / "cache" / key)
 
 
 def random_base(folder: Path) -> Path:
-    """A Llama of 0.2 M random parameters with a byte-level tokenizer."""
+    """Write a Llama of 0.2 M random parameters with a byte-level tokenizer."""
     tokenizer = byte_tokenizer(eos_token="</s>")
     tokenizer.save_pretrained(folder)
     sizes = {
@@ -220,7 +217,7 @@ def _factors(weight_FD: Tensor, module: str, kind: Kind, generator: torch.Genera
 
 
 def _weight_of(checkpoint: Checkpoint, module: str) -> Tensor:
-    """The weight of an adaptable module: an embedding's table transposed, of a tied head the embedding."""
+    """Return the weight of an adaptable module: an embedding is transposed, and a tied head is the embedding."""
     name = module if f"{module}.weight" in checkpoint.names() else "model.embed_tokens"
     weight = checkpoint.load(f"{name}.weight").float()
     return weight.T if module.endswith("embed_tokens") else weight
@@ -251,7 +248,7 @@ def _spoil(folder: Path, fault: str) -> None:
 
 
 def _prompts(num_prompts: int, vocab_size: int, rng: random.Random) -> tuple[tuple[int, ...], ...]:
-    """Different ones, most of which begin with one of a few common prefixes of one to two pages."""
+    """Draw different prompts, most of which begin with one of six common prefixes of one to two pages."""
 
     def draw(num_tokens: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, vocab_size) for _ in range(num_tokens))
@@ -265,7 +262,7 @@ def _prompts(num_prompts: int, vocab_size: int, rng: random.Random) -> tuple[tup
 
 
 def _pristine(folder: Path, key: str) -> Path:
-    """Where an adapter's files are that nobody hurts."""
+    """Return the folder of an adapter's undamaged files."""
     (folder / "pristine").mkdir(exist_ok=True)
     return folder / "pristine" / key
 
@@ -275,7 +272,7 @@ def _damaged(data: bytes, how: str) -> bytes:
         return data[: len(data) // 2]
     if how.startswith("corrupt"):
         return b"\xff" * len(data)
-    return data[:-2] + bytes([data[-2] ^ 0x40]) + data[-1:]  # an exponent's bit of the last float32
+    return data[:-2] + bytes([data[-2] ^ 0x40]) + data[-1:]  # a bit of the last float32's exponent
 
 
 def _replace(file: Path, data: bytes) -> None:
@@ -285,7 +282,7 @@ def _replace(file: Path, data: bytes) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Gone at once for whoever looks; who has its files open still reads them."""
+    """Delete a folder in one step. Processes with its files open can still read them."""
     aside = folder.with_name(f".gone-{folder.name}-{os.urandom(4).hex()}")
     try:
         os.rename(folder, aside)
@@ -295,7 +292,7 @@ def _remove(folder: Path) -> None:
 
 
 def describe(world: World) -> dict[str, Any]:
-    """What the records say of it; `distinct_share` is how many of the expected answers no other adapter gives."""
+    """Return the world's records. `distinct_share` is the share of expected answers that no other adapter gives."""
     answers = [(prompt, tokens[:4]) for row in world.expected.values() for prompt, tokens in enumerate(row)]
     num_same = len(answers) - len(set(answers))
     return {

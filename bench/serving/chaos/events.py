@@ -1,7 +1,7 @@
-"""What happens in a fault run, decided beforehand: waves of requests with everything that goes wrong between them.
+"""The events of a fault run: waves of requests, with everything that goes wrong between them.
 
-All decisions come from one seed. Their order is fixed, their timing is not: what the threads make of them differs from
-run to run, and none of it may ever matter.
+All events are drawn from one seed. Their order is fixed, but their timing depends on the threads and differs from run
+to run. No timing may lead to a wrong result.
 """
 
 import random
@@ -14,15 +14,15 @@ from bench.serving.chaos.world import MAX_RANK, Content, Disk, World
 from cluster.config import MIB, ServingConfig
 from serving.engine.request import Terms
 
-Reader = Literal["eager", "slow", "idle"]  # idle: reads nothing after its first event before the wave is over
+Reader = Literal["eager", "slow", "idle"]  # idle: after its first event it reads nothing until the wave is over
 Twist = Literal["twin id", "empty", "too long", "unknown token", "no such adapter", "not loaded"]
 TWISTS: tuple[Twist, ...] = ("twin id", "empty", "too long", "unknown token", "no such adapter", "not loaded")
-HANG_S = 2.0  # longer than the engine of that wave waits for files
+HANG_S = 2.0  # longer than the engine of the wave "bad disk" waits for files
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. After `leaves_after` events or `gives_up_s` seconds the client is gone; `twist` is what is odd."""
+    """One request. The client leaves after `leaves_after` events or `gives_up_s` seconds. `twist` makes it unusual."""
 
     model: str | None
     prompt: int
@@ -37,7 +37,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Load:
-    """Contents that race to become a name's; one alone is a load or, where the name is known, a reload."""
+    """Load a content under a name, or reload a name that is known. Several contents race for the name."""
 
     name: str
     contents: tuple[Content, ...]
@@ -45,14 +45,14 @@ class Load:
 
 @dataclass(frozen=True)
 class Unload:
-    """A name goes, whatever runs under it."""
+    """Unload a name, even if requests run with it."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Hurt:
-    """Files on the disk are damaged, in one of `Disk.HARMS`."""
+    """Damage an adapter's files in one of `Disk.HARMS`."""
 
     content: Content
     how: str
@@ -60,12 +60,12 @@ class Hurt:
 
 @dataclass(frozen=True)
 class Mend:
-    """All files are as they should be again."""
+    """Restore all damaged files."""
 
 
 @dataclass(frozen=True)
 class Delay:
-    """The next fetch of an adapter takes so long, or finds the disk full."""
+    """Make the next fetch of an adapter take `seconds`, or find the disk full."""
 
     content: Content
     seconds: float = 0.0
@@ -74,19 +74,19 @@ class Delay:
 
 @dataclass(frozen=True)
 class Flood:
-    """The next requests come all at once, whatever is under way."""
+    """Send the next requests all at once, without waiting for earlier ones."""
 
     num_requests: int
 
 
 @dataclass(frozen=True)
 class Crash:
-    """The engine's next step fails; another engine takes over."""
+    """Make the engine's next step fail; another engine takes over."""
 
 
 @dataclass(frozen=True)
 class Restart:
-    """The engine is stopped with requests under way; another engine takes over."""
+    """Stop the engine while requests run; another engine takes over."""
 
 
 Event = Ask | Load | Unload | Hurt | Mend | Delay | Flood | Crash | Restart
@@ -94,10 +94,10 @@ Event = Ask | Load | Unload | Hurt | Mend | Delay | Flood | Crash | Restart
 
 @dataclass(frozen=True)
 class Wave:
-    """A stretch of the run with an engine of its own. `rates` are events per request, by kind.
+    """A part of the run with its own engine. `rates` are events per request, by kind.
 
-    `trouble` is the share of requests whose client is slow, idle or goes away, `late` that of those with a deadline.
-    Python's threads take turns every `switch_s`. With `keeps_packed` the machine keeps packed adapters on its disk.
+    `trouble` is the share of requests whose client is slow, idle or leaves; `late` is the share with a deadline.
+    Python switches threads every `switch_s`. With `keeps_packed` the machine has a disk tier.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Wave:
     keeps_packed: bool = False
 
     def config(self) -> ServingConfig:
-        """The engine's configuration."""
+        """Return the engine's configuration."""
         usual: dict[str, Any] = {
             "memory_bytes": 24 * MIB,
             "max_model_tokens": 160,
@@ -139,7 +139,7 @@ _USUAL = {
 _CHURN = _USUAL | {"load": 0.03, "race": 0.01, "unload": 0.02, "alias": 0.01}
 _BAD_DISK = _USUAL | {"hurt": 0.02, "mend": 0.006, "delay": 0.01, "hang": 0.0005, "load": 0.01}
 _FLOODS = _USUAL | {"flood": 0.0007}
-# Small pages fill up at every fourth token, so that memory runs out in mid-answer; a part of what gives way is swapped.
+# A small page is full after four tokens, so memory runs out in the middle of answers. Part of the KV is swapped.
 _SMALL_ARENA = {"memory_bytes": MIB, "page_tokens": 4, "max_batch_tokens": 96, "swap_bytes": MIB // 8}
 WAVES = (
     Wave("usual", 0.24, _USUAL, keeps_packed=True),
@@ -151,8 +151,8 @@ WAVES = (
 )
 
 
-def plan(world: World, wave: Wave, num_requests: int, seed: int) -> Iterator[Event]:
-    """A wave's events in their order."""
+def draw_events(world: World, wave: Wave, num_requests: int, seed: int) -> Iterator[Event]:
+    """Draw a wave's events in their order."""
     rng = random.Random(f"{seed}/{wave.name}")
     deck = _Deck(world, wave.num_names, rng)
     yield from deck.names_first()
@@ -162,7 +162,7 @@ def plan(world: World, wave: Wave, num_requests: int, seed: int) -> Iterator[Eve
 
 
 def faults_of(event: Event) -> list[str]:
-    """What is out of the ordinary about an event, as the records name it."""
+    """Return the names of the faults of an event, as the records call them."""
     match event:
         case Ask():
             odd = {"deadline": event.terms.first_token_deadline_s is not None, f"{event.reader} reader": True}
@@ -181,7 +181,7 @@ def faults_of(event: Event) -> list[str]:
 
 
 class _Deck:
-    """Draws events. Popularity is skewed: a few adapters have most of the requests."""
+    """Draws events. A few adapters get most of the requests."""
 
     def __init__(self, world: World, num_names: int, rng: random.Random):
         self._rng = rng
@@ -204,16 +204,16 @@ class _Deck:
         }
 
     def names_first(self) -> Iterator[Event]:
-        """Each name with a content, so that nothing is unknown at first; two names may have the same: an alias."""
+        """Load a content under each name, so that all are known. Two names may get the same content: an alias."""
         for name in self._names:
             yield Load(name, (self._rng.choice(self._sound),))
 
     def draw(self, kind: str) -> Event:
-        """One event of a kind."""
+        """Draw one event of a kind."""
         return self._draws[kind]()
 
     def ask(self, wave: Wave) -> Ask:
-        """One request."""
+        """Draw one request."""
         rng = self._rng
         reader, leaves_after, gives_up_s = self._client() if rng.random() < wave.trouble else ("eager", None, None)
         return Ask(
@@ -252,7 +252,7 @@ class _Deck:
         return self._names[int(len(self._names) * self._rng.random() ** 2.5)]
 
     def _wanted(self) -> str:
-        """A name to load: more often than not one that is gone."""
+        """Draw a name to load, usually one that was unloaded."""
         if self._gone and self._rng.random() < 0.8:
             return self._gone.pop(0)
         return self._name()
