@@ -25,7 +25,8 @@ from cluster.errors import ConflictError, NotFoundError, OverloadedError, Relora
 from cluster.fleet import open_blobs, open_registry
 from cluster.registry import Version
 from serving.adapters.residency import Residency
-from serving.engine.engine import Engine, settle_heap
+from serving.engine.engine import Engine
+from serving.engine.heap import settle_heap
 from serving.engine.loop import EngineLoop
 from serving.engine.request import FinishReason, Request, TokenEvent, TokenStream
 from serving.errors import BackendDiedError, BackendFailedError

@@ -103,6 +103,38 @@ def test_triton_stays_in_the_kernels(path: Path):
     assert is_home or "triton" not in imported_roots(path), f"{name_of(path)} imports triton"
 
 
+MUTATORS = {
+    *("add", "append", "appendleft", "clear", "close", "discard", "extend", "get_nowait", "insert", "next", "pop"),
+    *("popitem", "popleft", "put", "put_nowait", "remove", "reverse", "send", "setdefault", "sort", "throw", "update"),
+    *("unlink", "write", "heappop", "heappush", "insort"),
+}
+
+
+def has_side_effect(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+        return name in MUTATORS
+    return isinstance(node, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom)
+
+
+def asserts_with_side_effects(source: str) -> list[str]:
+    asserts = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+    return [ast.unparse(node) for node in asserts if any(map(has_side_effect, ast.walk(node)))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_asserts_have_no_side_effects(path: Path):
+    """`python -O` drops asserts together with everything in them."""
+    assert not asserts_with_side_effects(path.read_text())
+
+
+@pytest.mark.parametrize("expression", ["queue.pop() is x", "(y := x)", "await x", "not next(x)", "heappop(x) == 1"])
+def test_a_side_effect_in_an_assert_is_found(expression: str):
+    source = "async def f():\n    assert {}"
+    assert asserts_with_side_effects(source.format(expression))
+    assert not asserts_with_side_effects(source.format("sum(len(x) for x in y) == x.get(0)"))
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_no_file_outgrows_its_reader(path: Path):
     """No hard law of length, but a file beyond this wants to be two rooms."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from bench.serving.waste import MeasuredEngine
 from bench.serving.workloads import FIRST_TOKEN_ID, Answer, Ask
 from bench.serving.world import World
 from cluster.adapter_files import load_adapter
@@ -58,13 +59,15 @@ class Ours:
     """An engine with the first `num_adapters` adapters of a world on the host, those of one folder sharing memory."""
 
     def __init__(self, world: World, num_adapters: int, settings: ServingConfig | None = None):
-        self.engine = Engine.open(world.model, settings or config(world))
+        self.engine = MeasuredEngine.open(world.model, settings or config(world))
         packed = {folder: self._packed(folder) for folder in dict.fromkeys(world.adapters[:num_adapters])}
         for number, folder in enumerate(world.adapters[:num_adapters]):
             self.engine.add_packed(ref_of(number), packed[folder])
         self._num_asked = 0
 
-    def replay(self, asks: Sequence[Ask], after_step: Callable[[Engine], None] = lambda _: None) -> list[Answer]:
+    def replay(
+        self, asks: Sequence[Ask], after_step: Callable[[MeasuredEngine], None] = lambda _: None
+    ) -> list[Answer]:
         """Submit each request when its time has come, and step until all are answered."""
         waiting = [(ask.arrival_s, self._request(ask)) for ask in asks]
         seen = {request.id: _Seen() for _, request in waiting}

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import MIB, ServingConfig
-from serving.engine.engine import Engine, settle_heap
+from serving.engine.engine import Engine
+from serving.engine.heap import settle_heap
 from serving.engine.request import AdapterRef, Request, SamplingParams
 from serving.model.batch import Batch
 from serving.model.llama import CausalLM

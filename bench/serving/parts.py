@@ -18,9 +18,9 @@ from bench.serving.ours import PAGE_TOKENS, Ours, config, replay_live, running, 
 from bench.serving.overhead import overheads_ms
 from bench.serving.peft import Peft
 from bench.serving.shapes import Size, Subject
+from bench.serving.waste import MeasuredEngine
 from bench.serving.workloads import Answer, Ask, batch, read_trace, slora, zipf
 from bench.serving.world import ATTENTION, LINEARS, World, copy_model, make_world, write_random_model
-from serving.engine.engine import Engine
 
 Replay = Callable[[Sequence[Ask]], list[Answer]]
 S1, S2 = (8,), (64, 32, 16, 8)  # S-LoRA's settings for its 7B model
@@ -210,7 +210,7 @@ def waste(bench: Bench) -> dict[str, Any]:
     asks = slora(count, size.rate, size.duration_s, size.lengths, world.vocab_size)
     held, empty = 0, 0.0
 
-    def book(engine: Engine) -> None:
+    def book(engine: MeasuredEngine) -> None:
         nonlocal held, empty
         pages, waste = engine.memory_waste()
         held, empty = held + pages, empty + waste

@@ -4,7 +4,7 @@ Shape letters as in `serving.model.batch`: T tokens, N sequences, B blocks of th
 M target modules of the whole model, O rows whose logits are wanted.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import sub
 from typing import Any
@@ -84,7 +84,7 @@ class BatchBuilder:
         self._adapters, self._starts = adapters, starts
         return self._last_lora
 
-    def _segments(self, token_starts: Seq[int], sample_starts: Seq[int]) -> dict[str, Any]:
+    def _segments(self, token_starts: Sequence[int], sample_starts: Sequence[int]) -> dict[str, Any]:
         """What of a LoraBatch depends on how many tokens each adapter has in the batch."""
         return {
             "token_starts": self._int32(token_starts),
@@ -111,7 +111,7 @@ class BatchBuilder:
             **segments,
         )
 
-    def _int32(self, values: Seq[int]) -> Tensor:
+    def _int32(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self._device)
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
@@ -123,7 +123,7 @@ def _starts(lengths_N: NDArray[Any]) -> IntArray:
     return np.concatenate([[0], lengths_N.cumsum()])
 
 
-def _rows(arrays: Seq[NDArray[Any]]) -> NDArray[Any]:
+def _rows(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Arrays of one length as the rows of one: np.stack takes four times as long."""
     return np.concatenate(arrays).reshape(len(arrays), -1)
 
@@ -138,5 +138,5 @@ def _tokens(plan: SchedulerOutput, query_starts: IntArray) -> IntArray:
     return tokens_T
 
 
-def _under_way(adapters: Seq[ResidentAdapter]) -> tuple[PendingCopy, ...]:
+def _under_way(adapters: Sequence[ResidentAdapter]) -> tuple[PendingCopy, ...]:
     return tuple(a.pending_copy for a in adapters if a.pending_copy is not None and not a.pending_copy.has_ended)

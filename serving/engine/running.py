@@ -6,8 +6,7 @@ With 1,024 of them a third of the engine's own time was in looking at each for w
 Shape letters: R rows, as many as may run; N sequences of one step; B blocks (pages of KV) of the longest context.
 """
 
-from collections.abc import Collection
-from collections.abc import Sequence as Seq
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import compress
@@ -15,7 +14,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import SequenceState
 
 IntArray = NDArray[np.int64]
 TableArray = NDArray[np.int32]
@@ -33,7 +32,7 @@ class SchedulerOutput:
     last. last_tokens_N: the last token that a sequence has so far. tables_NB: its pages in order, then zeros.
     """
 
-    sequences: Seq[Sequence]
+    sequences: Sequence[SequenceState]
     rows_N: IntArray
     starts_N: IntArray
     ends_N: IntArray
@@ -43,11 +42,11 @@ class SchedulerOutput:
     tables_NB: TableArray
 
     @cached_property
-    def sampling(self) -> list[Sequence]:
+    def sampling(self) -> list[SequenceState]:
         """Those that sample, in order."""
         return list(compress(self.sequences, self.does_sample_N.tolist()))
 
-    def without(self, sequences: Collection[Sequence]) -> "SchedulerOutput":
+    def without(self, sequences: Collection[SequenceState]) -> "SchedulerOutput":
         """The same without some sequences."""
         kept_N = np.array([sequence not in sequences for sequence in self.sequences])
         columns = {field.name: getattr(self, field.name)[kept_N] for field in fields(self)[1:]}
@@ -64,7 +63,7 @@ class RunningTable:
     def __init__(self, num_rows: int, page_tokens: int):
         self._page_tokens = page_tokens
         self._free = list(range(num_rows - 1, -1, -1))
-        self._sequences: dict[int, Sequence] = {}
+        self._sequences: dict[int, SequenceState] = {}
         self._columns = np.zeros((6, num_rows), np.int64)
         self._num_tokens_R, self._num_stored_R, self._capacity_R = self._columns[:3]
         self._num_cached_R, self._last_tokens_R, self._adapters_R = self._columns[3:]
@@ -72,7 +71,7 @@ class RunningTable:
 
     # One sequence.
 
-    def add(self, sequence: Sequence, pages: Seq[int], num_stored: int, num_cached: int) -> None:
+    def add(self, sequence: SequenceState, pages: Sequence[int], num_stored: int, num_cached: int) -> None:
         """Give a sequence a row."""
         row = sequence.row = self._free.pop()
         self._sequences[row] = sequence
@@ -88,7 +87,7 @@ class RunningTable:
             self._widen()
         self._tables_RB[row, : len(pages)] = pages
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """Take a sequence's row back."""
         row = _row(sequence)
         self._columns[:, row] = 0
@@ -97,24 +96,24 @@ class RunningTable:
         self._free.append(row)
         sequence.row = None
 
-    def pages(self, sequence: Sequence) -> list[int]:
+    def pages(self, sequence: SequenceState) -> list[int]:
         """Its pages in order."""
         row = _row(sequence)
         return self._tables_RB[row, : self._capacity_R[row] // self._page_tokens].tolist()
 
-    def num_stored(self, sequence: Sequence) -> int:
+    def num_stored(self, sequence: SequenceState) -> int:
         """Its tokens whose KV is stored."""
         return int(self._num_stored_R[_row(sequence)])
 
-    def num_pending(self, sequence: Sequence) -> int:
+    def num_pending(self, sequence: SequenceState) -> int:
         """Its tokens whose KV is not stored yet; 1 while it decodes."""
         return len(sequence.tokens) - self.num_stored(sequence)
 
-    def num_cached(self, sequence: Sequence) -> int:
+    def num_cached(self, sequence: SequenceState) -> int:
         """Its first pages that the prefix cache may know."""
         return int(self._num_cached_R[_row(sequence)])
 
-    def cache_pages(self, sequence: Sequence, first: int, pages: Seq[int]) -> None:
+    def cache_pages(self, sequence: SequenceState, first: int, pages: Sequence[int]) -> None:
         """The prefix cache knows its pages from `first` on too, as these."""
         row, last = _row(sequence), first + len(pages)
         self._tables_RB[row, first:last] = pages
@@ -122,16 +121,11 @@ class RunningTable:
 
     # All of them.
 
-    @property
-    def num_slack_tokens(self) -> int:
-        """Tokens for which their pages have room beyond those that they have so far."""
-        return int(np.maximum(self._capacity_R - self._num_tokens_R, 0).sum())
-
-    def short_of_pages(self) -> list[Sequence]:
+    def short_of_pages(self) -> list[SequenceState]:
         """Those that decode and have no page for their next token's KV, in no particular order."""
         return self._at(self._does_decode() & (self._num_tokens_R > self._capacity_R))
 
-    def append_pages(self, sequences: Seq[Sequence], pages: Seq[int]) -> None:
+    def append_pages(self, sequences: Sequence[SequenceState], pages: Sequence[int]) -> None:
         """Give each of some sequences one more page."""
         rows_N = np.array([_row(sequence) for sequence in sequences], np.int64)
         num_pages_N = self._capacity_R[rows_N] // self._page_tokens
@@ -144,11 +138,11 @@ class RunningTable:
         """Rows of those that decode and have a page to go on with."""
         return (self._does_decode() & (self._num_tokens_R <= self._capacity_R)).nonzero()[0]
 
-    def prefills(self) -> list[Sequence]:
+    def prefills(self) -> list[SequenceState]:
         """Those with more than their last token pending, in no particular order."""
         return self._at(self._num_tokens_R - self._num_stored_R > 1)
 
-    def plan(self, decodes_N: IntArray, prefills: Seq[tuple[Sequence, int]]) -> SchedulerOutput:
+    def plan(self, decodes_N: IntArray, prefills: Sequence[tuple[SequenceState, int]]) -> SchedulerOutput:
         """The step of some rows that decode, and of sequences that prefill so many tokens."""
         rows_N, lengths_N = decodes_N, np.ones(len(decodes_N) + len(prefills), np.int64)
         if prefills:
@@ -170,7 +164,7 @@ class RunningTable:
             tables_NB=self._tables_RB[rows_N, :num_blocks],
         )
 
-    def commit(self, plan: SchedulerOutput, tokens: Seq[int]) -> None:
+    def commit(self, plan: SchedulerOutput, tokens: Sequence[int]) -> None:
         """Book a plan's KV, and the tokens of those that sample."""
         sampled_N = plan.rows_N[plan.does_sample_N]
         self._num_stored_R[plan.rows_N] = plan.ends_N
@@ -179,13 +173,13 @@ class RunningTable:
         for sequence, token in zip(plan.sampling, tokens, strict=True):
             sequence.tokens.append(token)
 
-    def uncached(self) -> list[tuple[Sequence, int, int]]:
+    def uncached(self) -> list[tuple[SequenceState, int, int]]:
         """Those that cache and have full pages, from the first to before the last, that are not cached yet."""
         num_full_R = self._num_stored_R // self._page_tokens
         rows = (num_full_R > self._num_cached_R).nonzero()[0].tolist()
         return [(self._sequences[row], int(self._num_cached_R[row]), int(num_full_R[row])) for row in rows]
 
-    def check_integrity(self, running: Seq[Sequence]) -> None:
+    def check_integrity(self, running: Sequence[SequenceState]) -> None:
         """Assert that exactly these sequences have rows, and that the rows say what the sequences do."""
         rows = [_row(sequence) for sequence in running]
         assert sorted([*rows, *self._free]) == list(range(len(self._tables_RB))), "a row is lost, or has two owners"
@@ -204,10 +198,10 @@ class RunningTable:
     def _widen(self) -> None:
         self._tables_RB = np.concatenate([self._tables_RB, np.zeros_like(self._tables_RB)], axis=1)
 
-    def _at(self, is_wanted_R: NDArray[np.bool_]) -> list[Sequence]:
+    def _at(self, is_wanted_R: NDArray[np.bool_]) -> list[SequenceState]:
         return [self._sequences[row] for row in is_wanted_R.nonzero()[0].tolist()]
 
 
-def _row(sequence: Sequence) -> int:
+def _row(sequence: SequenceState) -> int:
     assert sequence.row is not None, "it does not run"
     return sequence.row

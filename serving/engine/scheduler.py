@@ -9,14 +9,13 @@ can be made to give way and a request that could not run alone is refused at `su
 """
 
 from bisect import insort
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 
 from cluster.config import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.adapters.cache import AdapterCache
 from serving.engine.running import RunningTable, SchedulerOutput
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import SequenceState
 from serving.engine.waiting import WaitingQueue
 from serving.memory.eviction import EvictionQueue
 from serving.memory.pages import PageAllocator
@@ -54,8 +53,8 @@ class Scheduler:
             max_per_tenant=config.max_queue_per_tenant or None,
             max_overtakes=config.max_overtakes,
         )
-        self._preempted: list[Sequence] = []  # by rank
-        self._running: list[Sequence] = []
+        self._preempted: list[SequenceState] = []  # by rank
+        self._running: list[SequenceState] = []
         self._table = RunningTable(self._max_running, config.page_tokens)
         self._num_admitted = 0
         self.num_preemptions = 0
@@ -70,12 +69,7 @@ class Scheduler:
         """Sequences that wait for their first step, or for their next one after a preemption."""
         return len(self._waiting) + len(self._preempted)
 
-    @property
-    def num_slack_tokens(self) -> int:
-        """Tokens for which pages of running sequences have room beyond the tokens that these have so far."""
-        return self._table.num_slack_tokens
-
-    def submit(self, sequence: Sequence) -> None:
+    def submit(self, sequence: SequenceState) -> None:
         """Queue a sequence.
 
         Raises InvalidRequestError if it could never run, OverloadedError if the queue is full, and NotFoundError if its
@@ -92,7 +86,7 @@ class Scheduler:
             raise
         self._waiting.add(sequence)
 
-    def overdue(self, now: float) -> list[Sequence]:
+    def overdue(self, now: float) -> list[SequenceState]:
         """Those who still wait though their first token was due; each is told once, and `finish` is the caller's."""
         return list(self._waiting.overdue(now))
 
@@ -100,7 +94,7 @@ class Scheduler:
         """The next step."""
         self._secure_pages()
         decodes = self._table.decodes()
-        prefills: list[tuple[Sequence, int]] = []
+        prefills: list[tuple[SequenceState, int]] = []
         budget = self._max_batch_tokens - len(decodes)
         coming = self._prefills()
         while budget and (sequence := next(coming, None)):
@@ -111,13 +105,13 @@ class Scheduler:
             self._prefetch()
         return self._table.plan(decodes, prefills)
 
-    def commit(self, plan: SchedulerOutput, tokens: Seq[int]) -> None:
+    def commit(self, plan: SchedulerOutput, tokens: Sequence[int]) -> None:
         """Book a step whose KV is stored, with the tokens that were sampled, one for each sequence that samples."""
         self._table.commit(plan, tokens)
         for sequence, first, last in self._table.uncached():
             self._cache_pages(sequence, first, last)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: SequenceState) -> None:
         """Let a sequence go, wherever it is: the one place where all that it holds is given back."""
         if sequence.rank is None:
             self._waiting.remove(sequence)
@@ -157,11 +151,11 @@ class Scheduler:
             if last in short:
                 short.remove(last)
             else:
-                self._preempt(last)
+                self._preempt_last()
         if short:
             self._table.append_pages(short, self._allocator.allocate(len(short)))
 
-    def _prefills(self) -> Iterator[Sequence]:
+    def _prefills(self) -> Iterator[SequenceState]:
         yield from sorted(self._table.prefills(), key=_rank)
         while len(self._running) < self._max_running:
             sequence = self._preempted[0] if self._preempted else self._waiting.choose()
@@ -169,7 +163,7 @@ class Scheduler:
                 return
             yield sequence
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: SequenceState) -> bool:
         """Give a waiting sequence its adapter and pages for all tokens that it has so far, or leave it where it is."""
         key, num_tokens = sequence.adapter_key, len(sequence.tokens)
         known = self._known_pages(sequence)
@@ -196,14 +190,14 @@ class Scheduler:
                 self._adapters.prefetch(key)
                 return
 
-    def _known_pages(self, sequence: Sequence) -> list[int]:
+    def _known_pages(self, sequence: SequenceState) -> list[int]:
         """Pages of its longest known prefix; the last token is always computed, since its logits are wanted."""
         if sequence.prefix_keys is None:
             return []
         num_pages = (len(sequence.tokens) - 1) // self._page_tokens
         return self._prefixes.take(sequence.prefix_keys.up_to(sequence.tokens, num_pages))
 
-    def _move_to_running(self, sequence: Sequence) -> None:
+    def _move_to_running(self, sequence: SequenceState) -> None:
         if sequence.rank is None:
             self._num_admitted += 1
             sequence.rank = (sequence.request.terms.priority, self._num_admitted)
@@ -213,26 +207,25 @@ class Scheduler:
             self._preempted.remove(sequence)
         insort(self._running, sequence, key=_rank)
 
-    def _cache_pages(self, sequence: Sequence, first: int, last: int) -> None:
+    def _cache_pages(self, sequence: SequenceState, first: int, last: int) -> None:
         keys = sequence.prefix_keys
         assert keys is not None, "a sequence that is not cached"
         names, pages = keys.up_to(sequence.tokens, last)[first:], self._table.pages(sequence)[first:last]
         put = [self._prefixes.put(name, page, keys.owner) for name, page in zip(names, pages, strict=True)]
         self._table.cache_pages(sequence, first, put)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Send the last one back to those who are next."""
-        assert self._running.pop() is sequence, "only the last is preempted"
+    def _preempt_last(self) -> None:
+        """Send the last running sequence back to those who are next."""
+        sequence = self._running.pop()
         # Others hold some of its first pages, and nobody but it and the prefix cache any of the rest.
         pages, num_cached = self._table.pages(sequence), self._table.num_cached(sequence)
         num_shared = sum(self._allocator.num_owners(page) > 2 for page in pages[:num_cached])
         sequence.swapped = self._swaps.save(pages, num_shared, self._table.num_stored(sequence))
         self._vacate(sequence)
         insort(self._preempted, sequence, key=_rank)
-        sequence.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _swap_in(self, sequence: Sequence, pages: Seq[int], num_known: int) -> int:
+    def _swap_in(self, sequence: SequenceState, pages: Sequence[int], num_known: int) -> int:
         """Copy back what the prefix cache has not kept, and for how many tokens KV is stored now.
 
         All for nothing where pages are missing before it.
@@ -244,19 +237,19 @@ class Scheduler:
         self._drop_swapped(sequence)
         return num_stored
 
-    def _drop_swapped(self, sequence: Sequence) -> None:
+    def _drop_swapped(self, sequence: SequenceState) -> None:
         if sequence.swapped is not None:
             self._swaps.drop(sequence.swapped)
             sequence.swapped = None
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: SequenceState) -> None:
         self._prefixes.release(self._table.pages(sequence))
         self._table.remove(sequence)
         if sequence.resident is not None:
             self._adapters.release(sequence.resident.key)
             sequence.resident = None
 
-    def _drop_adapter(self, sequence: Sequence) -> None:
+    def _drop_adapter(self, sequence: SequenceState) -> None:
         key = sequence.adapter_key
         if key is not None and not self._adapters.drop(key):
             self._prefixes.forget(key)
@@ -264,7 +257,7 @@ class Scheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
 
-    def _check_fits(self, sequence: Sequence) -> None:
+    def _check_fits(self, sequence: SequenceState) -> None:
         # The last token is never fed back, so no KV is stored for it.
         num_kv_pages = self._num_pages(max(sequence.limit_tokens - 1, len(sequence.tokens)))
         num_adapter_pages = self._adapters.num_pages(sequence.adapter_key) if sequence.adapter_key is not None else 0
@@ -276,6 +269,6 @@ class Scheduler:
             )
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
+def _rank(sequence: SequenceState) -> tuple[int, int]:
     assert sequence.rank is not None, "it never ran"
     return sequence.rank

@@ -1,39 +1,109 @@
-"""One request on its way through the engine: its tokens, and what it holds while it runs."""
+"""The engine's state of one request: its tokens, what it holds while it runs, and how its tokens become text."""
 
+import secrets
+import time
+from collections.abc import Set
 from dataclasses import dataclass, field
 
+from cluster.config import ServingConfig
 from serving.adapters.cache import ResidentAdapter
-from serving.engine.request import Request
+from serving.engine.detokenizer import Detokenizer, Vocabulary
+from serving.engine.request import FinishReason, Request
+from serving.engine.sampler import SampleRow
 from serving.memory.prefixes import PrefixKeys
 from serving.memory.swap import Swapped
 
+_NUM_SEEDS = 1 << 63
+
 
 @dataclass(eq=False, slots=True)
-class Sequence:
-    """Mutable; owned and changed by the Scheduler alone.
+class SequenceState:
+    """One object per request. The engine creates it and reads its text; the Scheduler alone changes the rest.
 
-    `tokens` are the prompt, then the output: resumed tokens count as output. While it runs, `row` is its row of the
-    RunningTable, which has its pages, and `resident` its adapter in the arena. `limit_tokens` is where it ends at the
-    latest, by `max_tokens` or by the context length. `rank` orders those that run: priority, then admission; the last
-    gives way first. It had `num_given` tokens when it first ran. `prefix_keys` None means that it neither uses cached
-    KV nor leaves any. `swapped` is its KV on the host while it is preempted.
+    A sequence that waits has no `rank`. One that runs has a `rank` and a `row`. A preempted one has a `rank` only.
     """
 
     request: Request
-    limit_tokens: int
-    id: str = field(init=False)  # its request's
-    prefix_keys: PrefixKeys | None = None
-    deadline_at: float | None = None
-    tokens: list[int] = field(init=False)
-    adapter_key: str | None = field(init=False)  # its adapter's content hash, None for the bare base model
-    row: int | None = None
-    resident: ResidentAdapter | None = None
-    rank: tuple[int, int] | None = None
-    num_given: int = 0
-    num_preemptions: int = 0
-    swapped: Swapped | None = None
+    limit_tokens: int  # it ends at this length at the latest: by `max_tokens` or by the context length
+    text: Detokenizer
+    seed: int  # the request's, or drawn when the request came
+    eos_ids: Set[int]  # the tokens that end it; empty with `ignore_eos`
+    prefix_keys: PrefixKeys | None = None  # None: it neither reads the prefix cache nor adds to it
+    deadline_at: float | None = None  # when its first token is due, by the monotonic clock
+
+    id: str = field(init=False)
+    adapter_key: str | None = field(init=False)  # the adapter's content hash; None for the bare base model
+    is_plain: bool = field(init=False)  # it wants the likeliest token and no log-probabilities
+    tokens: list[int] = field(init=False)  # prompt, then output; resumed tokens count as output
+
+    row: int | None = None  # its row of the RunningTable, which has its pages
+    resident: ResidentAdapter | None = None  # its adapter in the arena
+    rank: tuple[int, int] | None = None  # priority, then order of admission; the largest rank is preempted first
+    num_given: int = 0  # its length when it was admitted
+    swapped: Swapped | None = None  # its KV on the host while it is preempted
 
     def __post_init__(self) -> None:
-        self.id = self.request.id
-        self.tokens = [*self.request.prompt_tokens, *self.request.resumed_tokens]
-        self.adapter_key = self.request.adapter.key if self.request.adapter else None
+        request, sampling = self.request, self.request.sampling
+        self.id = request.id
+        self.adapter_key = request.adapter.key if request.adapter else None
+        self.is_plain = sampling.temperature == 0 and sampling.num_logprobs is None
+        self.tokens = [*request.prompt_tokens, *request.resumed_tokens]
+
+    def read(self, token: int, num_tokens: int) -> tuple[str, FinishReason | None]:
+        """Return the text to show for the `num_tokens`-th token, and the finish reason if the sequence ends with it."""
+        if token in self.eos_ids:
+            return self.text.finish(), FinishReason.STOP
+        text = self.text.push(token)
+        if self.text.is_stopped:
+            return text, FinishReason.STOP
+        if num_tokens >= self.limit_tokens:
+            return text + self.text.finish(), FinishReason.LENGTH
+        return text, None
+
+    def replay(self) -> FinishReason | None:
+        """Read the resumed tokens; return the finish reason if they end the sequence.
+
+        The client already has their text, so it is dropped. Text that was held back is shown later.
+        """
+        for num_tokens, token in enumerate(self.request.resumed_tokens, start=len(self.request.prompt_tokens) + 1):
+            _, reason = self.read(token, num_tokens)
+            if reason is not None:
+                return reason
+        return None
+
+    def sample_row(self) -> SampleRow:
+        """Return how to choose its next token."""
+        sampling = self.request.sampling
+        return SampleRow(
+            sampling.temperature, sampling.top_p, sampling.top_k, self.seed, len(self.tokens), sampling.num_logprobs
+        )
+
+
+def new_sequence(
+    request: Request, vocabulary: Vocabulary, eos_ids: Set[int], max_model_tokens: int, config: ServingConfig
+) -> SequenceState:
+    """Return the state of a request that has just come. Call `replay` next to read its resumed tokens."""
+    sampling = request.sampling
+    return SequenceState(
+        request=request,
+        limit_tokens=min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),
+        text=Detokenizer(vocabulary, sampling.stop),
+        seed=secrets.randbelow(_NUM_SEEDS) if sampling.seed is None else sampling.seed,
+        eos_ids=frozenset() if sampling.ignore_eos else eos_ids,
+        prefix_keys=_prefix_keys(request, config),
+        deadline_at=_deadline_at(request),
+    )
+
+
+def _prefix_keys(request: Request, config: ServingConfig) -> PrefixKeys | None:
+    if config.prefix_cache == "off" or not request.terms.can_cache:
+        return None
+    tenant = request.terms.tenant if config.prefix_cache == "tenant" else ""
+    owner = request.adapter.key if request.adapter else None
+    return PrefixKeys(owner, (tenant, request.terms.cache_salt), config.page_tokens)
+
+
+def _deadline_at(request: Request) -> float | None:
+    """Resumed requests ignore the deadline: their first token came from another replica."""
+    deadline_s = request.terms.first_token_deadline_s
+    return None if deadline_s is None or request.resumed_tokens else time.monotonic() + deadline_s

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.errors import OverloadedError, TenantLimitError
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import SequenceState
 
 CLUSTERING_TOKENS = 1024
 # How many flows are looked at for one that is resident: enough to find one, few enough to look at every time.
@@ -42,7 +42,7 @@ class _Flow:
 
     place: Place
     since: int  # admissions when it began to wait or was last admitted
-    waiting: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)
+    waiting: OrderedDict[SequenceState, None] = field(default_factory=OrderedDict)
 
 
 class WaitingQueue:
@@ -63,14 +63,14 @@ class WaitingQueue:
         self._num_admitted = 0
         self._num_flows = 0  # that ever came
         self._per_tenant: Counter[str] = Counter()
-        self._deadlines: list[tuple[float, int, Sequence]] = []  # may hold sequences that do not wait any more
+        self._deadlines: list[tuple[float, int, SequenceState]] = []  # may hold sequences that do not wait any more
         self._num_deadlines = 0
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[SequenceState]:
         for flow in self._flows.values():
             yield from flow.waiting
 
@@ -82,7 +82,7 @@ class WaitingQueue:
         if self._max_per_tenant is not None and num_own >= self._max_per_tenant:
             raise TenantLimitError(f"{num_own} requests of this API key are waiting, no more are taken")
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Let a sequence wait."""
         key = _flow_of(sequence)
         if key not in self._flows:
@@ -97,7 +97,7 @@ class WaitingQueue:
                 self._deadlines = [entry for entry in self._deadlines if self._does_wait(entry[2])]
                 heapq.heapify(self._deadlines)
 
-    def choose(self) -> Sequence | None:
+    def choose(self) -> SequenceState | None:
         """Who is next; it stays until `admit` or `remove`."""
         if not self._flows:
             return None
@@ -109,7 +109,7 @@ class WaitingQueue:
         """The adapters of the first flows in fair order."""
         return [adapter for *_, (_, adapter) in self._places[:num_flows] if adapter is not None]
 
-    def admit(self, sequence: Sequence, num_tokens: int) -> None:
+    def admit(self, sequence: SequenceState, num_tokens: int) -> None:
         """Let a sequence go to its first step, in which its flow is given so many tokens."""
         key = _flow_of(sequence)
         self._num_admitted += 1
@@ -120,7 +120,7 @@ class WaitingQueue:
         self.charge(sequence, num_tokens)
         self.remove(sequence)
 
-    def charge(self, sequence: Sequence, num_tokens: int) -> None:
+    def charge(self, sequence: SequenceState, num_tokens: int) -> None:
         """Count tokens that a sequence's flow has been given."""
         key = _flow_of(sequence)
         self._tokens[key] = self._num_given(key) + num_tokens
@@ -130,7 +130,7 @@ class WaitingQueue:
             flow.place = (key[0], self._tokens[key], flow.place[2], key)
             insort(self._places, flow.place)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """Let a sequence go."""
         key = _flow_of(sequence)
         flow = self._flows[key]
@@ -143,7 +143,7 @@ class WaitingQueue:
             self._leave_place(flow)
             del self._flows[key]
 
-    def overdue(self, now: float) -> Iterator[Sequence]:
+    def overdue(self, now: float) -> Iterator[SequenceState]:
         """Those who wait although their deadline has passed; each is told once."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, sequence = heapq.heappop(self._deadlines)
@@ -181,7 +181,7 @@ class WaitingQueue:
         assert self._places[index] is flow.place, "a flow is not at its place"
         del self._places[index]
 
-    def _does_wait(self, sequence: Sequence) -> bool:
+    def _does_wait(self, sequence: SequenceState) -> bool:
         flow = self._flows.get(_flow_of(sequence))
         return flow is not None and sequence in flow.waiting
 
@@ -195,5 +195,5 @@ class WaitingQueue:
             self._max_counts = max(2 * len(self._tokens), _LEAST_COUNTS)
 
 
-def _flow_of(sequence: Sequence) -> FlowKey:
+def _flow_of(sequence: SequenceState) -> FlowKey:
     return sequence.request.terms.priority, sequence.adapter_key

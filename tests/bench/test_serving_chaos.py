@@ -14,8 +14,8 @@ from bench.serving.chaos.watch import BoundWatch
 from bench.serving.chaos.world import Disk, World, make_world
 from cluster.errors import InvalidAdapterError, NotFoundError, StorageError
 from serving.engine.request import AdapterRef, Request, SamplingParams
-from serving.engine.sequence import Sequence
 from serving.memory.prefixes import PrefixKeys
+from tests.worlds.serving import make_sequence
 
 QUIET = Wave("quiet", 1.0, {}, trouble=0.0, late=0.0)
 
@@ -66,7 +66,7 @@ def test_an_adapter_taken_for_another_one_is_seen(world: World, monkeypatch: pyt
 def test_foreign_kv_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefixes cached without a word about the adapter: the fault that engines have had in production."""
     monkeypatch.setattr(
-        "serving.engine.job.PrefixKeys", lambda owner, salt, page_tokens: PrefixKeys(None, salt, page_tokens)
+        "serving.engine.sequence.PrefixKeys", lambda owner, salt, page_tokens: PrefixKeys(None, salt, page_tokens)
     )
     found = play(world, QUIET, 300).verdict()
     assert found["wrong_adapter_tokens"] > 0
@@ -104,10 +104,10 @@ def test_errors_need_a_cause(world: World) -> None:
 def test_the_watch_sees_who_waits_too_long(num_overtakes: int, num_seen: int) -> None:
     """K = 2 and one other flow: the third admission of others is the last that may go before."""
     watch = BoundWatch(max_overtakes=2)
-    patient = Sequence(Request("patient", (1,), SamplingParams()), 2)
+    patient = make_sequence(Request("patient", (1,), SamplingParams()), 2)
     watch.came((0, None), patient)
     for number in range(num_overtakes):
-        other = Sequence(Request(f"{number}", (1,), SamplingParams()), 2)
+        other = make_sequence(Request(f"{number}", (1,), SamplingParams()), 2)
         watch.came((0, "busy"), other)
         watch.check(other)
         watch.left((0, "busy"), other)

@@ -516,23 +516,6 @@ def test_adapter_is_found_again_where_it_came_back(llama: BaseWithReference) -> 
     assert only(engine, request_of("r8", 6)) == expected
 
 
-def test_waste_is_what_pages_in_use_do_not_hold(llama: BaseWithReference) -> None:
-    engine = llama.engine()
-    assert engine.memory_waste() == (0, 0.0)
-    engine.submit(request_of("base", 35))
-    engine.step()
-    assert engine.memory_waste() == (3, pytest.approx(12 / 16)), "36 tokens in 3 pages of 16"
-    for name in ("dora-everywhere", "r4"):
-        engine.submit(request_of(name, 6))
-    engine.step()
-    resident, page_elements = engine._adapters.residents(), engine._arena_PE.shape[1]
-    held = sum(int((engine._arena_PE[list(adapter.pages)] != 0).sum()) for adapter in resident)
-    num_tokens, token_elements = 37 + 7 + 7, page_elements // 16
-    in_use = sum(len(adapter.pages) for adapter in resident) + 3 + 1 + 1
-    empty = in_use - (held + num_tokens * token_elements) / page_elements
-    assert engine.memory_waste() == (in_use, pytest.approx(empty))
-
-
 def test_adding_twice_changes_nothing(llama: BaseWithReference) -> None:
     engine = llama.engine()
     before = engine.stats()

@@ -1,7 +1,8 @@
 """The scheduler: who runs, who waits, who gives way; and that everything is given back."""
 
 import random
-from typing import NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from serving.adapters.packing import PackedAdapter, pack_adapter
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms
 from serving.engine.running import SchedulerOutput
 from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import SequenceState
 from serving.engine.waiting import CLUSTERING_TOKENS
 from serving.memory.eviction import EvictionQueue
 from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache, PrefixKeys
 from serving.memory.swap import SwapSpace
+from tests.worlds.serving import make_sequence
 
 PAGE_TOKENS, PAGE_ELEMENTS = 4, 64
 
@@ -33,7 +35,7 @@ def packed(num_pages: int) -> PackedAdapter:
 class Chunk(NamedTuple):
     """A sequence's share of a step."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     end: int
     does_sample: bool
@@ -42,6 +44,18 @@ class Chunk(NamedTuple):
 def chunks_of(plan: SchedulerOutput) -> list[Chunk]:
     columns = plan.starts_N.tolist(), plan.ends_N.tolist(), plan.does_sample_N.tolist()
     return [Chunk(*chunk) for chunk in zip(plan.sequences, *columns, strict=True)]
+
+
+class CountingScheduler(Scheduler):
+    """A scheduler that counts the preemptions of each sequence."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.preemptions: Counter[SequenceState] = Counter()
+
+    def _preempt_last(self) -> None:
+        self.preemptions[self._running[-1]] += 1
+        super()._preempt_last()
 
 
 class World:
@@ -55,9 +69,12 @@ class World:
         self.adapters = AdapterCache(self.allocator, evictions, arena_PE, 1 << 30)
         self.prefixes = PrefixCache(self.allocator, evictions, PAGE_TOKENS)
         self.swaps = SwapSpace(arena_PE, swap_pages * PAGE_ELEMENTS * 4, PAGE_TOKENS)
-        self.scheduler = Scheduler(config, self.allocator, self.adapters, self.prefixes, evictions, self.swaps)
+        self.scheduler = CountingScheduler(config, self.allocator, self.adapters, self.prefixes, evictions, self.swaps)
         self.is_cached = is_cached
         self.num_submitted = 0
+
+    def num_preemptions(self, sequence: SequenceState) -> int:
+        return self.scheduler.preemptions[sequence]
 
     @property
     def num_free(self) -> int:
@@ -73,14 +90,14 @@ class World:
         salt: str = "",
         deadline_at: float | None = None,
         **wishes: object,
-    ) -> Sequence:
+    ) -> SequenceState:
         ref = AdapterRef(adapter, adapter, 1, adapter) if adapter else None
         prompt = tuple(range(num_prompt))
         request = Request(
             str(self.num_submitted), prompt, SamplingParams(max_tokens=num_new), ref, terms=Terms(**wishes)
         )
         keys = PrefixKeys(adapter, (salt,), PAGE_TOKENS) if self.is_cached else None
-        sequence = Sequence(request, limit_tokens=num_prompt + num_new, prefix_keys=keys, deadline_at=deadline_at)
+        sequence = make_sequence(request, limit_tokens=num_prompt + num_new, prefix_keys=keys, deadline_at=deadline_at)
         self.scheduler.submit(sequence)
         self.num_submitted += 1
         return sequence
@@ -106,11 +123,11 @@ class World:
         raise AssertionError("the scheduler does not come to an end")
 
 
-def is_full(sequence: Sequence) -> bool:
+def is_full(sequence: SequenceState) -> bool:
     return len(sequence.tokens) >= sequence.limit_tokens
 
 
-def num_output(sequence: Sequence) -> int:
+def num_output(sequence: SequenceState) -> int:
     return len(sequence.tokens) - len(sequence.request.prompt_tokens)
 
 
@@ -247,11 +264,11 @@ def test_youngest_gives_way_and_comes_back() -> None:
     world.step()
     world.step()
     assert spans(world.step()) == [("0", 8, 9)]
-    assert (young.num_preemptions, young.row) == (1, None)
+    assert (world.num_preemptions(young), young.row) == (1, None)
     assert len(young.tokens) == 9
     world.drain()
     assert old.tokens == young.tokens == [*range(15)]
-    assert (old.num_preemptions, world.scheduler.num_preemptions) == (0, young.num_preemptions)
+    assert (world.num_preemptions(old), world.scheduler.num_preemptions) == (0, world.num_preemptions(young))
 
 
 def test_preempted_are_served_before_later_arrivals() -> None:
@@ -259,7 +276,7 @@ def test_preempted_are_served_before_later_arrivals() -> None:
     old, young = world.submit(7, 8), world.submit(7, 8)
     world.step()
     late = world.submit(1, 1)
-    while not young.num_preemptions:
+    while not world.num_preemptions(young):
         world.step()
     assert not num_output(late)
     while not is_full(old):
@@ -272,7 +289,7 @@ def test_preemption_lets_go_of_the_adapter() -> None:
     for key in "ab":
         world.adapters.add(key, packed(1))
     old, young = world.submit(7, 14, "a"), world.submit(7, 8, "b")
-    while not young.num_preemptions:
+    while not world.num_preemptions(young):
         world.step()
     assert young.resident is None
     assert old.resident is not None
@@ -327,7 +344,7 @@ def test_random_traffic_ends_with_all_memory_back(seed: int, is_cached: bool) ->
     )
     for key, num_pages in zip("abcd", (1, 2, 3, 4), strict=True):
         world.adapters.add(key, packed(num_pages))
-    alive: list[Sequence] = []
+    alive: list[SequenceState] = []
     for _ in range(150):
         if draw.random() < 0.4:
             adapter, priority = draw.choice(["a", "b", "c", "d", None]), draw.choice([0, 0, 1])
@@ -352,10 +369,10 @@ def test_urgent_ones_go_first_and_give_way_last() -> None:
     world = World(num_pages=4, max_sequences=2)
     late, soon = world.submit(7, 8, priority=1), world.submit(7, 8, priority=0)
     assert [chunk.sequence for chunk in world.step()] == [soon, late]
-    while not late.num_preemptions:
+    while not world.num_preemptions(late):
         world.step()
     world.drain()
-    assert soon.num_preemptions == 0
+    assert world.num_preemptions(soon) == 0
 
 
 def test_resident_adapters_go_first_unless_they_had_much_more() -> None:

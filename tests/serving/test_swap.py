@@ -8,14 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import SequenceState
 from serving.memory.swap import Swapped, SwapSpace
 from tests.serving.test_scheduler import PAGE_ELEMENTS, PAGE_TOKENS, Chunk, World, chunks_of, is_full, packed
+from tests.worlds.serving import make_sequence
 
 PAGE_BYTES = PAGE_ELEMENTS * 4
 
 
-def kv_of(sequence: Sequence, position: int) -> float:
+def kv_of(sequence: SequenceState, position: int) -> float:
     """What the KV of a token depends on: the weights and all tokens up to it."""
     return float(crc32(repr((sequence.adapter_key, sequence.tokens[: position + 1])).encode()) % (1 << 24))
 
@@ -60,7 +61,7 @@ def test_random_traffic_meets_its_own_kv_only(seed: int, is_cached: bool) -> Non
     )
     for key, num_pages in zip("abcd", (1, 2, 3, 4), strict=True):
         world.adapters.add(key, packed(num_pages))
-    alive: list[Sequence] = []
+    alive: list[SequenceState] = []
     for _ in range(150):
         if draw.random() < 0.4:
             adapter, priority = draw.choice(["a", "b", "c", "d", None]), draw.choice([0, 0, 1])
@@ -77,11 +78,11 @@ def test_random_traffic_meets_its_own_kv_only(seed: int, is_cached: bool) -> Non
     assert world.swaps.num_pages_out > 0 or not world.scheduler.num_preemptions
 
 
-def preempted(swap_pages: int = 10, **wishes: object) -> tuple[KvWorld, Sequence, Sequence]:
+def preempted(swap_pages: int = 10, **wishes: object) -> tuple[KvWorld, SequenceState, SequenceState]:
     """Two sequences that fill 4 pages, the younger of which has just given way."""
     world = KvWorld(num_pages=4, swap_pages=swap_pages, **wishes)
     old, young = world.submit(7, 8, salt="old"), world.submit(7, 8, salt="young")
-    while not young.num_preemptions:
+    while not world.num_preemptions(young):
         world.step()
     return world, old, young
 
@@ -129,13 +130,13 @@ def test_pages_that_others_hold_are_not_copied() -> None:
     assert young.swapped is not None
     assert young.swapped.first_page >= 1
     world.drain()
-    assert (is_full(old), is_full(young), young.num_preemptions) == (True, True, 1)
+    assert (is_full(old), is_full(young), world.num_preemptions(young)) == (True, True, 1)
 
 
 def test_copies_without_what_comes_before_them_are_dropped() -> None:
     """Its first page was shared, and has gone by the time it comes back: all is computed anew."""
     space = World(num_pages=8, swap_pages=4)
-    sequence = Sequence(space.submit(9, 3).request, 12)
+    sequence = make_sequence(space.submit(9, 3).request, 12)
     sequence.swapped = space.swaps.save([0, 1, 2], first_page=1, num_stored=9)
     assert space.scheduler._swap_in(sequence, [3, 4, 5], num_known=0) == 0
     assert (sequence.swapped, space.swaps.num_pages_used) == (None, 0)

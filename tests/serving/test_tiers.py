@@ -25,9 +25,8 @@ from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, Request, SamplingParams
 from serving.engine.running import RunningTable, SchedulerOutput
-from serving.engine.sequence import Sequence
 from tests.worlds.adapters import MODULES, PAGE_ELEMENTS, AdapterMemory, make_factors
-from tests.worlds.serving import make_adapter, make_checkpoint
+from tests.worlds.serving import make_adapter, make_checkpoint, make_sequence
 
 CONFIG = ServingConfig(memory_bytes=1 << 20, max_rank=16)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -321,7 +320,7 @@ def test_a_forward_pass_waits_only_for_pending_copies(files: Files) -> None:
 
 
 def prefill(resident: ResidentAdapter, engine: Engine) -> SchedulerOutput:
-    sequence = Sequence(Request("a", (5, 6, 7), GREEDY, REFS["plain"]), limit_tokens=20)
+    sequence = make_sequence(Request("a", (5, 6, 7), GREEDY, REFS["plain"]), limit_tokens=20)
     sequence.resident = resident
     table = RunningTable(1, CONFIG.page_tokens)
     table.add(sequence, engine._allocator.allocate(1), num_stored=0, num_cached=0)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import SequenceState
 from serving.engine.waiting import FlowKey, WaitingQueue
+from tests.worlds.serving import make_sequence
 
 
 class QueueModel:
@@ -20,7 +21,7 @@ class QueueModel:
         self.queue = WaitingQueue(
             self.resident.__contains__, max_waiting=10**6, max_per_tenant=None, max_overtakes=max_overtakes
         )
-        self.waiting: dict[FlowKey, deque[Sequence]] = {}
+        self.waiting: dict[FlowKey, deque[SequenceState]] = {}
         self.overtakes: dict[FlowKey, int] = {}
         self.allowed: dict[FlowKey, int] = {}
 
@@ -30,14 +31,14 @@ class QueueModel:
     def add(self, key: FlowKey) -> None:
         priority, adapter = key
         ref = AdapterRef(adapter, adapter, 1, "") if adapter else None
-        sequence = Sequence(Request("", (1,), SamplingParams(), ref, terms=Terms(priority)), 2)
+        sequence = make_sequence(Request("", (1,), SamplingParams(), ref, terms=Terms(priority)), 2)
         if key not in self.waiting:
             self.waiting[key] = deque()
             self.restart(key)
         self.waiting[key].append(sequence)
         self.queue.add(sequence)
 
-    def pop(self, key: FlowKey, sequence: Sequence) -> None:
+    def pop(self, key: FlowKey, sequence: SequenceState) -> None:
         self.waiting[key].remove(sequence)
         if not self.waiting[key]:
             del self.waiting[key], self.overtakes[key], self.allowed[key]
@@ -121,10 +122,10 @@ def test_who_does_not_wait_any_more_is_not_kept_for_a_far_deadline() -> None:
     model = QueueModel(max_overtakes=4)
     request = Request("", (1,), SamplingParams())
     for _ in range(1000):
-        model.queue.add(sequence := Sequence(request, 2, deadline_at=1e9))
+        model.queue.add(sequence := make_sequence(request, 2, deadline_at=1e9))
         model.queue.remove(sequence)
     assert len(model.queue._deadlines) < 100
-    model.queue.add(late := Sequence(request, 2, deadline_at=1e9))
+    model.queue.add(late := make_sequence(request, 2, deadline_at=1e9))
     assert list(model.queue.overdue(2e9)) == [late]
 
 
@@ -132,7 +133,7 @@ def test_ten_thousand_wait_at_little_cost() -> None:
     model = QueueModel(max_overtakes=64)
     draw = random.Random(0)
     for number in range(10_000):
-        model.queue.add(Sequence(Request("", (1,), SamplingParams(), AdapterRef(f"{number % 997}", "", 1, "")), 2))
+        model.queue.add(make_sequence(Request("", (1,), SamplingParams(), AdapterRef(f"{number % 997}", "", 1, "")), 2))
     for sequence in draw.sample(list(model.queue), 2_000):
         model.queue.remove(sequence)
     while (sequence := model.queue.choose()) is not None:

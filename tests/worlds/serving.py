@@ -7,7 +7,7 @@ random weights is large enough that greedy outputs vary from prompt to prompt.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from bench.models import byte_tokenizer
 from cluster.checkpoints import Checkpoint, open_checkpoint
+from serving.engine.detokenizer import Detokenizer, Vocabulary
+from serving.engine.request import Request
+from serving.engine.sequence import SequenceState
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODEL_TYPES = {
@@ -125,3 +128,9 @@ def weight_of(checkpoint: Checkpoint, module: str) -> torch.Tensor:
     name = "model.embed_tokens" if module == "lm_head" and "lm_head.weight" not in checkpoint.names() else module
     weight = checkpoint.load(f"{name}.weight").float()
     return weight.T if module.endswith("embed_tokens") else weight
+
+
+def make_sequence(request: Request, limit_tokens: int, **settings: Any) -> SequenceState:
+    """Return a sequence for tests that schedule but read no text."""
+    no_text = Detokenizer(cast(Vocabulary, None))
+    return SequenceState(request, limit_tokens, text=no_text, seed=0, eos_ids=frozenset(), **settings)

@@ -6,7 +6,7 @@ from typing import Any
 from serving.adapters.residency import Residency
 from serving.engine.engine import Engine
 from serving.engine.request import TokenEvent
-from serving.engine.sequence import Sequence
+from serving.engine.sequence import SequenceState
 from serving.engine.waiting import FlowKey, WaitingQueue
 
 CHECK_EVERY_STEPS = 10
@@ -25,28 +25,28 @@ class BoundWatch:
 
     def __init__(self, max_overtakes: int):
         self._max_overtakes = max_overtakes
-        self._flows: dict[FlowKey, OrderedDict[Sequence, None]] = {}
-        self._arrivals: dict[Sequence, tuple[int, int]] = {}  # admissions before it, and requests of its flow
+        self._flows: dict[FlowKey, OrderedDict[SequenceState, None]] = {}
+        self._arrivals: dict[SequenceState, tuple[int, int]] = {}  # admissions before it, and requests of its flow
         self._most_flows = [0]  # by number of admissions: the most flows that waited at once until the next one
         self.num_admitted = 0
         self.num_violations = 0
         self.longest_share = 0.0
 
-    def came(self, flow: FlowKey, sequence: Sequence) -> None:
+    def came(self, flow: FlowKey, sequence: SequenceState) -> None:
         """Book one that begins to wait."""
         waiting = self._flows.setdefault(flow, OrderedDict())
         self._arrivals[sequence] = (self.num_admitted, len(waiting))
         waiting[sequence] = None
         self._most_flows[-1] = max(self._most_flows[-1], len(self._flows))
 
-    def left(self, flow: FlowKey, sequence: Sequence) -> None:
+    def left(self, flow: FlowKey, sequence: SequenceState) -> None:
         """Book one that does not wait any more."""
         del self._arrivals[sequence]
         del self._flows[flow][sequence]
         if not self._flows[flow]:
             del self._flows[flow]
 
-    def check(self, sequence: Sequence) -> None:
+    def check(self, sequence: SequenceState) -> None:
         """Hold one that is about to be admitted against its bound."""
         came_at, num_before = self._arrivals[sequence]
         num_waited = self.num_admitted - came_at
@@ -66,18 +66,18 @@ class WatchedQueue(WaitingQueue):
 
     watch: BoundWatch
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """See `WaitingQueue.add`."""
         super().add(sequence)
         self.watch.came(_flow_of(sequence), sequence)
 
-    def admit(self, sequence: Sequence, num_tokens: int) -> None:
+    def admit(self, sequence: SequenceState, num_tokens: int) -> None:
         """See `WaitingQueue.admit`, which removes it."""
         self.watch.check(sequence)
         super().admit(sequence, num_tokens)
         self.watch.count_admission()
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """See `WaitingQueue.remove`."""
         super().remove(sequence)
         self.watch.left(_flow_of(sequence), sequence)
@@ -118,5 +118,5 @@ class WatchedEngine(Engine):
         return super().residencies()
 
 
-def _flow_of(sequence: Sequence) -> FlowKey:
+def _flow_of(sequence: SequenceState) -> FlowKey:
     return sequence.request.terms.priority, sequence.adapter_key
