@@ -1,7 +1,7 @@
-"""Serving on Ray Serve: one application per base model that holds its engine, and one that holds the gateway.
+"""Runs serving on Ray Serve: one application for the engine of each base model, and one for the gateway.
 
-A thin shell: decorators, resources and the translation of Ray's errors. An engine's application has no HTTP route; the
-gateway finds it by name, so bases come and go while the gateway runs.
+This is a thin shell: deployments, resources and the translation of Ray's errors. An engine's application has no HTTP
+route. The gateway finds it by name, so bases can be added and removed while the gateway runs.
 """
 
 import asyncio
@@ -39,26 +39,26 @@ from serving.http.api import create_app
 
 GATEWAY = "gateway"
 ENGINE_PREFIX = "engine-"
-# Longer than any generation: a replica that shuts down lets its streams finish (Serve's default cuts them at 20 s).
+# Longer than any generation, so that a replica finishes its streams before it shuts down (Serve's default is 20 s).
 GRACE_S = 600.0
-# What a gateway replica holds open at once; the engines' own queues say when it is too much.
+# Requests that a gateway replica holds open at once. It is this high because the engines limit their own queues.
 MAX_GATEWAY_REQUESTS = 10_000
 _GONE = (RayActorError, WorkerCrashedError, ObjectLostError, DeploymentUnavailableError, GetTimeoutError)
 
 
 class EngineDeployment:
-    """One replica of a base's engine, which runs in a thread of its own, so that health checks always answer."""
+    """One replica of a base's engine. The engine has its own thread, so the replica always answers health checks."""
 
     def __init__(self, fleet: Fleet, base: str):
         engine = Engine.open(fleet.base(base).path, fleet.serving)
-        # Each machine has a folder of its own: where they share the disk, one could delete what another has mapped.
+        # Each machine has its own folder: on a shared disk, one machine could delete what another has mapped.
         self._loop = EngineLoop(engine, packed_dir=Path(fleet.packed) / platform.node())
         settle_heap()
         self._loop.start()
         self._backend = LocalBackend(self._loop, open_blobs(fleet))
 
     async def generate(self, request: Request) -> TokenStream:
-        """See `Backend.generate`; errors travel as events, so that Ray does not wrap them."""
+        """See `Backend.generate`. Errors become events, so that Ray does not wrap them."""
         try:
             async with aclosing(self._backend.generate(request)) as events:
                 async for event in events:
@@ -67,19 +67,19 @@ class EngineDeployment:
             yield TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=error)
 
     async def stats(self) -> dict[str, float]:
-        """This replica's gauges."""
+        """Return this replica's gauges."""
         return await self._backend.stats()
 
     async def residencies(self) -> list[Residency]:
-        """Where adapters are on this replica."""
+        """Return where adapters are on this replica."""
         return await self._backend.residencies()
 
     async def release(self, adapter_key: str) -> None:
-        """Let this replica's memory of an adapter go."""
+        """Free an adapter's memory on this replica, once its requests in progress have ended."""
         await self._backend.release(adapter_key)
 
     def check_health(self) -> None:
-        """Serve replaces a replica for which this raises."""
+        """Raise BackendDiedError if the engine is down. Serve then replaces the replica."""
         self._backend.check_health()
 
     def __del__(self) -> None:
@@ -89,13 +89,13 @@ class EngineDeployment:
 
 @serve.ingress()
 class GatewayDeployment:
-    """The HTTP door."""
+    """A replica of the gateway, which answers HTTP requests."""
 
     def __init__(self, fleet: Fleet):
         self._fleet = fleet
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve on the replica, because registries and gateways do not travel between processes."""
+        """Return the application. Serve calls this on the replica, because a gateway cannot be pickled."""
         fleet, backends = self._fleet, ServeBackends()
         self._gateway = Gateway(open_registry(fleet), open_blobs(fleet), backends.running, fleet.serving, fleet.rollout)
         return create_app(self._gateway)
@@ -105,15 +105,15 @@ class GatewayDeployment:
         await self._gateway.refresh()
 
     async def serves(self) -> tuple[str, str]:
-        """Whose gateway this is: the fleet's registry and address."""
-        return _registry(self._fleet), _address(self._fleet)
+        """Return the registry and the address of the fleet that this gateway serves."""
+        return _registry_and_address(self._fleet)
 
 
 class HandleBackend:
-    """An engine behind a Serve handle. Which replica answers is Serve's choice: the one with the shorter queue.
+    """An engine behind a Serve handle. Serve picks the replica: of two, the one with the shorter queue.
 
-    Serve's multiplexing could prefer replicas that hold the adapter, but it loads one adapter at a time per replica and
-    makes a metric label of each adapter's name; residency-aware routing belongs elsewhere.
+    Serve's multiplexing could prefer replicas that hold the adapter. It is not used, because it loads one adapter at a
+    time per replica and makes each adapter's name a metric label.
     """
 
     def __init__(self, handle: DeploymentHandle):
@@ -123,7 +123,7 @@ class HandleBackend:
     async def generate(self, request: Request) -> TokenStream:
         """See `Backend.generate`."""
         with _our_errors():
-            if self._streaming is None:  # made here: in one of Serve's modes that needs the caller's event loop
+            if self._streaming is None:  # not in __init__: Serve may bind a handle to the event loop that uses it first
                 self._streaming = self._handle.options(stream=True)
             stream = self._streaming.generate.remote(request)
             try:
@@ -149,18 +149,18 @@ class HandleBackend:
         with _our_errors():
             replicas = await self._handle.broadcast(method, *arguments).results_async()
         if not replicas:
-            raise BackendDiedError("No replica of the engine runs.")
+            raise BackendDiedError("No replica of the engine is running.")
         return replicas
 
 
 class ServeBackends:
-    """The engine applications of this Serve instance. Keeps their handles, which are costly to make."""
+    """Finds the engine applications of this Serve instance. Keeps their handles, which are slow to make."""
 
     def __init__(self) -> None:
         self._known: dict[str, HandleBackend] = {}
 
     def running(self) -> Mapping[str, Backend]:
-        """The engines that run, by base; one that was running and is restarting counts."""
+        """Return the engines by base. An engine that was running and now restarts is included."""
         gone = (ApplicationStatus.DELETING, ApplicationStatus.DEPLOY_FAILED)
         with _our_errors():
             apps = serve.status().applications
@@ -177,17 +177,17 @@ class ServeBackends:
 
 
 def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
-    """Starts the gateway and one engine per base on the Ray cluster that this process is connected to.
+    """Start the gateway and one engine per base on the connected Ray cluster. Return when all of them answer.
 
-    Returns when all of them answer. The address is `fleet.serving`'s; it cannot change while Serve runs. ConflictError
-    where the cluster serves another fleet, which would be gone, or this one elsewhere.
+    The address comes from `fleet.serving` and cannot change while Serve runs. Raises ConflictError if the cluster
+    already serves another fleet, which this call would replace, or this fleet at another address.
     """
     if _is_running(GATEWAY):
         registry, address = _served()
-        if (registry, address) != (_registry(fleet), _address(fleet)):
+        if (registry, address) != _registry_and_address(fleet):
             raise ConflictError(
-                f"This Ray cluster serves the fleet of {registry} at {address} already, and a cluster serves one: stop "
-                "that first, or name another cluster in RAY_ADDRESS."
+                f"This Ray cluster already serves the fleet of {registry} at {address}. A cluster serves one fleet: "
+                "stop that one first, or set RAY_ADDRESS to another cluster."
             )
     gateway = serve.deployment(GatewayDeployment).options(
         max_ongoing_requests=MAX_GATEWAY_REQUESTS,
@@ -204,19 +204,19 @@ def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
 
 
 def deploy_base(fleet: Fleet, base: str) -> None:
-    """Adds the engine of one base to what runs, and returns when it answers."""
+    """Start the engine of one more base. Return when it answers."""
     with _deploying(f"the engine of {base}"):
         serve.run_many([_engine_target(fleet, base)])
         _refresh_gateway()
 
 
 def check_gateway(fleet: Fleet) -> None:
-    """NotFoundError where no gateway runs on the connected cluster, ConflictError where it is another fleet's."""
+    """Raise NotFoundError if the connected cluster has no gateway, ConflictError if it is another fleet's."""
     if not _is_running(GATEWAY):
-        raise NotFoundError("Nothing is served on this Ray cluster: `relora serve` comes first.")
+        raise NotFoundError("No gateway runs on this Ray cluster. Run `relora serve` first.")
     registry, address = _served()
-    if registry != _registry(fleet):
-        raise ConflictError(f"This Ray cluster serves another fleet, that of {registry} at {address}.")
+    if registry != _registry_and_address(fleet)[0]:
+        raise ConflictError(f"This Ray cluster serves another fleet: that of {registry} at {address}.")
 
 
 def has_engine(base: str) -> bool:
@@ -230,13 +230,10 @@ def _served() -> tuple[str, str]:
     return found
 
 
-def _registry(fleet: Fleet) -> str:
-    """To be shown: without a password."""
-    return make_url(fleet.registry).render_as_string(hide_password=True)
-
-
-def _address(fleet: Fleet) -> str:
-    return f"{fleet.serving.host}:{fleet.serving.port}"
+def _registry_and_address(fleet: Fleet) -> tuple[str, str]:
+    """Return the registry's URL, without its password, and the gateway's address."""
+    registry = make_url(fleet.registry).render_as_string(hide_password=True)
+    return registry, f"{fleet.serving.host}:{fleet.serving.port}"
 
 
 def _is_running(name: str) -> bool:
@@ -246,16 +243,16 @@ def _is_running(name: str) -> bool:
 
 
 def probe(fleet: Fleet, version: Version) -> None:
-    """Asks an engine of the version's base for the version's golden answers, past the gateway. For `cluster.rollout`.
+    """Check the version's golden answers on an engine of its base, without the gateway. For `cluster.rollout`.
 
-    Raises ReloraError that names the first difference, and OverloadedError where asking later may help.
+    Raises ReloraError that names the first difference, and OverloadedError if a later call may succeed.
     """
     try:
         with _our_errors():
             backend = HandleBackend(_outside_handle(ENGINE_PREFIX + version.base))
         asyncio.run(check_golden(version, Prompter(fleet.base(version.base).path), backend))
     except BackendDiedError as error:
-        raise OverloadedError(f"{version.label} could not be probed yet: {error}") from error
+        raise OverloadedError(f"{version.label} cannot be probed yet: {error}") from error
 
 
 def _outside_handle(app: str) -> DeploymentHandle:
@@ -273,7 +270,7 @@ def _outside_handle(app: str) -> DeploymentHandle:
 
 
 def _refresh_gateway() -> None:
-    """Makes the gateway see at once what has changed."""
+    """Make the gateway see changes at once."""
     _outside_handle(GATEWAY).refresh.remote().result(timeout_s=30)
 
 
@@ -286,7 +283,7 @@ def _engine_target(fleet: Fleet, base: str) -> serve.RunTarget:
             max_replicas=max(config.min_replicas, config.max_replicas),
             target_ongoing_requests=config.target_ongoing_requests,
         ),
-        # All that the engine can hold and a little more, so that it is the engine that says when its queue is full.
+        # A little more than the engine can hold, so that the engine itself refuses requests when its queue is full.
         max_ongoing_requests=config.max_sequences + config.max_queue + 100,
         graceful_shutdown_timeout_s=GRACE_S,
         graceful_shutdown_wait_loop_s=0.5,
@@ -299,7 +296,7 @@ def _engine_target(fleet: Fleet, base: str) -> serve.RunTarget:
 
 @contextmanager
 def _deploying(what: str) -> Iterator[None]:
-    """Serve's words for a start that failed (a port in use, an engine that cannot be made), as one of our errors."""
+    """Turn Serve's errors at a failed start (a port in use, a broken checkpoint) into ours."""
     try:
         with _our_errors():
             yield
@@ -309,7 +306,7 @@ def _deploying(what: str) -> Iterator[None]:
 
 @contextmanager
 def _our_errors() -> Iterator[None]:
-    """Ray's errors as ours."""
+    """Turn Ray's errors into ours."""
     try:
         yield
     except RayTaskError as error:

@@ -1,7 +1,7 @@
-"""The engine's thread, and the bridge to it from asyncio. The engine itself knows nothing of either.
+"""Runs an engine on its own thread and lets asyncio code use it. The engine knows neither threads nor asyncio.
 
-Everything that touches the engine runs on its thread, between steps, in the order in which it was posted; files are
-read on loader threads, so that a cold adapter delays nobody but those who asked for it.
+Whatever touches the engine is posted to its thread and runs there between two steps, in the order of posting. Adapter
+files are read on loader threads, so a slow load delays only the requests that need that adapter.
 """
 
 import asyncio
@@ -30,15 +30,16 @@ from serving.errors import BackendDiedError
 log = logging.getLogger(__name__)
 
 _MAX_REFUSALS = 4096
-_HANDOVER_S = 1.0  # how long an adapter that came is kept for the request that it was loaded for
+_HANDOVER_S = 1.0  # how long a loaded adapter is kept for the request that caused the load
 
 Result = TypeVar("Result")
 
 
 class EngineLoop:
-    """Runs an engine on a thread of its own. `start` and `stop` once each; the rest from any event loop.
+    """Runs an engine on its own thread.
 
-    With a `packed_dir`, adapters are kept there as the engine maps them, up to `packed_bytes` of its configuration.
+    Call `start` and `stop` once each. The other methods may be called from any event loop. With a `packed_dir`, packed
+    adapters are also kept there, up to `packed_bytes` of the engine's configuration.
     """
 
     def __init__(self, engine: Engine, num_loaders: int = 4, packed_dir: Path | None = None):
@@ -46,17 +47,19 @@ class EngineLoop:
         self._loader = AdapterLoader(engine, packed_dir)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._fetches = LoadQueue(num_loaders)
-        self._reads = LoadQueue(num_loaders)  # of this machine's disk: they do not wait for a store that is slow
-        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # only the engine thread takes any off
+        self._reads = LoadQueue(num_loaders)  # loads from this machine's disk: they never wait for a slow store
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # removed by the engine thread only
         self._changed = threading.Condition()
-        self._is_open = False  # whether commands are taken; guarded by _changed
-        self._streams: dict[str, Stream] = {}  # by request id; the engine thread's own
-        self._num_loads = self._num_fetches = 0  # loads of adapters, and those that were not on disk
-        self._coming: set[str] = set()  # adapters that the engine thread has been told of
-        self._refusals: dict[str, OverloadedError] = {}  # why adapters that came are not here; the engine thread's own
-        # Adapters that came and that no request has named yet, and until when they are kept; the engine thread's own.
-        self._handed: dict[str, tuple[PackedAdapter, float]] = {}
-        self._stats = self._gauges()
+        self._is_open = False  # whether commands are accepted; guarded by _changed
+        self._announced: set[str] = set()  # keys of loaded adapters whose `_add` is posted and has not run
+        self._stats: dict[str, float] = {}
+        # Only the engine thread uses what follows.
+        self._streams: dict[str, Stream] = {}  # by request id
+        self._num_loads = 0
+        self._num_fetches = 0  # loads that did not find the adapter on this machine's disk
+        self._refusals: dict[str, OverloadedError] = {}  # by adapter key: why the host had no room for it
+        self._handed: dict[str, tuple[PackedAdapter, float]] = {}  # adapters kept for their request, and until when
+        self._update_stats()
 
     def start(self) -> None:
         """Start the thread."""
@@ -64,7 +67,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step under way; every open stream ends with ABORT."""
+        """End the thread after the current step. Every open stream ends with ABORT."""
         with self._changed:
             self._is_open = False
             self._changed.notify()
@@ -72,19 +75,19 @@ class EngineLoop:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests are taken: started, not stopped, no step failed."""
+        """Whether the loop accepts requests: it was started, not stopped, and no step has failed."""
         return self._is_open and self._thread.is_alive()
 
     def stats(self) -> dict[str, float]:
-        """The engine's figures as of its last step, and how many adapters were loaded, and how many of them fetched."""
+        """Return the engine's gauges after its last step, and the number of adapter loads and fetches."""
         return self._stats
 
     async def generate(self, request: Request, interval_s: float = 0.0) -> TokenStream:
-        """The request's events up to the one with a finish reason; closing the iterator aborts the request.
+        """Yield the request's events up to the one with a finish reason. Closing the stream aborts the request.
 
-        Events are at least `interval_s` apart, but for the first and the last, which never wait: what comes in between
-        becomes one event, as do several steps' news for a slow reader. Raises what `Engine.submit` raises, and
-        BackendDiedError where the engine has stopped or failed.
+        Events are at least `interval_s` apart, except that the first and the last never wait. All tokens that arrive
+        before the next event is read or due become one event. Raises what `Engine.submit` raises, and BackendDiedError
+        if the engine has stopped or failed.
         """
         stream = Stream(asyncio.get_running_loop())
         not_before = 0.0
@@ -101,47 +104,48 @@ class EngineLoop:
                 self._post(lambda: self._abort(request.id, stream))
 
     def has_adapter(self, key: str) -> bool:
-        """Whether the engine has the adapter, so that requests may name it."""
+        """Whether the engine has the adapter. Only then may requests name it."""
         return self._engine.has_adapter(key)
 
     async def ensure_adapter(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
-        """Load an adapter for requests from now on; `folder` has its files, or is a function that fetches them.
+        """Load an adapter, so that requests may name it. `folder` holds its files or is a function that fetches them.
 
-        Runs on a loader thread, once for all who ask at the same time. Raises what went wrong (InvalidAdapterError,
-        StorageError, ...), and StorageError after `adapter_load_timeout_s`; the next call tries again, but
-        for an adapter that keeps failing only after a pause (see `serving.engine.adapter_loader`).
+        The load runs on a loader thread, once for all callers that wait at the same time. Raises its error
+        (InvalidAdapterError, StorageError, ...), or StorageError after `adapter_load_timeout_s`. The next call tries
+        again; if an adapter keeps failing, only after a pause (see `serving.engine.adapter_loader`).
         """
-        if ref.key in self._coming:
+        if ref.key in self._announced:
             return
+        queue = self._reads if self._loader.is_on_disk(ref.key) else self._fetches
         work: Callable[[], None] = partial(self._load, ref, folder)
-        loads = self._reads if self._loader.is_on_disk(ref.key) else self._fetches
         if self.has_adapter(ref.key):
             mapped = self._engine.mapped_adapter(ref.key)
             if mapped is None:
                 return
-            work, loads = mapped.touch, self._reads  # lest the engine's thread should wait for the disk
+            queue = self._reads
+            work = mapped.touch  # reads the file here, so that the engine's thread does not wait for the disk
         if not self._is_open:
-            raise BackendDiedError("The engine does not run.")
-        load = loads.ask(ref.key, work)
+            raise BackendDiedError("The engine is not running.")
+        load = queue.ask(ref.key, work)
+        waiting = asyncio.wrap_future(load)
+        waiting.add_done_callback(_retrieve_error)
         timeout_s = self._engine.config.adapter_load_timeout_s
-        coming = asyncio.wrap_future(load)
-        coming.add_done_callback(_take_note)
         try:
-            # Shielded: others may wait for the same load when this caller goes away.
-            await asyncio.wait_for(asyncio.shield(coming), timeout_s)
+            # Shielded: a caller that is cancelled must not cancel the load for the others.
+            await asyncio.wait_for(asyncio.shield(waiting), timeout_s)
         except TimeoutError:
-            loads.give_up(ref.key, load, timeout_s)
-            raise StorageError(f"adapter {ref.label}: its files did not come in {timeout_s:g} s") from None
+            queue.give_up(ref.key, load, timeout_s)
+            raise StorageError(f"adapter {ref.label}: loading its files took more than {timeout_s:g} s") from None
 
     async def remove_adapter(self, key: str) -> None:
         """See `Engine.remove_adapter`."""
         await self._call(lambda: self._remove(key))
 
     async def residencies(self) -> list[Residency]:
-        """Where each adapter is that the engine has, or its machine's disk as a file."""
+        """Return where the engine's adapters are, and which others are on this machine's disk."""
         here = await self._call(self._engine.residencies)
-        packed = await asyncio.to_thread(self._loader.keys_on_disk)
-        return here + [Residency(key, Tier.DISK) for key in packed - {residency.key for residency in here}]
+        on_disk = await asyncio.to_thread(self._loader.keys_on_disk)
+        return here + [Residency(key, Tier.DISK) for key in on_disk - {residency.key for residency in here}]
 
     # Any thread.
 
@@ -149,24 +153,24 @@ class EngineLoop:
         return await asyncio.wrap_future(self._post(command))
 
     def _post(self, command: Callable[[], Result]) -> "Future[Result]":
-        """Have the engine thread run a command between two steps."""
+        """Have the engine's thread run a command between two steps."""
         future: Future[Result] = Future()
         with self._changed:
             if self._is_open:
                 self._commands.append((command, future))
                 self._changed.notify()
             else:
-                future.set_exception(BackendDiedError("The engine does not run."))
+                future.set_exception(BackendDiedError("The engine is not running."))
         return future
 
     # Loader threads.
 
     def _load(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
         loaded = self._loader.load(ref.key, folder)
-        # Not waited for: the request that is posted next finds it, and has not lost the step in between. As one, lest
-        # somebody should see that it is coming and post a request before it.
+        # The load ends without waiting for `_add`: a request posted from now on runs after it. The lock keeps the two
+        # lines together, so that nobody sees the announcement and posts a request before `_add` is posted.
         with self._changed:
-            self._coming.add(ref.key)
+            self._announced.add(ref.key)
             self._post(lambda: self._add(ref, loaded))
         if loaded.was_fetched:
             self._loader.write(ref.key, loaded.packed, partial(self._replace, ref.key))
@@ -188,16 +192,16 @@ class EngineLoop:
                 self._refusals.clear()
             self._refusals[ref.key] = error
         finally:
-            self._coming.discard(ref.key)
+            self._announced.discard(ref.key)
 
     def _hand_over(self, key: str, packed: PackedAdapter) -> None:
-        """Keep an adapter for its request: in a small host cache others may evict it before that is posted."""
+        """Keep an adapter for its request: a small host cache may evict it before the request is posted."""
         now = time.monotonic()
         self._handed = {key: handed for key, handed in self._handed.items() if handed[1] > now}
         self._handed[key] = packed, now + _HANDOVER_S
 
     def _take_over(self, ref: AdapterRef) -> None:
-        """Put back the adapter of a request that was evicted since it came. Raises OverloadedError without room."""
+        """Put a request's adapter back if it was evicted after its load. Raises OverloadedError if there is no room."""
         packed, until = self._handed.pop(ref.key, (None, 0.0))
         if packed is not None and time.monotonic() < until and not self.has_adapter(ref.key):
             self._engine.add_packed(ref, packed)
@@ -206,8 +210,9 @@ class EngineLoop:
         self._handed.pop(key, None)
         self._engine.remove_adapter(key)
 
-    def _gauges(self) -> dict[str, float]:
-        return {**self._engine.stats(), "adapter_loads": self._num_loads, "adapter_fetches": self._num_fetches}
+    def _update_stats(self) -> None:
+        loads = {"adapter_loads": self._num_loads, "adapter_fetches": self._num_fetches}
+        self._stats = {**self._engine.stats(), **loads}
 
     def _run(self) -> None:
         torch.set_num_threads(self._engine.config.threads)
@@ -217,8 +222,8 @@ class EngineLoop:
                 self._run_commands()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-                self._stats = self._gauges()
-        except Exception as cause:  # whatever it was, nobody may be left waiting for this thread
+                self._update_stats()
+        except Exception as cause:  # whatever failed, nobody may go on waiting for this thread
             log.exception("the engine failed")
             error = BackendDiedError(f"The engine failed: {type(cause).__name__}: {cause}")
         finally:
@@ -238,7 +243,7 @@ class EngineLoop:
                 future.set_result(command())
             except ReloraError as error:
                 future.set_exception(error)
-            except BaseException as error:  # our bug: this caller hears of it, and the thread ends
+            except BaseException as error:  # our bug: the caller gets it, and the thread ends
                 future.set_exception(error)
                 raise
 
@@ -252,25 +257,24 @@ class EngineLoop:
         self._streams[request.id] = stream
 
     def _abort(self, request_id: str, stream: Stream) -> None:
-        # Another request may have taken the id since.
-        if self._streams.get(request_id) is stream:
+        if self._streams.get(request_id) is stream:  # otherwise another request uses the id by now
             del self._streams[request_id]
             self._engine.abort(request_id)
 
     def _deliver(self, events: Iterable[TokenEvent]) -> None:
-        """Hand a step's events to their streams, with one wake-up per event loop."""
+        """Put a step's events into their streams, with one wake-up per event loop."""
         news: dict[asyncio.AbstractEventLoop, list[tuple[Stream, TokenEvent]]] = defaultdict(list)
         for event in events:
             stream = self._streams.get(event.request_id)
             if stream is None:
-                continue  # aborted
+                continue  # the request was aborted
             news[stream.loop].append((stream, event))
             if event.finish_reason is not None:
                 del self._streams[event.request_id]
         for loop, items in news.items():
             try:
                 loop.call_soon_threadsafe(_put_all, items)
-            except RuntimeError:  # the event loop is closed: its clients are gone
+            except RuntimeError:  # the event loop is closed, so its clients are gone
                 for stream, event in items:
                     self._abort(event.request_id, stream)
 
@@ -285,8 +289,8 @@ class EngineLoop:
         self._deliver(ends)
 
 
-def _take_note(load: "asyncio.Future[None]") -> None:
-    """Of an error that nobody may be left to hear: asyncio would log it as one that was overlooked."""
+def _retrieve_error(load: "asyncio.Future[None]") -> None:
+    """Mark a load's error as seen. If every caller was cancelled, asyncio would log it as never retrieved."""
     if not load.cancelled():
         load.exception()
 

@@ -1,4 +1,4 @@
-"""The events of one request on their way from the engine's thread to the client's event loop."""
+"""Carries the events of one request from the engine's thread to the client's event loop."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from serving.engine.request import TokenEvent
 
 
 class Stream:
-    """What the client has not read yet. Lives on the client's event loop."""
+    """Holds the events that the client has not read yet. Only the client's event loop may call its methods."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -19,7 +19,7 @@ class Stream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last event has been put, read or not."""
+        """Whether the last event has arrived, even if nobody has read it yet."""
         return self._has_ended.is_set()
 
     def put(self, event: TokenEvent) -> None:
@@ -30,9 +30,9 @@ class Stream:
             self._has_ended.set()
 
     async def get(self, not_before: float) -> TokenEvent:
-        """Wait for news and return all of it as one event.
+        """Wait for events and return all that have arrived as one event.
 
-        Events are held back until `not_before`, a time of the event loop, unless the last one is among them.
+        Returns no earlier than `not_before`, a time of the event loop, unless the last event arrives first.
         """
         await self._has_news.wait()
         if self.loop.time() < not_before:

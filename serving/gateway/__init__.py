@@ -1,1 +1,1 @@
-"""From a model name to an engine: routes, canaries, prompts, adapters that clients load, and the readiness check."""
+"""Turns model names into versions and engines; loads clients' adapters; checks that new versions are ready."""

@@ -1,16 +1,16 @@
-"""The narrow seam between the gateway and an engine, wherever that runs.
+"""The protocol between the gateway and an engine, which may run in this process or in another.
 
-A token passes these asynchronous generators on its way from the engine's thread to the socket:
+A token passes these async generators on its way from the engine's thread to the socket:
 
-1. `EngineLoop.generate`: from the engine's thread to asyncio; joins what comes faster than the interval
-2. `LocalBackend.generate`: waits for the adapter before
-3. `EngineDeployment.generate`: errors become events, so that Ray does not wrap them
-4. `HandleBackend.generate`: Ray's errors become ours; closing it cancels the call
-5. `Gateway._generate`: resubmits a request whose replica died
-6. `merge`: only where an answer has several choices
-7. `_events`: to OpenAI's server-sent events
+1. `EngineLoop.generate` takes events from the engine's thread and joins those that come too fast.
+2. `LocalBackend.generate` loads the request's adapter before the first event.
+3. `EngineDeployment.generate` turns errors into events, so that Ray does not wrap them.
+4. `HandleBackend.generate` turns Ray's errors into ours, and cancels the call when it is closed.
+5. `Gateway._generate` resubmits a request whose replica died.
+6. `merge` is used only if an answer has several choices.
+7. `_events` writes OpenAI's server-sent events.
 
-Those of the engine's replica are 1 to 3, those of the gateway the others. In one process 3 and 4 are not there.
+The first three run in the engine's replica and the others in the gateway. Without Ray, 3 and 4 do not exist.
 """
 
 from typing import Protocol
@@ -20,27 +20,27 @@ from serving.engine.request import Request, TokenStream
 
 
 class Backend(Protocol):
-    """An engine of one base model, here or elsewhere."""
+    """The engines of one base model."""
 
     def generate(self, request: Request) -> TokenStream:
-        """The request's events; closing the iterator aborts the request.
+        """Yield the request's events. Closing the stream aborts the request.
 
-        Raises BackendDiedError when the engine is gone: what was yielded so far stays valid. Other errors may be raised
-        or come as the `error` of the last event.
+        Raises BackendDiedError if the engine is gone; events yielded before stay valid. Other errors are raised, or
+        come as the `error` of the last event.
         """
         ...
 
     async def stats(self) -> dict[str, float]:
-        """The engine's gauges, summed over its replicas; BackendDiedError if no replica is alive."""
+        """Return the engine's gauges, summed over its replicas. Raises BackendDiedError if no replica is alive."""
         ...
 
     async def residencies(self) -> list[Residency]:
-        """Where adapters are, from each of its replicas; BackendDiedError if no replica is alive."""
+        """Return where adapters are, replica by replica. Raises BackendDiedError if no replica is alive."""
         ...
 
     async def release(self, adapter_key: str) -> None:
-        """Let every replica's memory of an adapter go, once the requests under way with it have ended.
+        """Free an adapter's memory on every replica, once its requests in progress have ended.
 
-        Whoever asks for the adapter later makes the engine fetch it again. BackendDiedError if no replica is alive.
+        A later request for the adapter loads it again. Raises BackendDiedError if no replica is alive.
         """
         ...

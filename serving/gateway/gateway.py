@@ -1,8 +1,8 @@
-"""From a call to its answer: name -> version (the registry's routes) -> an engine of the version's base -> tokens.
+"""Answers calls: finds the version that a model name means and streams tokens from an engine of the version's base.
 
-No Ray and no HTTP here. The routes are a snapshot that a background task renews, so that a request never waits for the
-database; only a name that the snapshot does not know makes the gateway look again at once, and a pinned version is
-looked up when it is asked for.
+This module knows neither Ray nor HTTP. A background task refreshes a snapshot of the registry's routes, so most
+requests never wait for the database. There are two exceptions: a name that the snapshot lacks causes a refresh, and a
+pinned version (`name@version`) is looked up for each request.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -42,15 +43,15 @@ log = logging.getLogger(__name__)
 MAX_RESUBMISSIONS = 3
 BACKOFF_S = 0.2
 
-# What the engine may find wrong with files while it generates: a client that only named them is not to blame.
-_NOT_THE_CLIENTS = (InvalidAdapterError, InvalidCheckpointError)
+# Errors about files. While an engine generates they are the server's fault: the client only named the model.
+_FILE_ERRORS = (InvalidAdapterError, InvalidCheckpointError)
 
-Part = tuple[int, TokenEvent]  # the index of a choice, and what is new of it
+Part = tuple[int, TokenEvent]  # a choice's index and an event of it
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a client wants: `num_choices` continuations of each prompt by the model of that name.
+    """Asks a model for `num_choices` continuations of each prompt.
 
     Choice c of prompt p has index `p * num_choices + c`. With `is_unlimited` an answer may fill the model's context.
     """
@@ -66,9 +67,10 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An answer under way: who gives it, and its parts until every choice has finished.
+    """An answer in progress: who gives it, and the events of all its choices.
 
-    `head` is the first part, or all of them in an answer that was asked for whole; closing `rest` aborts the others.
+    `head` holds the first part, or every part of an answer that was asked for whole. `rest` yields the others; closing
+    it aborts the requests.
     """
 
     target: Target
@@ -79,9 +81,9 @@ class Answer:
 
 
 class Gateway:
-    """The way in for every request. One per process; owns its snapshot and the task that renews it.
+    """Takes every request of a process. Owns the snapshot and the task that refreshes it.
 
-    `backends` tells which engines there are now, by base name; it may block and is called off the event loop.
+    `backends` returns the running engines by base name. It may block: it is called off the event loop.
     """
 
     def __init__(
@@ -100,37 +102,37 @@ class Gateway:
         self._refreshing = asyncio.Lock()
         self._prompters: dict[str, Prompter] = {}
         self._poller: asyncio.Task[None] | None = None
-        self._trouble: ReloraError | None = None
+        self._poll_error: ReloraError | None = None
         self._num_resubmissions: Counter[str] = Counter()
         self.snapshot = Snapshot()
 
     async def start(self) -> None:
-        """Takes the first snapshot and keeps it fresh; a registry out of reach is a StorageError."""
+        """Take the first snapshot and start to refresh it. Raises StorageError if the registry cannot be read."""
         await self.refresh()
         self._poller = asyncio.create_task(self._poll())
 
     async def stop(self) -> None:
-        """Stops the background task."""
+        """Stop the background task."""
         if self._poller is not None:
             self._poller.cancel()
             with suppress(asyncio.CancelledError):
                 await self._poller
 
     async def refresh(self) -> None:
-        """Takes a snapshot not older than this call; calls that come together share one."""
+        """Take a snapshot that is newer than this call. Concurrent calls share one."""
         asked_at = time.monotonic()
         before = None
         async with self._refreshing:
             if self.snapshot.taken_at < asked_at:
-                before, self.snapshot = self.snapshot, await asyncio.to_thread(self._look)
+                before, self.snapshot = self.snapshot, await asyncio.to_thread(self._take_snapshot)
         if before is not None:
             await release_gone(before, self.snapshot)
 
     async def answer(self, call: Call, *, whole: bool) -> Answer:
-        """Starts a call; returns with its first part there, or with all of them when `whole`.
+        """Start a call and wait for the first part of its answer, or for all parts if `whole`.
 
-        Until then nothing has been sent, so a canary that fails is forgiven: the failure is logged for the rollout, and
-        the live version answers instead.
+        Nothing has been sent to the client before. So if a canary fails until then, its failure is logged for the
+        rollout and the live version answers instead.
         """
         *canaries, last = await self._targets(call)
         for canary in canaries:
@@ -143,60 +145,61 @@ class Gateway:
         return await self._begin(call, last, whole)
 
     async def load_adapter(self, name: str, folder: str, base: str | None) -> Version:
-        """Makes an adapter's files the LIVE version of that name, once an engine has run them.
+        """Make an adapter's files the LIVE version of a name, after an engine has run them once.
 
-        Raises what `store` raises; nothing has changed for clients then.
+        Raises what `store` raises, and InvalidAdapterError if the engine cannot run the adapter. Clients see no change
+        then.
         """
         await self.refresh()
-        found, key = await asyncio.to_thread(
-            store,
-            *(self._registry, self._blobs, name, folder, base),
-            served_bases=self.snapshot.backends.keys(),
-            max_rank=self._serving.max_rank,
-        )
+        served, max_rank = self.snapshot.backends.keys(), self._serving.max_rank
+        store_adapter = partial(store, self._registry, self._blobs, served_bases=served, max_rank=max_rank)
+        base_name, key = await asyncio.to_thread(store_adapter, name, folder, base)
         try:
-            await self._try_out(AdapterRef(key, name, 0, blob_key=key), found)
+            await self._try_out(AdapterRef(key, name, 0, blob_key=key), base_name)
         except ReloraError:
-            if (found, key) not in self.snapshot.adapters():
-                await release(self.snapshot.backend(found), key)
+            if (base_name, key) not in self.snapshot.adapters():
+                await release(self.snapshot.backend(base_name), key)
             raise
-        version = await asyncio.to_thread(publish, self._registry, name, found, key)
+        version = await asyncio.to_thread(publish, self._registry, name, base_name, key)
         await self.refresh()
         return version
 
     async def _try_out(self, adapter: AdapterRef, base: str) -> None:
-        """One token, so that what only an engine can tell is told in time: too large for its memory, or NaN logits."""
+        """Generate one token. Only an engine can tell that an adapter exceeds its memory or makes logits NaN."""
         request = Request(f"try-{uuid4().hex}", (0,), SamplingParams(temperature=0.0, max_tokens=1), adapter)
         try:
             async for _ in self._generate(0, request, Target(base)):
                 pass
         except BackendFailedError as error:
-            raise InvalidAdapterError(f"The adapter does not run on {base}: {error}") from error
+            raise InvalidAdapterError(f"The adapter cannot run on {base}: {error}") from error
 
     async def unload_adapter(self, name: str) -> Version:
-        """Takes a name out of service; requests under way finish. NotFoundError if it has no LIVE version."""
+        """Stop serving a name; requests in progress finish. Raises NotFoundError if it has no LIVE version."""
         version = await asyncio.to_thread(withdraw, self._registry, name)
         await self.refresh()
         return version
 
     async def check_health(self) -> None:
-        """An error that names what is out of order: the registry, or the engine of a base that has live adapters."""
-        if self._trouble is not None:
-            raise self._trouble
+        """Raise an error that names what fails: the refresh, or the engine of a served base or a live adapter."""
+        if self._poll_error is not None:
+            raise self._poll_error
         await asyncio.gather(*map(self.stats, self.snapshot.needed_bases()))
 
     async def stats(self, base: str) -> dict[str, float]:
-        """The gauges of a base's engines and of the way to them; BackendDiedError if none answers in time."""
+        """Return the gauges of a base's engines and the number of resubmissions.
+
+        Raises BackendDiedError if no engine answers within HEALTH_TIMEOUT_S.
+        """
         try:
             gauges = await asyncio.wait_for(self.snapshot.backend(base).stats(), HEALTH_TIMEOUT_S)
             return {**gauges, "resubmissions": self._num_resubmissions[base]}
         except TimeoutError as error:
-            raise BackendDiedError(f"The engine of {base} did not answer in {HEALTH_TIMEOUT_S} s.") from error
+            raise BackendDiedError(f"The engine of {base} did not answer within {HEALTH_TIMEOUT_S:g} s.") from error
 
-    # From the name to a target.
+    # From a name to targets.
 
     async def _targets(self, call: Call) -> list[Target]:
-        """Whom to try in order: the last one's failure is the client's failure."""
+        """Return the targets to try, in order. Only the last one's error reaches the client."""
         name, number = parse_model(call.model)
         version = None if number is None else await asyncio.to_thread(self._registry.find, name, number)
         with suppress(NotFoundError):
@@ -209,7 +212,7 @@ class Gateway:
             return [self.snapshot.pinned(pinned)]
         return self.snapshot.named(name, call.id, self._rollout.canary_share)
 
-    # From the target to tokens.
+    # From a target to tokens.
 
     async def _begin(self, call: Call, target: Target, whole: bool) -> Answer:
         prompter = await self._prompter(target.base)
@@ -248,7 +251,7 @@ class Gateway:
         return sampling
 
     async def _generate(self, index: int, request: Request, target: Target) -> AsyncGenerator[Part, None]:
-        """The request's events as parts of choice `index`. If a replica dies, another one continues from its tokens."""
+        """Yield the request's events as parts of choice `index`. If a replica dies, another continues its tokens."""
         tokens: list[int] = []
         for attempt in range(MAX_RESUBMISSIONS + 1):
             try:
@@ -260,11 +263,11 @@ class Gateway:
                         yield index, event
                         if event.finish_reason is not None:
                             return
-                raise BackendDiedError(f"The engine of {target.base} ended a stream without a reason.")
+                raise BackendDiedError(f"The engine of {target.base} ended a stream without a finish reason.")
             except BackendDiedError as error:
                 if attempt == MAX_RESUBMISSIONS:
                     raise
-                log.warning("request %s is resubmitted after %d tokens: %s", request.id, len(tokens), error)
+                log.warning("resubmitting request %s after %d tokens: %s", request.id, len(tokens), error)
                 self._num_resubmissions[target.base] += 1
             await asyncio.sleep(BACKOFF_S * 2**attempt)
 
@@ -274,9 +277,9 @@ class Gateway:
         return self._prompters[base]
 
     async def _log_canary_failure(self, canary: Target, error: ReloraError) -> None:
-        """Tells the rollout, unless the canary was merely busy: that says nothing about the version."""
-        assert canary.version is not None, "a base has no canary"
-        log.warning("canary %s failed, the live version answers: %s", canary.label, error)
+        """Log a failure for the rollout, unless the canary was only busy, which says nothing about the version."""
+        assert canary.version is not None, "a canary is a version"
+        log.warning("canary %s failed, so the live version answers: %s", canary.label, error)
         if isinstance(error, OverloadedError):
             return
         version = canary.version
@@ -285,7 +288,7 @@ class Gateway:
 
     # The snapshot.
 
-    def _look(self) -> Snapshot:
+    def _take_snapshot(self) -> Snapshot:
         taken_at = time.monotonic()
         bases = {base.name: base for base in self._registry.bases()}
         return Snapshot(self._registry.routes(), bases, self._list_backends(), taken_at)
@@ -295,20 +298,20 @@ class Gateway:
             await asyncio.sleep(self._rollout.poll_s)
             try:
                 await self.refresh()
-                self._trouble = None
-            except ReloraError as error:  # the old snapshot serves on; /health tells
-                self._trouble = error
-                log.warning("routes not refreshed: %s", error)
+                self._poll_error = None
+            except ReloraError as error:  # the old snapshot stays in use, and /health reports the error
+                self._poll_error = error
+                log.warning("could not refresh the routes: %s", error)
             except Exception as error:
-                self._trouble = BackendFailedError(f"The gateway cannot refresh its routes: {error!r}.")
-                log.exception("routes not refreshed")
+                self._poll_error = BackendFailedError(f"The gateway cannot refresh its routes: {error!r}.")
+                log.exception("could not refresh the routes")
 
 
 def raise_error_of(event: TokenEvent) -> None:
-    """Raises the error that an event carries, if any, as one that says whose fault it is."""
+    """Raise the error that an event carries. Errors that are the server's fault become BackendFailedError."""
     if event.error is not None:
-        if isinstance(event.error, ReloraError) and not isinstance(event.error, _NOT_THE_CLIENTS):
+        if isinstance(event.error, ReloraError) and not isinstance(event.error, _FILE_ERRORS):
             raise event.error
         raise BackendFailedError(f"The engine failed: {event.error}") from event.error
     if event.finish_reason is FinishReason.ABORT:
-        raise BackendDiedError("The engine stopped before the answer was complete.")
+        raise BackendDiedError("The engine stopped before it finished the answer.")

@@ -1,4 +1,4 @@
-"""Whether a version on its engine says what it said when it was made: the readiness check of a rollout."""
+"""The readiness check of a rollout: does a version on its engine repeat the answers stored when it was made?"""
 
 from contextlib import aclosing
 from uuid import uuid4
@@ -13,18 +13,18 @@ from serving.gateway.routing import Target
 
 
 async def check_golden(version: Version, prompter: Prompter, backend: Backend) -> None:
-    """Sends the version's golden prompts and compares the greedy answers with `version.details["golden"]`.
+    """Send the version's golden prompts and compare the greedy answers with `version.details["golden"]`.
 
-    Raises ReloraError that names the first difference, and whatever the engine raises. No more tokens are asked for
-    than the stored answer has, so that an answer that was cut at a length limit can be compared too.
+    Raises ReloraError that names the first difference, and whatever the engine raises. Each request asks for as many
+    tokens as the stored answer has, so answers that were cut at a length limit can be compared too.
     """
     for index, golden in enumerate(version.details.get("golden", [])):
         request = _request(version, prompter, golden["prompt"], golden["completion"])
         text = await _answer(backend, request)
         if not _agrees(text, golden["completion"]):
             raise ReloraError(
-                f"{version.label} on {version.base}: golden prompt {index} ({golden['prompt'][:80]!r}) was answered "
-                f"{text[:80]!r} instead of {golden['completion'][:80]!r}."
+                f"{version.label} on {version.base}: the answer to golden prompt {index} ({golden['prompt'][:80]!r}) "
+                f"is {text[:80]!r} instead of {golden['completion'][:80]!r}."
             )
 
 
@@ -48,7 +48,7 @@ async def _answer(backend: Backend, request: Request) -> str:
 
 
 def _agrees(text: str, golden: str) -> bool:
-    """Equal as far as both go: a text may have another number of tokens when generated than when tokenised again."""
+    """Whether one text starts with the other. A text can have fewer tokens when tokenised than when generated."""
     if not text or not golden:
         return text == golden
     return text.startswith(golden) or golden.startswith(text)

@@ -1,4 +1,4 @@
-"""The engine in this process as a backend of the gateway."""
+"""A backend whose engine runs in this process."""
 
 import asyncio
 import time
@@ -14,10 +14,10 @@ from serving.errors import BackendDiedError, BackendFailedError
 
 
 class LocalBackend:
-    """An engine loop in this process, fed with adapters from the blob store. Owns neither.
+    """Sends requests to an engine loop and loads their adapters from the blob store. Owns neither.
 
-    A request's events are at least `interval_s` apart: each item of a stream costs Ray Serve about 0.6 ms in its
-    default mode (measured on 4 cores, 2026-11-22), so with one item per token that, not the model, would be the limit.
+    A request's events are at least `interval_s` apart. Each item of a stream costs Ray Serve about 0.6 ms in its
+    default mode (measured on 4 cores, 2026-11-22). With one item per token, Serve would be slower than the model.
     """
 
     def __init__(self, loop: EngineLoop, blobs: BlobStore, interval_s: float = 0.02):
@@ -26,14 +26,17 @@ class LocalBackend:
         self._interval_s = interval_s
 
     async def generate(self, request: Request) -> TokenStream:
-        """See `Backend.generate`. StorageError if the adapter cannot be fetched, BackendFailedError if not used."""
+        """See `Backend.generate`.
+
+        Raises StorageError if the adapter cannot be fetched, and BackendFailedError if its files cannot be used.
+        """
         if request.adapter is not None:
             request = await self._with_adapter(request, request.adapter)
         try:
             async with aclosing(self._loop.generate(request, self._interval_s)) as events:
                 async for event in events:
                     yield event
-        except NotFoundError as error:  # so many others came since that the adapter was evicted again: once more
+        except NotFoundError as error:  # other adapters evicted it since it was loaded; resubmitting loads it again
             raise BackendDiedError(str(error)) from error
 
     async def stats(self) -> dict[str, float]:
@@ -50,14 +53,14 @@ class LocalBackend:
         await self._loop.remove_adapter(adapter_key)
 
     def check_health(self) -> None:
-        """BackendDiedError if the engine's thread has stopped or failed."""
+        """Raise BackendDiedError if the engine's thread has stopped or failed."""
         if not self._loop.is_healthy:
             raise BackendDiedError("The engine has stopped.")
 
     async def _with_adapter(self, request: Request, adapter: AdapterRef) -> Request:
-        """The request once its adapter is on the host; the time that took counts for the first token's deadline.
+        """Load the request's adapter, and take the time that takes off the first token's deadline.
 
-        One that another replica has begun has had its first token: the deadline is nothing to it.
+        Resumed requests ignore the deadline, because the client has its first token already.
         """
         deadline_s = None if request.resumed_tokens else request.terms.first_token_deadline_s
         started_at = time.monotonic()
@@ -65,7 +68,9 @@ class LocalBackend:
             async with asyncio.timeout(deadline_s):
                 await self._ensure(adapter)
         except TimeoutError as error:
-            raise OverloadedError(f"Adapter {adapter.label} did not come before the first token was due.") from error
+            raise OverloadedError(
+                f"Adapter {adapter.label} could not be loaded before the first token's deadline."
+            ) from error
         if deadline_s is None:
             return request
         left_s = max(0.0, deadline_s - (time.monotonic() - started_at))
@@ -74,7 +79,7 @@ class LocalBackend:
     async def _ensure(self, adapter: AdapterRef) -> None:
         try:
             await self._loop.ensure_adapter(adapter, lambda: self._blobs.fetch_folder(adapter.blob_key))
-        except InvalidAdapterError as error:  # a client that only named it is not to blame
+        except InvalidAdapterError as error:  # the server's fault: the client only named the adapter
             raise BackendFailedError(f"Adapter {adapter.label} cannot be used: {error}") from error
         except NotFoundError as error:
-            raise StorageError(f"Adapter {adapter.label} cannot be fetched: {error}") from error
+            raise StorageError(f"Adapter {adapter.label} is missing from the blob store: {error}") from error

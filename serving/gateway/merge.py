@@ -1,4 +1,4 @@
-"""Several streams as one."""
+"""Merges several streams into one."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 
 
 async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[Item, None]:
-    """The items of several streams as they come. The first error ends the merged stream; its end closes all streams."""
+    """Yield the items of several streams as they come. When this ends, by an error or otherwise, it closes them all."""
     coming = {_next(stream): stream for stream in streams}
     try:
         while coming:

@@ -1,4 +1,4 @@
-"""Prompts as clients write them, and a base model's way of turning them into tokens."""
+"""Prompts as clients write them, and the tokenizers that turn them into tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from cluster.errors import InvalidRequestError
 
 @dataclass(frozen=True)
 class Chat:
-    """The turns of a conversation as (role, text) pairs."""
+    """A conversation as (role, text) pairs."""
 
     turns: tuple[tuple[str, str], ...]
 
@@ -21,25 +21,25 @@ Prompt = str | tuple[int, ...] | Chat
 
 
 class Prompter:
-    """One base model's tokenizer, limited to what serving needs. Its methods may be called from any thread."""
+    """A base model's tokenizer, limited to what serving needs. Any thread may call its methods."""
 
     def __init__(self, folder: Path):
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._num_tokens = int(open_checkpoint(folder).config["vocab_size"])
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's token ids with the special tokens that the model expects; none is an InvalidRequestError."""
+        """Return the prompt's token ids with the model's special tokens. Raises InvalidRequestError if it is empty."""
         tokens = self._checked(prompt) if isinstance(prompt, tuple) else self._tokenized(prompt)
         if not tokens:
-            raise InvalidRequestError("The prompt is empty: there is no token to continue from.")
+            raise InvalidRequestError("The prompt is empty. Send at least one token.")
         return tokens
 
     def num_text_tokens(self, text: str) -> int:
-        """How many tokens the text has, without special ones."""
+        """Return the number of the text's tokens, without special tokens."""
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def token_text(self, token: int) -> str:
-        """The token alone as text; bytes that are no whole character show as the replacement character."""
+        """Return one token as text. Bytes of an incomplete character become the replacement character."""
         return self._tokenizer.decode([token])
 
     def _tokenized(self, prompt: str | Chat) -> tuple[int, ...]:
@@ -47,26 +47,26 @@ class Prompter:
             return tuple(self._tokenizer(_valid(prompt))["input_ids"])
         if not self._tokenizer.chat_template:
             raise InvalidRequestError(
-                "This model has no chat template, so messages cannot be made into a prompt; use /v1/completions."
+                "This model has no chat template, so it cannot answer messages. Use /v1/completions instead."
             )
         turns = [{"role": role, "content": text} for role, text in prompt.turns]
         try:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # templates raise it for turns that the model was not trained on
-            raise InvalidRequestError(f"The model's chat template refuses these messages: {error}") from error
+        except TemplateError as error:  # templates raise this for roles or orders that the model does not know
+            raise InvalidRequestError(f"The model's chat template rejects these messages: {error}") from error
         return tuple(self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"])
 
     def _checked(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         for token in tokens:
             if not 0 <= token < self._num_tokens:
                 raise InvalidRequestError(
-                    f"Token id {token} in the prompt is outside of the vocabulary of {self._num_tokens}."
+                    f"The prompt has token id {token}, but the model's ids are 0 to {self._num_tokens - 1}."
                 )
         return tokens
 
 
 def _valid(text: str) -> str:
-    """The text itself, if it is one: JSON can also spell halves of surrogate pairs, which no tokenizer takes."""
+    """Return the text, or raise InvalidRequestError: JSON can spell lone surrogates, which tokenizers reject."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

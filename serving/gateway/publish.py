@@ -1,4 +1,4 @@
-"""Adapters that clients bring themselves: from a folder to a LIVE version, and out of service again."""
+"""Loads adapters from clients' folders as LIVE versions, and takes them out of service."""
 
 import os
 from collections.abc import Collection
@@ -22,17 +22,18 @@ def store(
     served_bases: Collection[str],
     max_rank: int,
 ) -> tuple[str, str]:
-    """Checks an adapter's files against the base and stores them; returns the base's name and the files' key.
+    """Check an adapter's files against its base and store them. Return the base's name and the files' key.
 
-    Nothing is written before all checks have passed. Raises InvalidRequestError (name, URL, unclear base),
-    InvalidAdapterError (files), NotFoundError (base), ConflictError (the name is a base's), StorageError.
+    Nothing is stored before all checks have passed. Raises InvalidRequestError (bad name or folder, or no base given
+    where several are served), InvalidAdapterError (bad files), NotFoundError (the base is not served), ConflictError
+    (a base has this name) and StorageError.
     """
     check_name(name)
     if any(known.name == name for known in registry.bases()):
-        raise ConflictError(f"{name!r} is the name of a base model; choose another one for the adapter.")
+        raise ConflictError(f"{name!r} is the name of a base model. Choose another name for the adapter.")
     base = base or _only_base(registry, name, served_bases)
     if base not in served_bases:
-        raise NotFoundError(f"No base model {base!r} is served; there are {', '.join(sorted(served_bases))}.")
+        raise NotFoundError(f"Base model {base!r} is not served. Served are: {', '.join(sorted(served_bases))}.")
     path = _local_folder(folder)
     shapes = open_checkpoint(Path(registry.base(base).path)).adaptable_shapes()
     check_fits(load_adapter(path, max_rank=max_rank), shapes)
@@ -40,39 +41,39 @@ def store(
 
 
 def publish(registry: Registry, name: str, base: str, key: str) -> Version:
-    """Makes stored files the name's LIVE version; the one that was LIVE is RETIRED in the same transaction."""
+    """Make stored files the name's LIVE version. The same transaction retires the old one."""
     if all(known.name != name for known in registry.adapters()):
         registry.add_adapter(name)
-    # Enters as RETIRED: out of the way of traffic and of rollouts until the one step that makes it LIVE.
+    # It starts as RETIRED, so neither traffic nor a rollout can use it before the promotion.
     version = registry.add_version(name, base, Status.RETIRED, blob_key=key, content_hash=key)
     return registry.promote(version.id)
 
 
 def withdraw(registry: Registry, name: str) -> Version:
-    """Retires the name's LIVE version and rolls its canary back; NotFoundError if it has no LIVE version."""
+    """Retire the name's LIVE version and roll back its canary. Raises NotFoundError if there is no LIVE version."""
     route = registry.routes().get(check_name(name))
     if route is None:
         raise NotFoundError(f"No adapter {name!r} is loaded.")
     if route.canary is not None:
-        why = {"rolled_back": f"{name} was taken out of service"}
-        registry.move(route.canary.id, Status.CANARY, Status.ROLLED_BACK, details=why)
+        reason = {"rolled_back": f"{name} was taken out of service"}
+        registry.move(route.canary.id, Status.CANARY, Status.ROLLED_BACK, details=reason)
     return registry.move(route.live.id, Status.LIVE, Status.RETIRED)
 
 
 def _only_base(registry: Registry, name: str, served_bases: Collection[str]) -> str:
-    """The base that a load without `base_model_name` means: that of the version now LIVE, or the only one there is."""
+    """Return the base for a load without `base_model_name`: the LIVE version's, or the only one that is served."""
     route = registry.routes().get(name)
     if route is not None:
         return route.live.base
     if len(served_bases) != 1:
         listed = ", ".join(sorted(served_bases))
-        raise InvalidRequestError(f"base_model_name: say which base the adapter is for; there are {listed}.")
+        raise InvalidRequestError(f"base_model_name: name the adapter's base. Served are: {listed}.")
     return next(iter(served_bases))
 
 
 def _local_folder(folder: str) -> Path:
     if "://" in folder:
-        raise InvalidRequestError(f"lora_path: {folder!r} is a URL; adapters are loaded from folders on the server.")
-    if not os.path.isdir(folder):  # Path.is_dir would raise where a name is too long
+        raise InvalidRequestError(f"lora_path: {folder!r} is a URL. Give a folder on the server.")
+    if not os.path.isdir(folder):  # Path.is_dir raises if the name is too long
         raise InvalidRequestError(f"lora_path: {folder[:160]!r} is not a folder on the server.")
     return Path(folder)

@@ -1,4 +1,8 @@
-"""From a model's name to who answers: the routes at one moment, and the draw between a live version and its canary."""
+"""Turns model names into versions and engines, and draws between a live version and its canary.
+
+A `Snapshot` holds the routes at one moment. The functions below it ask its engines where adapters are, and tell them
+which adapters they may free.
+"""
 
 import asyncio
 import hashlib
@@ -19,19 +23,19 @@ SERVABLE = frozenset((Status.CANDIDATE, Status.READY, Status.CANARY, Status.LIVE
 
 @dataclass(frozen=True)
 class Target:
-    """Who answers: an adapter's version on its base, or the bare base."""
+    """What answers a call: an adapter's version on its base, or the bare base."""
 
     base: str
     version: Version | None = None
 
     @property
     def label(self) -> str:
-        """What a client can ask for to get the same again: `name@version`, or the base's name."""
+        """Return the model name that pins this target: `name@version`, or the base's name."""
         return self.base if self.version is None else self.version.label
 
     @property
     def adapter(self) -> AdapterRef | None:
-        """The version as engines know it."""
+        """Return the version as engines know it, or None for a bare base."""
         version = self.version
         if version is None:
             return None
@@ -42,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What could be served at one moment: live routes by adapter, base models, and the engines that ran, by base."""
+    """What can be served at one moment: routes by adapter name, and base models and engines by base name."""
 
     routes: Mapping[str, Route] = field(default_factory=dict)
     bases: Mapping[str, BaseModel] = field(default_factory=dict)
@@ -50,9 +54,10 @@ class Snapshot:
     taken_at: float = float("-inf")
 
     def named(self, name: str, call_id: str, canary_share: float) -> list[Target]:
-        """Whom to try in order for a name without version; NotFoundError if there is none.
+        """Return the targets to try for a name without a version. Raises NotFoundError if nothing has this name.
 
-        A base is itself. An adapter is its live version, or, for `canary_share` of the calls, its canary first.
+        A base's name means the base. An adapter's name means its live version; for `canary_share` of the calls, its
+        canary comes first.
         """
         if name in self.bases:
             return [self.served(Target(name))]
@@ -60,75 +65,72 @@ class Snapshot:
             raise NotFoundError(f"The model {name!r} does not exist.")
         route = self.routes[name]
         live = Target(route.live.base, route.live)
-        if route.canary is None or _lot(call_id) >= canary_share:
+        if route.canary is None or _draw(call_id) >= canary_share:
             return [live]
         return [Target(route.canary.base, route.canary), live]
 
     def pinned(self, version: Version) -> Target:
-        """The target of a version asked for by number; NotFoundError if it cannot be served."""
+        """Return the target of a version asked for by number. Raises NotFoundError if it cannot be served."""
         if version.status not in SERVABLE:
-            raise NotFoundError(f"The model {version.label!r} cannot be served: it is {version.status}.")
+            raise NotFoundError(f"The model {version.label!r} cannot be served: its status is {version.status}.")
         return self.served(Target(version.base, version))
 
     def served(self, target: Target) -> Target:
-        """The same target, or NotFoundError if its base has no engine."""
+        """Return the target. Raises NotFoundError if its base has no engine."""
         if target.base not in self.backends:
-            raise NotFoundError(f"The model {target.label!r} is not served: no engine of {target.base} runs.")
+            raise NotFoundError(f"The model {target.label!r} is not served: no engine of {target.base} is running.")
         return target
 
     def backend(self, base: str) -> Backend:
-        """The engine of a base; BackendDiedError if there is none, because a live route counts on it."""
+        """Return a base's engine. Raises BackendDiedError if there is none: a route needs it, so it must be down."""
         if base not in self.backends:
-            raise BackendDiedError(f"No engine of {base} runs.")
+            raise BackendDiedError(f"No engine of {base} is running.")
         return self.backends[base]
 
     def models(self) -> list[Target]:
-        """The bases that have an engine, and the live version of each adapter."""
+        """Return the bases that have an engine, then each adapter's live version."""
         bases = [Target(name) for name in sorted(self.bases) if name in self.backends]
         return bases + [Target(route.live.base, route.live) for _, route in sorted(self.routes.items())]
 
     def adapters(self) -> dict[tuple[str, str], Target]:
-        """The live versions and canaries, by base and content hash; one of those with the same files."""
+        """Return the live versions and canaries by base and content hash. Of equal files one version is kept."""
         versions = [v for route in self.routes.values() for v in (route.canary, route.live) if v is not None]
         targets = [Target(version.base, version) for version in versions]
         return {(target.base, target.adapter.key): target for target in targets if target.adapter is not None}
 
     def needed_bases(self) -> set[str]:
-        """The bases whose engines must be alive for all to be well."""
+        """Return the bases whose engines must be alive: those with a live version, and those with an engine."""
         return {route.live.base for route in self.routes.values()} | self.backends.keys()
 
 
 async def residencies(snapshot: Snapshot) -> list[tuple[Target, Residency]]:
-    """Every live version and canary, and where its weights are."""
-    reports = await asyncio.gather(*map(_reports, snapshot.backends.values()))
+    """Return every live version and canary with where its weights are."""
+    reports = await asyncio.gather(*map(_residencies_of, snapshot.backends.values()))
     known = dict(zip(snapshot.backends, map(summed, reports), strict=True))
-    targets = [target for _, target in sorted(snapshot.adapters().items())]
-    return [(target, _residency(target, known.get(target.base, {}))) for target in targets]
+    return [
+        (target, known.get(base, {}).get(key, Residency(key, Tier.STORE)))
+        for (base, key), target in sorted(snapshot.adapters().items())
+    ]
 
 
 async def release_gone(before: Snapshot, now: Snapshot) -> None:
-    """Tell the engines of adapters that no name leads to any more, so that they free what these take."""
+    """Let the engines free adapters that no name leads to any more."""
     gone = before.adapters().keys() - now.adapters().keys()
     await asyncio.gather(*(release(now.backends[base], key) for base, key in gone if base in now.backends))
 
 
 async def release(backend: Backend, adapter_key: str) -> None:
-    """Tell a base's engines of one; those that do not answer free their memory in their own way."""
+    """Let a base's engines free an adapter. Engines that do not answer evict it when they need the memory."""
     with suppress(ReloraError, TimeoutError):
         await asyncio.wait_for(backend.release(adapter_key), HEALTH_TIMEOUT_S)
 
 
-async def _reports(backend: Backend) -> list[Residency]:
-    with suppress(ReloraError, TimeoutError):  # an engine that is starting anew has no adapters
+async def _residencies_of(backend: Backend) -> list[Residency]:
+    with suppress(ReloraError, TimeoutError):  # an engine that does not answer may be starting, without adapters
         return await asyncio.wait_for(backend.residencies(), HEALTH_TIMEOUT_S)
     return []
 
 
-def _residency(target: Target, known: Mapping[str, Residency]) -> Residency:
-    assert target.adapter is not None, "a base is no adapter"
-    return known.get(target.adapter.key, Residency(target.adapter.key, Tier.STORE))
-
-
-def _lot(call_id: str) -> float:
-    """A number in [0, 1) that is the call's own: the same call always draws the same lot."""
+def _draw(call_id: str) -> float:
+    """Return a number in [0, 1) that depends only on the call's id."""
     return int.from_bytes(hashlib.blake2b(call_id.encode(), digest_size=4).digest()) / 2**32

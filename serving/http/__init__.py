@@ -1,1 +1,1 @@
-"""The HTTP interface: OpenAI routes, request bodies, replies, and Prometheus metrics."""
+"""The HTTP interface: OpenAI's routes, request bodies and replies, and Prometheus metrics."""

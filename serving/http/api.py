@@ -1,7 +1,6 @@
-"""The HTTP interface: OpenAI's routes and vLLM's two for adapters, over a gateway.
+"""The HTTP routes over a gateway: OpenAI's, and vLLM's two for loading and unloading adapters.
 
-Handlers translate and nothing else. A client that hangs up is noticed in every phase of an answer, and its requests are
-aborted in the engine at once.
+Handlers only translate. When a client disconnects, at any time, its requests are aborted in the engine at once.
 """
 
 import asyncio
@@ -30,12 +29,12 @@ from serving.http.schemas import ChatBody, CompletionBody, LoadAdapterBody, Unlo
 
 Result = TypeVar("Result")
 
-CLIENT_GONE = 499
+CLIENT_GONE = 499  # nginx's status for a client that disconnected; nobody receives it, but metrics count it
 router = APIRouter()
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """The application over a gateway, which it starts and stops with itself."""
+    """Return the application over a gateway. It starts and stops the gateway with itself."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,26 +56,26 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 @router.post("/v1/completions")
 async def completions(body: CompletionBody, request: HttpRequest) -> Response:
-    """OpenAI's completions."""
+    """Answer OpenAI's completions."""
     return await _generate(body, request, CompletionShape())
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
-    """OpenAI's chat completions, for base models whose tokenizer has a chat template."""
+    """Answer OpenAI's chat completions, if the base model's tokenizer has a chat template."""
     return await _generate(body, request, ChatShape())
 
 
 @router.get("/v1/models")
 async def models(request: HttpRequest) -> Response:
-    """The base models that are served, and the adapters with their live versions."""
+    """List the served base models, and the adapters with their live versions."""
     gateway = _gateway(request)
     return JSONResponse({"object": "list", "data": [_model(gateway, target) for target in gateway.snapshot.models()]})
 
 
 @router.get("/v1/models/{name}")
 async def model(name: str, request: HttpRequest) -> Response:
-    """One of them."""
+    """Return one entry of the list of models."""
     gateway = _gateway(request)
     for target in gateway.snapshot.models():
         if name in (_id(target), target.label):
@@ -86,35 +85,35 @@ async def model(name: str, request: HttpRequest) -> Response:
 
 @router.get("/v1/adapters")
 async def adapters(request: HttpRequest) -> Response:
-    """The versions that names lead to, with where their weights are, what they take, and how much they are used."""
+    """List live versions and canaries: where their weights are, their size, and how often they are used."""
     known = await residencies(_gateway(request).snapshot)
     return JSONResponse({"object": "list", "data": [_adapter(target, where) for target, where in known]})
 
 
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadAdapterBody, request: HttpRequest) -> Response:
-    """Makes an adapter's files the live version of its name."""
+    """Make an adapter's files the live version of its name."""
     version = await _gateway(request).load_adapter(body.lora_name, body.lora_path, body.base_model_name)
     return JSONResponse({"status": "loaded", "model": version.label, "base": version.base})
 
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadAdapterBody, request: HttpRequest) -> Response:
-    """Takes an adapter out of service; requests under way finish."""
+    """Stop serving an adapter; requests in progress finish."""
     version = await _gateway(request).unload_adapter(body.lora_name)
     return JSONResponse({"status": "unloaded", "model": version.label, "base": version.base})
 
 
 @router.get("/health")
 async def health(request: HttpRequest) -> Response:
-    """200 when the registry answers and so do the engines that live versions need; 503 that says what does not."""
+    """Return 200 if the registry and the engines that live versions need answer; otherwise 503 with the cause."""
     await _gateway(request).check_health()
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/metrics")
 async def metrics(request: HttpRequest) -> Response:
-    """Prometheus' text format."""
+    """Return the metrics in Prometheus' text format."""
     gateway = _gateway(request)
     stats: dict[str, dict[str, float]] = {}
     for base in sorted(gateway.snapshot.backends):
@@ -124,7 +123,7 @@ async def metrics(request: HttpRequest) -> Response:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an answer, which is closed when the response ends, however it ends."""
+    """Sends an answer as server-sent events, and closes the answer whenever and however the response ends."""
 
     media_type = "text/event-stream"
 
@@ -134,7 +133,7 @@ class EventStream(StreamingResponse):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Streams; a client that is gone ends it."""
+        """Send the events until they end or the client disconnects."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -170,7 +169,7 @@ async def _events(request: HttpRequest, answer: Answer, reply: Reply) -> AsyncGe
                 yield sse(chunk)
         for chunk in reply.last_chunks():
             yield sse(chunk)
-    except ReloraError as error:  # too late for a status: the client gets the error as an event
+    except ReloraError as error:  # the status is sent already, so the client gets the error as an event
         yield sse(error_body(str(error), http_error(error)))
     finally:
         _count_tokens(request, answer.target.base, reply)
@@ -178,7 +177,7 @@ async def _events(request: HttpRequest, answer: Answer, reply: Reply) -> AsyncGe
 
 
 async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The work's result, or None after cancelling it because the client has hung up."""
+    """Return the work's result. If the client disconnects first, cancel the work and return None."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_client_gone(request))
     try:
@@ -203,7 +202,7 @@ def _count_tokens(request: HttpRequest, base: str, reply: Reply) -> None:
 
 
 def _tenant(request: HttpRequest) -> str:
-    """Who asks: a hash of the API key, which OpenAI's limits go by too; "" without one."""
+    """Return a hash of the API key, or "" without one. OpenAI's rate limits are per key too."""
     key = request.headers.get("authorization", "")
     return blake2b(key.encode(), digest_size=8).hexdigest() if key else ""
 
@@ -230,7 +229,7 @@ def _model(gateway: Gateway, target: Target) -> dict[str, Any]:
 
 
 def _adapter(target: Target, where: Residency) -> dict[str, Any]:
-    assert target.version is not None, "a base is no adapter"
+    assert target.version is not None, "only adapters have residencies"
     return {
         "id": target.version.adapter,
         "object": "adapter",
@@ -252,11 +251,11 @@ async def _on_relora_error(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _on_invalid_body(request: HttpRequest, error: Exception) -> Response:
-    """Names the first field that is wrong, as OpenAI does; one that does not exist here counts as wrong."""
+    """Name the first invalid field, as OpenAI does. A field that this server does not support is invalid."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] in ("json_invalid", "model_attributes_type"):  # it has no field that could be named
-        message = "The body is not a JSON object, or was not sent with content-type: application/json."
+    if first["type"] in ("json_invalid", "model_attributes_type"):  # there is no field to name
+        message = "The body must be a JSON object, sent with content-type: application/json."
         return JSONResponse(error_body(message, HTTP_ERRORS[InvalidRequestError]), 400)
     param = ".".join(str(step) for step in first["loc"] if step != "body")
     reason = "this server does not support it" if first["type"] == "extra_forbidden" else first["msg"]
@@ -266,12 +265,12 @@ async def _on_invalid_body(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _on_http_exception(request: HttpRequest, error: Exception) -> Response:
-    """Starlette's own: no such path, wrong method."""
+    """Handle Starlette's own errors, such as an unknown path or a wrong method."""
     assert isinstance(error, HTTPException)
     http = HttpError(error.status_code, "invalid_request_error", "not_found" if error.status_code == 404 else "http")
     return JSONResponse(error_body(str(error.detail), http), http.status, headers=error.headers)
 
 
 async def _on_bug(request: HttpRequest, error: Exception) -> Response:
-    """Anything untyped is our bug; its text stays in the server's log."""
+    """Handle an untyped error, which is our bug. Its text stays in the server's log."""
     return JSONResponse(error_body("Internal server error.", HTTP_ERRORS[ReloraError]), 500)

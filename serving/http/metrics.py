@@ -1,4 +1,8 @@
-"""What Prometheus reads. Labels are bounded: base, route, status and gauge names, never adapters or clients."""
+"""The metrics for Prometheus.
+
+Labels are base, route, status, token kind and gauge name, so their number is bounded. Adapters and clients never become
+labels.
+"""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -10,7 +14,7 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30
 
 
 class Metrics:
-    """The counters of one gateway process, in a collector registry of their own."""
+    """The counters of one gateway process, in their own collector registry."""
 
     def __init__(self) -> None:
         self._collectors = CollectorRegistry()
@@ -21,7 +25,7 @@ class Metrics:
         self._engines = Gauge("relora_engine", "Gauges of the engines.", ("base", "gauge"), registry=self._collectors)
 
     def text(self, stats: Mapping[str, Mapping[str, float]]) -> bytes:
-        """All of it in Prometheus' text format, with the engines' gauges as just read, by base."""
+        """Return all metrics in Prometheus' text format. `stats` are the engines' current gauges by base."""
         self._engines.clear()
         for base, gauges in stats.items():
             for gauge, value in gauges.items():
@@ -37,14 +41,14 @@ class Metrics:
 
 
 class MetricsMiddleware:
-    """Counts and times every HTTP request, streams to their end. Handlers may set `request.state.base`."""
+    """Counts and times every HTTP request, a stream until its end. Handlers may set `request.state.base`."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The request goes through; one that ends without a status counts as 499 (client gone), or as 500 (our bug)."""
+        """Pass a request on and count it. Without a status it counts as 499 (client gone) or, if it raised, as 500."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shapes: whole, or as chunks of a stream; for completions and for chat."""
+"""Turns answers into OpenAI's completions and chat completions, whole or as chunks of a stream."""
 
 import json
 import time
@@ -15,9 +15,9 @@ from serving.gateway.prompts import Prompter
 
 @dataclass
 class Choice:
-    """One continuation, or a piece of it. Grown by the one request that it belongs to.
+    """One continuation, or a piece of one.
 
-    `start` is the number of characters of the tokens before it, for the offsets of completions' logprobs.
+    `start` counts the characters of all tokens before it, for the text offsets in completions' logprobs.
     """
 
     start: int = 0
@@ -35,27 +35,27 @@ class Choice:
 
 
 class Shape(Protocol):
-    """What distinguishes completions from chat."""
+    """The fields in which completions and chat completions differ."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
     def whole(self, choice: Choice, prompter: Prompter) -> dict[str, Any]:
-        """A finished choice, but for what all shapes share."""
+        """Return the fields of a finished choice, without those that all shapes share."""
         ...
 
     def opening(self) -> dict[str, Any] | None:
-        """The chunk that opens each choice of a stream, if the shape has one."""
+        """Return the fields of the chunk that opens each choice of a stream, if the shape has such a chunk."""
         ...
 
     def chunk(self, news: Choice, prompter: Prompter) -> dict[str, Any]:
-        """A piece of a choice in a stream."""
+        """Return the fields of one piece of a choice in a stream."""
         ...
 
 
 class CompletionShape:
-    """The shape of /v1/completions."""
+    """The fields of /v1/completions."""
 
     id_prefix: ClassVar[str] = "cmpl"
     whole_object: ClassVar[str] = "text_completion"
@@ -66,7 +66,7 @@ class CompletionShape:
         return {"text": choice.text, "logprobs": _completion_logprobs(choice, prompter)}
 
     def opening(self) -> None:
-        """Completions open with their first text."""
+        """Return None: completions start with their first text."""
         return
 
     def chunk(self, news: Choice, prompter: Prompter) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class CompletionShape:
 
 
 class ChatShape:
-    """The shape of /v1/chat/completions."""
+    """The fields of /v1/chat/completions."""
 
     id_prefix: ClassVar[str] = "chatcmpl"
     whole_object: ClassVar[str] = "chat.completion"
@@ -87,7 +87,7 @@ class ChatShape:
         return {"message": message, "logprobs": _chat_logprobs(choice.logprobs, prompter)}
 
     def opening(self) -> dict[str, Any]:
-        """Chat opens with the role."""
+        """Return the role, with which every chat starts."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def chunk(self, news: Choice, prompter: Prompter) -> dict[str, Any]:
@@ -97,7 +97,10 @@ class ChatShape:
 
 
 class Reply:
-    """One answer on its way out. Owns the count of what has been sent."""
+    """Writes one answer, either whole or chunk by chunk, and counts its tokens.
+
+    With `include_usage`, every chunk has `usage`: null, except for the token counts in the last one.
+    """
 
     def __init__(self, id: str, answer: Answer, shape: Shape, *, include_usage: bool):
         self._id = id
@@ -109,7 +112,7 @@ class Reply:
         self._num_completion_tokens = 0
 
     def whole(self) -> dict[str, Any]:
-        """The response body of an answer that was asked for whole."""
+        """Return the response body of an answer that was asked for whole."""
         choices: dict[int, Choice] = defaultdict(Choice)
         for index, event in self._answer.head:
             choices[index].add(event)
@@ -124,7 +127,7 @@ class Reply:
         )
 
     def chunks(self, part: Part) -> Iterator[dict[str, Any]]:
-        """The chunks of a stream that one part of the answer makes."""
+        """Yield the chunks for one part of the answer."""
         index, event = part
         opening = self._shape.opening()
         if index not in self._starts and opening is not None:
@@ -138,12 +141,12 @@ class Reply:
             yield self._chunk([self._choice(index, chunk, news.finish_reason)])
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
-        """The chunks after the last part: with `include_usage` one that has no choices but the token counts."""
+        """Yield the chunks after the last part: with `include_usage` one with the token counts and no choices."""
         if self._include_usage:
             yield self._chunk([], usage=self.usage())
 
     def usage(self) -> dict[str, int]:
-        """The token counts; a prompt counts once, however many choices continue it."""
+        """Return the token counts. A prompt counts once, whatever the number of its choices."""
         num_prompt, num_completion = self._answer.num_prompt_tokens, self._num_completion_tokens
         return {
             "prompt_tokens": num_prompt,
@@ -152,7 +155,6 @@ class Reply:
         }
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
-        """With `include_usage` each chunk has `usage`, null but in the last one."""
         return self._body(self._shape.chunk_object, choices, **({"usage": usage} if self._include_usage else {}))
 
     def _choice(self, index: int, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class Reply:
 
 
 def sse(data: dict[str, Any] | str) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"), ensure_ascii=False)
     return f"data: {text}\n\n".encode()
 
@@ -190,7 +192,7 @@ def _completion_logprobs(choice: Choice, prompter: Prompter) -> dict[str, Any] |
 
 
 def _by_text(one: TokenLogprob, prompter: Prompter) -> dict[str, float]:
-    """Of tokens that read alike (parts of a character) the likeliest counts; `top` is ordered, so it is set last."""
+    """Return logprobs by token text. If tokens have the same text (parts of a character), the likeliest one counts."""
     return {prompter.token_text(token): logprob for token, logprob in reversed(one.top)}
 
 

@@ -1,8 +1,8 @@
-"""What clients may send: the request bodies of the HTTP interface, each of which knows the call that it asks for.
+"""The request bodies of the HTTP interface, and the calls that they ask for.
 
-A field that OpenAI's interface has and this server has not is refused by name, never dropped: an answer that ignores
-what was asked is worse than none. The exceptions are fields that do not change the answer, and values that ask for
-nothing (`frequency_penalty=0`). `null` means the default, as with OpenAI.
+The server rejects OpenAI fields that it does not support, by name: an error is better than an answer that ignores part
+of the request. It accepts fields that do not change the answer, and values that ask for nothing (such as
+`frequency_penalty=0`). `null` means the default, as with OpenAI.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 
-# Bookkeeping of OpenAI's own service: accepted, because clients send it, and without effect on the answer.
+# Fields for OpenAI's own bookkeeping. Clients send them, and they do not change the answer.
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
-# Fields that this server does not implement, with the values that ask for nothing.
+# Fields that this server does not support, with the values that ask for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
@@ -43,7 +43,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(BaseModel):
-    """`include_usage` asks for a last chunk with the token counts; `include_obfuscation` (padding) is ignored."""
+    """The options of a stream. `include_usage` adds a chunk with token counts; `include_obfuscation` is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
@@ -51,11 +51,11 @@ class StreamOptions(BaseModel):
 
 
 class GenerationBody(BaseModel):
-    """What completions and chat completions have in common.
+    """The fields that completions and chat completions share.
 
-    Beside OpenAI's fields: vLLM's `top_k`, `ignore_eos`, `priority` (lower is more urgent) and `cache_salt`; `cache`
-    False neither uses KV of earlier requests nor leaves any; `first_token_deadline_s` asks for a refusal rather than a
-    first token later than that.
+    Beside OpenAI's fields it has vLLM's `top_k`, `ignore_eos`, `priority` (lower is more urgent) and `cache_salt`. With
+    `cache` False a request neither uses the KV of earlier requests nor leaves any. With `first_token_deadline_s` it is
+    refused if its first token cannot come in time.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -78,20 +78,20 @@ class GenerationBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, data: Any) -> Any:
+    def _drop_neutral_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if value is not None and not _asks_for_nothing(key, value)}
+        return {key: value for key, value in data.items() if value is not None and not _is_neutral(key, value)}
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _one_stop_is_a_list_of_one(cls, value: Any) -> Any:
+    def _wrap_single_stop(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _best_of_is_n(self) -> Self:
+    def _check_best_of(self) -> Self:
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of: this server returns all n choices and ranks none; leave best_of out")
+            raise ValueError("best_of: this server does not rank choices. Leave best_of out or set it to n")
         return self
 
     def _sampling(self, max_tokens: int | None, num_logprobs: int | None) -> SamplingParams:
@@ -112,7 +112,7 @@ class GenerationBody(BaseModel):
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     prompt: list[Any]
     max_tokens: Annotated[int, Field(ge=1)] = 16
@@ -120,21 +120,20 @@ class CompletionBody(GenerationBody):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _list_of_prompts(cls, value: Any) -> list[Prompt]:
-        is_one = isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_token, value)))
-        prompts = [value] if is_one else value
+    def _wrap_single_prompt(cls, value: Any) -> list[Prompt]:
+        prompts = [value] if _is_prompt(value) else value
         if not isinstance(prompts, list) or not prompts or not all(map(_is_prompt, prompts)):
-            raise ValueError("must be a text, a list of texts, a list of token ids, or a list of lists of token ids")
+            raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
         return [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
 
     @model_validator(mode="after")
-    def _few_enough_choices(self) -> Self:
+    def _check_num_choices(self) -> Self:
         if self.n * len(self.prompt) > MAX_CHOICES:
-            raise ValueError(f"prompt: {len(self.prompt)} prompts times n={self.n} is over the limit of {MAX_CHOICES}")
+            raise ValueError(f"prompt: {len(self.prompt)} prompts times n={self.n} exceed {MAX_CHOICES} choices")
         return self
 
     def call(self, id: str, tenant: str) -> Call:
-        """The call that this body of a tenant asks for."""
+        """Return the call that this body asks for."""
         return Call(
             id=id,
             model=self.model,
@@ -146,7 +145,7 @@ class CompletionBody(GenerationBody):
 
 
 class TextPart(BaseModel):
-    """A part of a message's content; text is all that the models read."""
+    """A part of a message's content. The models read only text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Annotated[str, Field(pattern="^text$")]
@@ -163,12 +162,12 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """Return the content as one string."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -177,13 +176,13 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
 
     @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> Self:
+    def _check_top_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs=true")
+            raise ValueError("top_logprobs: requires logprobs=true")
         return self
 
     def call(self, id: str, tenant: str) -> Call:
-        """The call that this body of a tenant asks for; without a limit the answer may fill the model's context."""
+        """Return the call that this body asks for. Without a token limit the answer may fill the model's context."""
         max_tokens = self.max_completion_tokens or self.max_tokens
         return Call(
             id=id,
@@ -197,7 +196,7 @@ class ChatBody(GenerationBody):
 
 
 class LoadAdapterBody(BaseModel):
-    """POST /v1/load_lora_adapter: `lora_path` is a folder in PEFT's format that the server can read."""
+    """The body of POST /v1/load_lora_adapter. `lora_path` is a folder on the server in PEFT's format."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     lora_name: str
@@ -206,13 +205,13 @@ class LoadAdapterBody(BaseModel):
 
 
 class UnloadAdapterBody(BaseModel):
-    """POST /v1/unload_lora_adapter."""
+    """The body of POST /v1/unload_lora_adapter."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     lora_name: str
 
 
-def _asks_for_nothing(key: str, value: Any) -> bool:
+def _is_neutral(key: str, value: Any) -> bool:
     return key in IGNORED or value in NEUTRAL.get(key, ())
 
 

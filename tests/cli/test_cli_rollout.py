@@ -102,9 +102,9 @@ def test_nothing_to_move(run: Run, registry: Registry):
 @pytest.mark.usefixtures("registry", "deployed")
 def test_without_a_gateway_nothing_is_probed(run: Run, monkeypatch: pytest.MonkeyPatch):
     def refuse(fleet: Fleet) -> None:
-        raise NotFoundError("Nothing is served on this Ray cluster")
+        raise NotFoundError("No gateway runs on this Ray cluster")
 
     monkeypatch.setattr("serving.on_ray.check_gateway", refuse)
     code, _, errors = run()
     assert code == 1
-    assert "Nothing is served" in errors
+    assert "No gateway runs" in errors

@@ -194,14 +194,14 @@ async def test_routes_are_polled_and_trouble_shows_in_health(world: FakeFleet):
     world.registry.move(version.id, Status.LIVE, Status.RETIRED)
     await _until(lambda: "intent" not in gateway.snapshot.routes)
     list_backends, gateway._list_backends = gateway._list_backends, _raise_storage_error
-    await _until(lambda: gateway._trouble is not None)
+    await _until(lambda: gateway._poll_error is not None)
     with pytest.raises(StorageError):
         await gateway.check_health()
     assert (await ask(gateway, "v1")).startswith("v1/-"), "the old snapshot serves on"
     gateway._list_backends = lambda: 1 / 0
-    await _until(lambda: isinstance(gateway._trouble, BackendFailedError))
+    await _until(lambda: isinstance(gateway._poll_error, BackendFailedError))
     gateway._list_backends = list_backends
-    await _until(lambda: gateway._trouble is None)
+    await _until(lambda: gateway._poll_error is None)
     await gateway.check_health()
     await gateway.stop()
 
@@ -544,7 +544,7 @@ async def test_golden_answers_agree_as_far_as_both_go(world: FakeFleet, said: st
 @pytest.mark.parametrize(("golden", "said"), [("right", "wrong"), ("right", ""), ("", "more"), ("right", "riGht")])
 async def test_a_golden_answer_that_differs_is_named(world: FakeFleet, golden: str, said: str):
     version = _golden(world, said, golden)
-    with pytest.raises(ReloraError, match=r"intent@1 on v1: golden prompt 1 .*prompt 1"):
+    with pytest.raises(ReloraError, match=r"intent@1 on v1: the answer to golden prompt 1 .*prompt 1"):
         await check_golden(version, Prompter(world.folder / "v1"), SayingBackend("v1", said=said))
 
 

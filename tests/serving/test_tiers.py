@@ -210,7 +210,7 @@ async def test_a_request_finds_an_adapter_that_was_announced(files: Files) -> No
             time.sleep(0.2)
 
     async with running(files.base, None) as loop:
-        loop._coming = coming = Slow()
+        loop._announced = coming = Slow()
         first = asyncio.create_task(tokens(loop, "plain", files.adapters["plain"]))
         while not coming:
             await asyncio.sleep(0.001)
