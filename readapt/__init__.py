@@ -1,1 +1,1 @@
-"""One adapter's way from base v1 to base v2, and a whole fleet's."""
+"""Keep adapters working when the base changes: upgrades to a new base, extraction and continual learning."""

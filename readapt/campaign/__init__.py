@@ -1,1 +1,1 @@
-"""A whole fleet on its way to a new base: who works on which adapter, in which order, and what the registry hears."""
+"""Carry a whole fleet over to a new base: the order of the adapters, the workers, and the records of it."""

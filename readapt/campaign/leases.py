@@ -1,8 +1,8 @@
-"""Which campaigns are alive: signs of life in the registry, and the watch over those of others.
+"""Which campaigns are alive: each gives signs of life in the registry and watches those of the others.
 
-Each campaign gives one every `lease_s / 5` seconds, and is taken for dead when another has watched for `lease_s` and
-seen none. Counting from the watcher's first look, on its own monotonic clock, needs no agreement of clocks between
-machines and no process ids, which mean nothing between containers.
+A campaign gives a sign every `lease_s / 5` seconds. Another takes it for dead after watching for `lease_s` without
+seeing one. The watcher counts from its own first look, on its own monotonic clock. So the machines' clocks need not
+agree, and no process ids are needed, which mean nothing between containers.
 """
 
 import contextlib
@@ -15,35 +15,35 @@ from cluster.registry import Registry
 
 
 class LeaseWatch:
-    """Knows which campaigns still give signs of life, as seen since this watch began."""
+    """Watches which campaigns still give signs of life."""
 
     def __init__(self, registry: Registry, lease_s: float):
         self._registry = registry
         self._lease_s = lease_s
-        self._seen: dict[str, tuple[int, float]] = {}  # the number of beats, and when it was new
+        self._seen: dict[str, tuple[int, float]] = {}  # the number of beats, and when it last changed
 
     def is_dead(self, campaign: str) -> bool:
-        """Whether it has been silent for a whole lease."""
+        """Return whether the campaign has been silent for a whole lease."""
         now_s = time.monotonic()
         num_beats = self._registry.beats().get(campaign, 0)
         if campaign not in self._seen or self._seen[campaign][0] != num_beats:
             self._seen[campaign] = num_beats, now_s
-        _, new_at_s = self._seen[campaign]
-        if now_s - new_at_s <= self._lease_s:
+        _, changed_at_s = self._seen[campaign]
+        if now_s - changed_at_s <= self._lease_s:
             return False
         self._registry.end_beats(campaign)
-        self._seen[campaign] = 0, new_at_s
+        self._seen[campaign] = 0, changed_at_s
         return True
 
 
 @contextlib.contextmanager
 def heartbeat(registry: Registry, campaign: str, every_s: float) -> Iterator[None]:
-    """Gives a sign of life from a thread, at once and then every `every_s`, and takes leave at the end."""
+    """Give signs of life during the block, from a thread: at once, then every `every_s` seconds."""
     is_over = threading.Event()
 
     def beat() -> None:
         while True:
-            with contextlib.suppress(StorageError):  # a database that is away for one beat is not the end
+            with contextlib.suppress(StorageError):  # the database may miss one beat
                 registry.beat(campaign)
             if is_over.wait(every_s):
                 return

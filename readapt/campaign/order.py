@@ -1,12 +1,12 @@
-"""In which order a fleet's adapters are carried over, and what came of it.
+"""The order in which a fleet's adapters are carried over, and what the upgrade cost its users.
 
-What an upgrade costs its users is unready traffic: the integral over time of the traffic whose adapter is not ready
-yet. One worker makes it smallest by taking adapters in order of traffic per second of work (Smith, Various optimizers
-for single-stage production, 1956); for several workers that take the next adapter as they come free the same order is
-within (1 + sqrt 2) / 2 of the best (Kawaguchi and Kyan, Worst case bound of an LRF schedule, 1986).
+The cost is unready traffic: the integral over time of the traffic whose adapter is not ready yet. One worker minimises
+it by taking adapters by falling traffic per second of work (Smith, Various optimizers for single-stage production,
+1956). For several workers that take the next adapter when they are free, the same order is within (1 + sqrt 2) / 2 of
+the optimum (Kawaguchi and Kyan, Worst case bound of an LRF schedule, 1986).
 
-How long an adapter will take is known from its assessment (`assess`), else from its last upgrade, else it is taken for
-the median of the others.
+The expected time of an adapter comes from its assessment (`assess`) or else from its last upgrade. If it has neither,
+it is the median of the others' times.
 """
 
 from collections.abc import Collection, Mapping
@@ -21,10 +21,10 @@ SETTLED = frozenset({Status.CANDIDATE, Status.REJECTED, Status.FAILED})
 
 @dataclass(frozen=True)
 class UnreadyTraffic:
-    """Of one target: `integral` in units of traffic times seconds, and divided by all traffic, `mean_s`.
+    """The cost of one upgrade: `integral` in units of traffic times seconds; `mean_s` is that divided by all traffic.
 
-    Counted from the planning of each adapter's first version until that became a candidate, or, where it did not, until
-    the end: the last version settled. Of a campaign that was killed and resumed this includes the time between.
+    An adapter is unready from the planning of its first version until that version becomes a candidate. If it does not,
+    it is unready until the last version is settled. If a campaign was killed and resumed, the time between counts too.
     """
 
     integral: float
@@ -34,14 +34,14 @@ class UnreadyTraffic:
 def in_order(
     versions: Collection[Version], traffic: Mapping[str, float], expected_s: Mapping[str, float]
 ) -> list[Version]:
-    """Most traffic per expected second first; among equals the shorter, then by name."""
+    """Sort by falling traffic per expected second; among equals the shorter first, then by name."""
     return sorted(
         versions, key=lambda v: (-traffic[v.adapter] / expected_s[v.adapter], expected_s[v.adapter], v.adapter)
     )
 
 
 def expected_seconds(registry: Registry, versions: Collection[Version]) -> dict[str, float]:
-    """How long each of these planned versions will keep a worker busy, by adapter; all positive."""
+    """Return how long each planned version will probably keep a worker busy, by adapter; all positive."""
     assessed = {(e.version_id, e.details["to"]): e.details["expected_s"] for e in registry.events(kind=ASSESSED)}
     last = {v.adapter: v.details["seconds"]["total"] for v in registry.versions() if "seconds" in v.details}
     known = {v.adapter: assessed.get((v.parent_id, v.base)) or last.get(v.adapter) for v in versions}
@@ -50,7 +50,7 @@ def expected_seconds(registry: Registry, versions: Collection[Version]) -> dict[
 
 
 def unready_traffic(registry: Registry, target: str) -> UnreadyTraffic:
-    """What the upgrade to `target` has cost so far, by the registry's log."""
+    """Return what the upgrade to `target` has cost so far, from the registry's log."""
     traffic = {record.name: record.traffic for record in registry.adapters()}
     newest_first = reversed([v for v in registry.versions(base=target) if v.parent_id is not None])
     versions = {v.id: v for v in {v.adapter: v for v in newest_first}.values()}

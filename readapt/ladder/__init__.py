@@ -1,1 +1,1 @@
-"""One adapter on its way to a new base: the rungs, cheapest first, and the gate."""
+"""Carry one adapter over to a new base: the ladder, its rungs and its gate."""

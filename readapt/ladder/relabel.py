@@ -1,7 +1,8 @@
-"""Rows for adapters whose training data is gone: logged prompts, answered by the old service.
+"""Rows for adapters whose training data is lost: logged prompts, answered by the old adapter on the old base.
 
-What is learned and judged on them is agreement with the old service: a perfect score means that no client of it would
-notice the new base. A folder of such data holds `prompts.jsonl` (`{"prompt": ...}` a line) and no `train.jsonl`.
+Training and evaluation on such rows measure agreement with the old service. A perfect score means that its clients
+would not notice the new base. A folder of such data holds `prompts.jsonl`, one `{"prompt": ...}` per line, and no
+`train.jsonl`.
 """
 
 import random
@@ -17,17 +18,17 @@ from readapt.training.lora import attached
 
 PROMPTS = "prompts.jsonl"
 VALID_SHARE, MAX_VALID_ROWS = 0.2, 400
-MAX_ANSWER_SHARE = 0.5  # of the tokens that a row may have
+MAX_ANSWER_SHARE = 0.5  # of a row's tokens
 BATCH_ROWS = 64
 
 
 def is_data_free(folder: Path) -> bool:
-    """Whether a task's folder has only prompts that the old service is to answer, and no rows with true answers."""
+    """Return whether a task's folder has only prompts, which the old adapter has to answer."""
     return (folder / PROMPTS).is_file() and not (folder / "train.jsonl").is_file()
 
 
 def check_rows(folder: Path) -> None:
-    """InvalidDataError, with file and line, where a folder has not the rows or prompts that an upgrade will need."""
+    """Raise InvalidDataError, with file and line, if a folder lacks the rows or prompts that an upgrade needs."""
     if not folder.is_dir():
         raise InvalidDataError(f"{folder}: no such folder")
     if is_data_free(folder):
@@ -38,29 +39,30 @@ def check_rows(folder: Path) -> None:
 
 
 def load_prompts(path: Path) -> list[str]:
-    """The distinct prompts of a file of JSON objects, in order; any other fields are left aside.
+    """Return the distinct prompts of a JSON-lines file, in order. Other fields are ignored.
 
-    InvalidDataError names the file and the line; at least four prompts are needed to learn and to judge.
+    Raises InvalidDataError, with file and line, for malformed lines and for fewer than four prompts.
     """
     prompts = [text_field(fields, "prompt", where) for where, fields in read_lines(path)]
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < 4:
-        raise InvalidDataError(f"{path}: {len(distinct)} different prompts, at least 4 are needed")
+        raise InvalidDataError(f"{path}: has {len(distinct)} different prompts, but at least 4 are needed")
     return distinct
 
 
 def relabelled(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> Task:
-    """The task that the old service, `old` on the bare old base, defines by its greedy answers; no test rows.
+    """Return the task defined by the greedy answers of `old` on `model`, the bare old base. It has no test rows.
 
-    Which rows are for validation does not depend on the prompts' order, which logs may have sorted. InvalidDataError
-    where it has answers to fewer than four prompts.
+    The validation rows are drawn at random, because logs may be sorted. Raises InvalidDataError if there are answers
+    to fewer than four prompts.
     """
     rows = answered(model, old, encoder, prompts)
     if len(rows) < 4:
         num_long = len(prompts) - len(_fitting(encoder, prompts))
         raise InvalidDataError(
-            f"the old service answered {len(rows)} of {len(prompts)} prompts, at least 4 are needed; {num_long} "
-            f"prompts leave no room for {_longest_answer(encoder)} tokens of answer within {encoder.max_tokens}"
+            f"the old adapter answered {len(rows)} of {len(prompts)} prompts, but at least 4 answers are needed; "
+            f"{num_long} prompts leave no room for an answer of {_max_answer_tokens(encoder)} tokens within "
+            f"readapt.train.max_tokens = {encoder.max_tokens}"
         )
     rows = random.Random(0).sample(rows, len(rows))
     num_valid = min(MAX_VALID_ROWS, max(2, round(VALID_SHARE * len(rows))))
@@ -68,22 +70,22 @@ def relabelled(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequenc
 
 
 def answered(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> list[Row]:
-    """The prompts with the old service's greedy answers.
+    """Return the prompts with the greedy answers of `old`.
 
-    Left out are prompts that leave no room for an answer, and those whose answer is empty or does not come to an end.
+    Prompts that leave no room for an answer are left out, and so are empty answers and answers that do not end.
     """
     fitting = _fitting(encoder, prompts)
     with attached(model, old):
-        answers = greedy_answers(model, encoder, list(fitting.values()), _longest_answer(encoder), BATCH_ROWS)
+        answers = greedy_answers(model, encoder, list(fitting.values()), _max_answer_tokens(encoder), BATCH_ROWS)
     pairs = zip(fitting, answers, strict=True)
     return [Row(prompt, answer.text) for prompt, answer in pairs if answer.text and answer.is_finished]
 
 
-def _longest_answer(encoder: Encoder) -> int:
+def _max_answer_tokens(encoder: Encoder) -> int:
     return int(MAX_ANSWER_SHARE * encoder.max_tokens)
 
 
 def _fitting(encoder: Encoder, prompts: Sequence[str]) -> dict[str, list[int]]:
-    """The tokens of those prompts that leave room for the longest answer."""
+    """Return the tokens of the prompts that leave room for the longest answer."""
     tokens = {prompt: encoder.encode_prompt(prompt) for prompt in prompts}
-    return {p: ids for p, ids in tokens.items() if len(ids) + _longest_answer(encoder) <= encoder.max_tokens}
+    return {p: ids for p, ids in tokens.items() if len(ids) + _max_answer_tokens(encoder) <= encoder.max_tokens}

@@ -16,20 +16,10 @@ from cluster.config import Fleet
 from cluster.fleet import open_blobs, open_registry, register_adapters
 from cluster.fleet_file import load_fleet
 from cluster.registry import Registry, Status
-from readapt.campaign.assess import (
-    Assessment,
-    Assessor,
-    Corners,
-    Rung,
-    as_json,
-    as_table,
-    configured,
-    predict,
-    with_transplant,
-)
-from readapt.campaign.assess import expected_seconds as climb_seconds
+from readapt.campaign.assess import Assessment, Assessor, as_json, as_table
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.order import ASSESSED, expected_seconds
+from readapt.campaign.prediction import Corners, Rung, climb_seconds, configured, predict, with_transplant
 from readapt.training.evaluate import Evaluation
 from relora import app
 from tests.worlds.readapt import World, evolve, make_world, write_task

@@ -54,7 +54,8 @@ def test_an_answer_that_is_cut_off_is_left_out_however_it_reads(world: World, mo
 
 def test_too_long_prompts_are_told_as_such(world: World) -> None:
     prompts = [f"{number}{'9' * 60}" for number in range(5)]
-    with pytest.raises(InvalidDataError, match=r"answered 0 of 5 prompts.* 5 prompts leave no room for 32 tokens"):
+    cause = "answered 0 of 5 prompts.* 5 prompts leave no room for an answer of 32 tokens"
+    with pytest.raises(InvalidDataError, match=cause):
         relabelled(load_base(world.base), world.specialist, world.encoder, prompts)
 
 
@@ -83,7 +84,7 @@ def test_prompts_are_read_once_each_and_in_order(tmp_path: Path) -> None:
     [
         ('{"prompt": "a"}\n{"completion": "b"}', "prompts.jsonl:2: field 'prompt' is missing"),
         ('{"prompt": "a"}\nnot json', "prompts.jsonl:2: is not valid JSON"),
-        ('{"prompt": "a"}\n{"prompt": "b"}', "2 different prompts, at least 4"),
+        ('{"prompt": "a"}\n{"prompt": "b"}', "has 2 different prompts, but at least 4 are needed"),
         ("", "has no rows"),
     ],
 )
