@@ -13,6 +13,7 @@ from rich.table import Table
 
 import bench.cli
 from cluster.errors import ReloraError
+from cluster.extras import EXTRAS, optional_imports
 
 if TYPE_CHECKING:
     from readapt.extraction.extract import Spread
@@ -196,7 +197,7 @@ def extract(
     """Turn full fine-tuning into a LoRA adapter by truncated SVD of tuned - base, tensor by tensor; write a report."""
     from cluster.checkpoints import open_checkpoint
     from readapt.extraction import extract as extraction
-    from readapt.extraction.report import adapters_table, read_report
+    from readapt.extraction.report import PLOT, adapters_table, read_report
     from readapt.extraction.verify import read_rows, verify_into_report
     from readapt.lowrank.spectra import rules_of
 
@@ -216,6 +217,8 @@ def extract(
     if verify is not None:
         verify_into_report(done, base, tuned, verify)
     console.print(adapters_table(read_report(done.folder)))
+    if not (done.folder / PLOT).exists():
+        _print_line(f"{PLOT} was not drawn: it needs matplotlib (pip install 'relora[{EXTRAS['matplotlib']}]')")
 
 
 def _spread() -> "Spread":
@@ -307,7 +310,8 @@ def _print_line(line: str) -> None:
 def main() -> None:
     """Run the command line; print a ReloraError as one line instead of a traceback."""
     try:
-        app(prog_name="relora")
+        with optional_imports():
+            app(prog_name="relora")
     except ReloraError as error:
         # No markup: messages contain brackets, such as adapters[0].base. No wrapping: logs are searched by line.
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

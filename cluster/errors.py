@@ -12,7 +12,8 @@
     ├── InvalidCheckpointError   base-model files that cannot be used: missing shard, wrong shape or architecture
     ├── InvalidDataError         task rows that cannot be used; names the file and the line
     ├── StorageError             blob store or registry out of reach, or the disk is full
-    └── TrainingError            a training run that cannot go on (NaN loss)
+    ├── TrainingError            a training run that cannot go on (NaN loss)
+    └── MissingPackageError      an optional package that is not installed
 
 A typed error means "their input"; an `assert` means "our bug". Errors pickle, because Ray carries them between
 processes.
@@ -76,3 +77,7 @@ class StorageError(ReloraError):
 
 class TrainingError(ReloraError):
     """A training run cannot go on."""
+
+
+class MissingPackageError(ReloraError):
+    """An optional package is not installed; the message names the extra that installs it."""

@@ -204,6 +204,49 @@ def test_every_package_is_installed():
     assert sorted(listed) == sorted(name_of(folder).replace("/", ".") for folder in found)
 
 
+def module_level_imports(path: Path) -> set[str]:
+    """The top names of what a file imports when it is imported itself; imports for type checks do not count."""
+    nodes = ast.parse(path.read_text()).body
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.relative_to(ROOT).parts[0] != "demo"], ids=name_of)
+def test_optional_packages_are_imported_only_where_they_are_used(path: Path):
+    from cluster.extras import EXTRAS
+
+    optional = module_level_imports(path) & set(EXTRAS)
+    is_rival = path.relative_to(ROOT).parts[0] == "bench" and optional == {"peft"}
+    assert is_rival or not optional, (
+        f"{name_of(path)} imports {sorted(optional)} at its head; `cluster.extras` says how"
+    )
+
+
+def test_every_optional_package_is_in_its_extra_and_nowhere_in_the_core():
+    from cluster.extras import EXTRAS
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert any(line.startswith(f"{package}>") for line in extras[extra]), f"{package} is not in {extra}"
+        assert not any(line.startswith(package) for line in project["dependencies"])
+
+
+def test_importing_the_command_line_needs_no_optional_package():
+    from cluster.extras import EXTRAS
+
+    code = f"import sys, relora; print([name for name in {sorted(EXTRAS)} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_license_is_the_one_that_the_project_names():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0"
+    assert "Apache License\n                           Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
+
+
 def test_importing_a_package_is_light():
     """`kernels` has the name of an optional package of transformers, which heavy imports there would break."""
     heavy = "('torch', 'transformers', 'ray')"

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def _module(part: Part, done: Extraction) -> dict[str, Any]:
 
 def _plot(file: Path, carried: Sequence[Part], verify: Mapping[str, Any] | None) -> None:
     """Plot singular values and held energy by rank and, if there is a verification, likeness by rank."""
+    if find_spec("matplotlib") is None:  # optional: `relora extract` says that there is no plot
+        return
     from matplotlib.figure import Figure  # pyplot keeps global state and needs a display
 
     figure = Figure(figsize=(15 if verify else 10, 4), layout="constrained")

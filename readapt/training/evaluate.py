@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter
 from cluster.config import GateConfig
+from cluster.extras import optional_imports
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import IGNORED, BatchTensors, Encoded, Encoder, Row, by_length, collate
 from readapt.training.greedy import greedy
@@ -232,7 +233,8 @@ class _Texts:
 
     def chrf(self, model: CausalLM, *, may_stop: bool) -> tuple[float, int]:
         """Return the score of the corpus, or of the rows up to the look at which it was given up, and the row count."""
-        from sacrebleu.metrics.chrf import CHRF  # imported here: only tasks of free text need it
+        with optional_imports():
+            from sacrebleu.metrics.chrf import CHRF  # only tasks of free text need it
 
         chrf = CHRF()
         answers: dict[tuple[int, ...], str] = {}

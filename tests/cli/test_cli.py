@@ -260,3 +260,27 @@ def test_what_cannot_start_says_why_in_one_line(run: Run, fleet_file: Path, argu
     assert errors.startswith("error: ")
     assert named in errors
     assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("package", "extra"), [("openai", "demo"), ("matplotlib", "plots")])
+def test_a_missing_optional_package_is_one_line_that_names_its_extra(
+    run: Run, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+):
+    def run_demo(*arguments: object, **settings: object) -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr("demo.run.run_demo", run_demo)
+    code, output, errors = run("demo")
+    assert (code, output) == (1, "")
+    assert errors == (
+        f"error: The package {package!r} is not installed. Install it with: pip install 'relora[{extra}]'\n"
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def run_demo(*arguments: object, **settings: object) -> None:
+        raise ModuleNotFoundError("No module named 'demo.gone'", name="demo.gone")
+
+    monkeypatch.setattr("demo.run.run_demo", run_demo)
+    with pytest.raises(ModuleNotFoundError):
+        run("demo")

@@ -117,6 +117,18 @@ def test_command_line_writes_adapters_report_and_verification(pair: tuple[Path, 
         factors = load_file(tmp_path / "out" / adapter["folder"] / "adapter_model.safetensors").values()
         assert sum(factor.numel() for factor in factors) == adapter["parameters"]
         assert adapter["rule"] in result.output
+    assert "was not drawn" not in result.output
+
+
+def test_without_matplotlib_the_command_line_says_that_there_is_no_plot(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("readapt.extraction.report.find_spec", lambda name: None)
+    options = ["--base", str(pair[0]), "--tuned", str(pair[1]), "--out", str(tmp_path / "out"), "--rank", "4"]
+    result = CliRunner().invoke(relora.app, ["extract", *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "spectrum.png was not drawn: it needs matplotlib (pip install 'relora[plots]')" in result.output
+    assert not (tmp_path / "out" / "spectrum.png").exists()
 
 
 @pytest.fixture
