@@ -1,1 +1,1 @@
-"""A small world made from nothing, and the main job run on it: what `relora demo` shows."""
+"""What `relora demo` shows: a small fleet, made from nothing, survives a base-model upgrade under load."""

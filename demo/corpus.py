@@ -1,7 +1,7 @@
-"""What the demo's base models read: stories and a manual for v1, programs for v2; made here or found in any Python.
+"""The training text of the demo's base models: stories and a manual for v1, programs for v2.
 
-A document is one string; the trainer ends each with the end-of-text token. Same seed, same documents (on one Python
-version, whose own library is the source of programs and manual).
+Stories are made here; the manual and the programs come with every Python. A document is one string, and the trainer
+ends each with the end-of-text token. The same seed and Python version give the same documents.
 """
 
 import random
@@ -145,7 +145,7 @@ _MODULES = [
 
 
 def _story(rng: random.Random) -> str:
-    # One hero and one friend for the whole story: names that come back teach the model to copy.
+    # The whole story has the same hero and friend: names that return teach the model to copy.
     hero, friend = rng.sample(LEXICON["name"], 2)
     lines = [rng.choice(_OPENINGS), *rng.sample(_SCENES, rng.randint(2, 5)), rng.choice(_ENDINGS)]
     text = " ".join(line.replace("{name}", hero).replace("{name2}", friend) for line in lines)
@@ -161,40 +161,40 @@ def _talk(rng: random.Random) -> str:
 
 
 def _card(rng: random.Random) -> str:
-    # A card and the sentence it stands for, either one first: a lesson in carrying words over.
+    # A card and its sentence, in either order: this teaches the model to carry words over.
     card = list(rng.choice(_CARDS))
     rng.shuffle(card)
     return fill("\n".join(card), rng)[0]
 
 
 def _recall(rng: random.Random) -> str:
-    # A fact and then its words asked for by kind, in any order: a lesson in finding words again.
+    # A fact, then some of its words by kind, in any order: this teaches the model to find words again.
     text, words = fill(rng.choice(_FACTS), rng)
     asked = rng.sample(sorted(words), rng.randint(2, len(words)))
     return f"{text}\n" + ", ".join(f"{slot} {words[slot]}" for slot in asked) + "."
 
 
 def _echo(rng: random.Random) -> str:
-    # Words without sense, said again: nothing but copying foretells them, which is what makes a small model learn it.
+    # The same random words repeated: only copying predicts them, so a small model learns to copy.
     words = " ".join(rng.choice(LEXICON[kind]) for kind in rng.choices(list(LEXICON), k=rng.randint(3, 10)))
     return "\n".join([words] * rng.randint(2, 4))
 
 
 def stories(num_chars: int, seed: int) -> list[str]:
-    """Returns stories, talk, cards and facts of at least `num_chars` characters in all: the text of base v1."""
+    """Return stories, talk, cards and facts, at least `num_chars` characters in total: most of the text of base v1."""
     rng = random.Random(seed)
     return _until(num_chars, lambda: rng.choice((_story, _talk, _card, _card, _recall, _echo))(rng))
 
 
 def prose(num_chars: int, seed: int) -> list[str]:
-    """Returns pieces of Python's own manual, at least `num_chars` characters in all."""
+    """Return pieces of Python's own manual, at least `num_chars` characters in total."""
     rng = random.Random(seed)
     sources = sorted(manual.topics.values())
     return _until(num_chars, lambda: _piece(rng.choice(sources), rng))
 
 
 def programs(num_chars: int, seed: int) -> list[str]:
-    """Returns pieces of Python's own library, at least `num_chars` characters in all: most of the text of base v2."""
+    """Return pieces of Python's own library, at least `num_chars` characters in total: most of the text of base v2."""
     rng = random.Random(seed)
     sources = [_source(module) for module in _MODULES]
     return _until(num_chars, lambda: _piece(rng.choice(sources), rng))
@@ -202,7 +202,7 @@ def programs(num_chars: int, seed: int) -> list[str]:
 
 def _source(module: str) -> str:
     path = Path(sysconfig.get_path("stdlib"), *module.split("."))
-    # A module of one Python version is a package in the next (pathlib, for one).
+    # Some modules, such as pathlib, become packages in a later Python version.
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return file.read_text("utf-8")
 

@@ -1,4 +1,4 @@
-"""The account of a run: qualities on test rows, and every answer of the load held against a second implementation."""
+"""The results of a demo run: qualities on test rows, and a check of every answer with a second implementation."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,26 +17,28 @@ from readapt.training.data import encoder_for, load_task
 from readapt.training.evaluate import golden, judge
 from readapt.training.lora import attached, load_base
 
-TEST_ROWS = 1000  # of each task at most
+TEST_ROWS = 1000  # at most, of each task
 MAX_LISTED = 20
 
 
 class Judge:
-    """Judges a finished run. Runs the models through Hugging Face's code, not through the engine that it judges."""
+    """Judges a finished run. It runs the models with Hugging Face's code, not with the engine that it judges."""
 
     def __init__(self, fleet: Fleet, registry: Registry, answer_tokens: int):
-        self._fleet, self._registry, self._answer_tokens = fleet, registry, answer_tokens
+        self._fleet = fleet
+        self._registry = registry
+        self._answer_tokens = answer_tokens
         self._blobs = open_blobs(fleet)
         self._models = {base: load_base(fleet.base(base).path) for base in (OLD, NEW)}
         limit = fleet.serving.max_model_tokens
         self._encoders = {base: encoder_for(fleet.base(base).path, limit) for base in (OLD, NEW)}
 
     def traffic(self, num_sent: int, answers: Sequence[Answer]) -> Traffic:
-        """What became of the requests. A request that never came back counts as failed."""
+        """Return how the requests ended. A request without an answer counts as failed."""
         good = [a for a in answers if not a.error]
         failures = [f"{a.adapter}: {a.error}" for a in answers if a.error]
         if num_sent > len(answers):
-            failures.append(f"{num_sent - len(answers)} requests never came back")
+            failures.append(f"{num_sent - len(answers)} requests got no answer")
         grace_s = 2 * self._fleet.rollout.poll_s
         wrong = wrong_answers(good, terms(self._registry), self._expected, grace_s)
         latencies_ms = [1e3 * a.latency_s for a in good] or [float("nan")]
@@ -52,7 +54,7 @@ class Judge:
     def adapters(
         self, scratch: dict[str, ScratchRun], submitted_at: float, progress: Callable[[float], None]
     ) -> list[AdapterOutcome]:
-        """Each adapter before and after, on test rows."""
+        """Return the qualities of each adapter before and after the upgrade, on test rows."""
         outcomes = []
         for index, spec in enumerate(self._fleet.adapters):
             outcomes.append(self._adapter(spec, scratch.get(spec.name), submitted_at))

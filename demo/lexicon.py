@@ -1,4 +1,4 @@
-"""The demo's words, and how a template is filled with them: one source for the stories and for the tasks' rows."""
+"""The demo's words, and a function that fills templates with them. Stories and task rows use the same words."""
 
 import random
 import re
@@ -43,7 +43,7 @@ LEXICON: dict[str, tuple[str, ...]] = {
         "aspect": "food, service, staff, music, view, room, waiter, garden, wine, menu",
         "verb": "ran, walked, jumped, danced, sailed, drove, rode, climbed, hurried, wandered",
         "mood": "happy, sad, tired, hungry, angry, brave, scared, proud, calm, curious",
-        # The words of the topics: one list each, so that a topic is known by its words alone.
+        # One list of words for each topic, so that its words alone identify it.
         "sport": "goal, match, team, coach, league, referee, tennis, trophy, striker, stadium, race, medal",
         "money": "bank, loan, shares, market, profit, price, tax, budget, investor, currency, debt, bonus",
         "science": "planet, atom, experiment, telescope, energy, robot, theory, gene, comet, magnet, crystal",
@@ -55,9 +55,9 @@ LEXICON: dict[str, tuple[str, ...]] = {
 
 
 def fill(template: str, rng: random.Random) -> tuple[str, dict[str, str]]:
-    """Fills each `{kind}` or `{kind2}` slot with a word of that kind; two slots of one kind never get the same word.
+    """Fill each `{kind}` or `{kind2}` slot with a word of that kind. No two slots get the same word.
 
-    Returns the text and the words by slot, so that a row's answer can be made from them.
+    Return the text and the words by slot, from which a row's answer can be made.
     """
     words: dict[str, str] = {}
     for slot in dict.fromkeys(_SLOT.findall(template)):

@@ -1,4 +1,4 @@
-"""A steady load of requests over HTTP with the `openai` client, and a record of every answer."""
+"""A steady load of requests over HTTP, sent with the `openai` client, and a record of every answer."""
 
 import asyncio
 import itertools
@@ -15,10 +15,10 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Answer:
-    """One request's fate. Times are `time.time()` seconds, to be comparable with the registry's event log.
+    """How one request ended. Times are `time.time()` seconds, comparable with the registry's event log.
 
-    `model` is the pinned version that the server says has answered (`name@version`) and `base` its base model; both are
-    empty when the request failed, and then `error` says why.
+    `model` is the pinned version (`name@version`) that answered, according to the server, and `base` is its base model.
+    If the request failed, both are empty and `error` says why.
     """
 
     adapter: str
@@ -33,15 +33,15 @@ class Answer:
 
     @property
     def latency_s(self) -> float:
-        """Seconds from sending to the last token."""
+        """The seconds from sending to the last token."""
         return self.done_at - self.sent_at
 
 
 class SteadyLoad:
-    """Sends `rate` requests a second, round-robin over the adapters and their prompts, from a thread of its own.
+    """Sends `rate` requests per second from its own thread, round-robin over the adapters and their prompts.
 
-    Open loop: a slow server does not slow the sending down. Every second request streams. Greedy, so that each answer
-    can be checked against the version that claims to have given it.
+    The loop is open: a slow server does not slow down the sending. Every second request streams. Decoding is greedy,
+    so each answer can be checked against the version that claims it.
     """
 
     def __init__(self, base_url: str, prompts: Mapping[str, Sequence[str]], rate: float, max_tokens: int):
@@ -55,16 +55,16 @@ class SteadyLoad:
         self.num_sent = 0
 
     def start(self) -> "SteadyLoad":
-        """Begins to send."""
+        """Start sending."""
         self._thread.start()
         return self
 
     def stop(self) -> list[Answer]:
-        """Sends no more, waits for the requests under way and returns all answers in the order of their end.
+        """Stop sending, wait for the open requests and return all answers in the order in which they ended.
 
-        What is not back by then has no answer: there are fewer than `num_sent`.
+        A request that takes too long has no answer, so there may be fewer answers than `num_sent`.
         """
-        assert self._thread.is_alive(), "the load sends until it is stopped; what ended it was printed above"
+        assert self._thread.is_alive(), "the load sends until it is stopped: its thread ended early"
         self._stop.set()
         self._thread.join(TIMEOUT_S + 10)
         return self.answers
@@ -79,16 +79,16 @@ class SteadyLoad:
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
                 self.num_sent += 1
-                due = max(due + self._interval_s, time.monotonic() - 1.0)  # after a stall, no flood to catch up
+                due = max(due + self._interval_s, time.monotonic() - 1.0)  # after a stall, catch up by at most 1 s
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-            await asyncio.gather(*tasks, return_exceptions=True)  # one that fails must not take the others along
+            await asyncio.gather(*tasks, return_exceptions=True)  # one failure must not end the others
 
     async def _ask(self, client: openai.AsyncOpenAI, adapter: str, prompt: str, is_stream: bool) -> None:
         sent_at = time.time()
         try:
             model, base, text, first_at = await self._complete(client, adapter, prompt, is_stream)
             answer = Answer(adapter, prompt, sent_at, first_at, time.time(), model, base, text)
-        except (openai.OpenAIError, httpx.HTTPError) as error:  # the latter when a stream breaks off
+        except (openai.OpenAIError, httpx.HTTPError) as error:  # HTTPError: a stream broke off
             now = time.time()
             answer = Answer(adapter, prompt, sent_at, now, now, error=f"{type(error).__name__}: {error}")
         self.answers.append(answer)

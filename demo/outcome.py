@@ -1,4 +1,4 @@
-"""What a run of the main job has shown: plain records that the table, the report and `result.json` are made of."""
+"""The results of a demo run, as plain records. The table, the report and `result.json` are made from them."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,17 +21,20 @@ class AdapterOutcome:
     quality_v1: float
     quality_copy: float
     quality_v2: float | None
-    ready_s: float | None  # from the start of the upgrade to the adapter's v2 version taking all of its traffic
-    readapt_s: float | None  # work on this adapter alone: search, training, evaluation
-    scratch_s: float | None  # scratch training to its end at the same gate; None: never reached
+    ready_s: float | None  # from the start of the upgrade until the v2 version takes all of the adapter's traffic
+    readapt_s: float | None  # work on this adapter alone: search, training and evaluation
+    scratch_s: float | None  # scratch training until it passes the same gate; None: it never did
     quality_scratch: float | None
-    reference: float | None = None  # the v1 specialist's quality on the gate's rows, which the curves are of
+    reference: float | None = None  # the v1 specialist's quality on the gate's rows, as in the curves
     curve: Curve = field(default_factory=list)
     scratch_curve: Curve = field(default_factory=list)
 
     @property
     def is_restored(self) -> bool:
-        """Within 1 point of the v1 specialist, or of scratch's best where its whole budget did not reach the gate."""
+        """Whether it is within 1 point of the v1 specialist.
+
+        If scratch training misses the gate with its whole budget, 1 point of its best is enough.
+        """
         if self.quality_v2 is None:
             return False
         asked = self.quality_v1
@@ -42,7 +45,7 @@ class AdapterOutcome:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The load's account. `wrong` are answers that no version then routed could have given."""
+    """How the requests ended. `wrong` answers are ones that no version routed at that time can have given."""
 
     sent: int
     failed: int
@@ -54,7 +57,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A whole run."""
+    """The results of a whole run."""
 
     world: str
     started_at: float  # time.time() when the upgrade was submitted
@@ -66,7 +69,7 @@ class Outcome:
     hardware: str
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the single answers, which are many."""
+        """Return everything but the individual answers, because they are too many."""
         record = asdict(self)
         del record["answers"]
         for row, adapter in zip(record["adapters"], self.adapters, strict=True):

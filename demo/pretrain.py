@@ -1,7 +1,4 @@
-"""Training of the demo's base models: a tokenizer, a tiny Llama from scratch, and its further training.
-
-Shape letters: B rows, T tokens, V vocabulary.
-"""
+"""Training of the demo's base models: a tokenizer, a tiny Llama from scratch, and its further training."""
 
 import math
 import os
@@ -21,13 +18,13 @@ from demo import corpus
 
 END, PAD = "<|end|>", "<|pad|>"
 END_ID, PAD_ID = 0, 1
-# A gradient is the mean over this many shards of the batch, one thread each. The number is fixed and not that of the
-# cores, so that the sum is the same everywhere. Measured on 4 shared cores, 2026-11: 67 ms a step against 137 ms on one
-# thread; torch's own four threads took 58 ms, but 1.5 to 4.8 s while other programs ran (OpenMP's barriers spin).
+# A gradient is the mean over this many shards of the batch, one thread each. It does not depend on the number of cores,
+# so the sum is the same on every machine. Measured on 4 shared cores, 2026-11: 67 ms per step, 137 ms on one thread.
+# torch's own four threads took 58 ms, but 1.5 to 4.8 s while other programs ran, because OpenMP's barriers spin.
 _NUM_SHARDS = 4
 _MAX_GRADIENT_NORM = 1.0
 _WARMUP_STEPS = 20
-_FINAL_SHARE = 0.1  # of the learning rate, at the end of the cosine
+_FINAL_SHARE = 0.1  # what is left of the learning rate at the end of the cosine
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class BaseShape:
     context_tokens: int = 256
 
     def config(self) -> LlamaConfig:
-        """The architecture as transformers writes it."""
+        """Return the architecture as a transformers config."""
         return LlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -61,7 +58,7 @@ class BaseShape:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One run: each step reads so many windows, each of `window_tokens` tokens, of stories, prose and programs."""
+    """One run. A step reads `rows` windows of stories, prose and programs, each of `window_tokens` tokens."""
 
     steps: int
     learning_rate: float
@@ -72,14 +69,14 @@ class Pretraining:
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """What the base models read: stories, prose and programs, each a row of tokens; every document ends with END."""
+    """The training text: stories, prose and programs, each as one row of tokens. Every document ends with END."""
 
     tokenizer: PreTrainedTokenizerFast
     tokens: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
     def make(cls, vocab_size: int, seed: int, num_chars: int = 1_000_000) -> "Texts":
-        """Makes each text of `num_chars` characters, and the tokenizer from the stories and a little of the others."""
+        """Make `num_chars` characters of each kind, and train the tokenizer on the stories and 5 % of the others."""
         kinds = [make(num_chars, seed) for make in (corpus.stories, corpus.prose, corpus.programs)]
         sample = [text for index, texts in enumerate(kinds) for text in (texts[: len(texts) // 20] if index else texts)]
         tokenizer = _train_tokenizer(sample, vocab_size)
@@ -110,21 +107,21 @@ def train_base(
     target: Path,
     texts: Texts,
     shape: BaseShape,
-    plan: Pretraining,
+    settings: Pretraining,
     progress: Callable[[float], None],
 ) -> None:
-    """Trains from `start` (None: from nothing) and writes a Hugging Face checkpoint with its tokenizer to `target`."""
-    model = _new_model(shape, plan.seed) if start is None else AutoModelForCausalLM.from_pretrained(start)
+    """Train from `start` (None: from scratch) and write a Hugging Face checkpoint with its tokenizer to `target`."""
+    model = _new_model(shape, settings.seed) if start is None else AutoModelForCausalLM.from_pretrained(start)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
-    generator = torch.Generator().manual_seed(plan.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     with ThreadPoolExecutor(min(_NUM_SHARDS, os.cpu_count() or 1)) as threads:
-        for step in range(plan.steps):
-            _set_gradients(model, parameters, _batch(texts, plan, generator), threads)
+        for step in range(settings.steps):
+            _set_gradients(model, parameters, _batch(texts, settings, generator), threads)
             torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
-            optimizer.param_groups[0]["lr"] = plan.learning_rate * _rate_share(step, plan.steps)
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * _rate_share(step, settings.steps)
             optimizer.step()
-            progress((step + 1) / plan.steps)
+            progress((step + 1) / settings.steps)
     model.generation_config = GenerationConfig(eos_token_id=END_ID, pad_token_id=PAD_ID)
     model.save_pretrained(target)
     texts.tokenizer.save_pretrained(target)
@@ -141,9 +138,9 @@ def _rate_share(step: int, steps: int) -> float:
     return warmup * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def _batch(texts: Texts, plan: Pretraining, generator: torch.Generator) -> Tensor:
-    pairs = zip(texts.tokens, plan.rows, strict=True)
-    windows = [w for tokens, num_rows in pairs for w in _windows(tokens, num_rows, plan.window_tokens, generator)]
+def _batch(texts: Texts, settings: Pretraining, generator: torch.Generator) -> Tensor:
+    pairs = zip(texts.tokens, settings.rows, strict=True)
+    windows = [w for tokens, num_rows in pairs for w in _windows(tokens, num_rows, settings.window_tokens, generator)]
     order = torch.randperm(len(windows), generator=generator).tolist()
     return torch.stack([windows[index] for index in order])
 

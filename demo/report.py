@@ -1,4 +1,4 @@
-"""The table for the terminal and `report.html` with its three pictures."""
+"""The table for the terminal, and `report.html` with its three pictures."""
 
 import base64
 import io
@@ -33,13 +33,13 @@ COLUMNS = (
 
 
 def rows(outcome: Outcome) -> list[list[str]]:
-    """The table's cells, one row an adapter."""
+    """Return the table's cells, one row per adapter."""
     return [_row(adapter) for adapter in outcome.adapters]
 
 
 def table(outcome: Outcome) -> Table:
-    """The table for the terminal."""
-    result = Table(title="Qualities are points on test rows that neither search nor gate has seen")
+    """Return the table for the terminal."""
+    result = Table(title="Qualities are points on test rows that search and gate have not seen")
     for index, name in enumerate(COLUMNS):
         result.add_column(name, justify="left" if index in (0, 1, 4) else "right", no_wrap=index == 0)
     for adapter, cells in zip(outcome.adapters, rows(outcome), strict=True):
@@ -48,7 +48,7 @@ def table(outcome: Outcome) -> Table:
 
 
 def summary(outcome: Outcome) -> list[str]:
-    """What the run has shown, in sentences."""
+    """Return the results of the run as sentences."""
     adapters, traffic = outcome.adapters, outcome.traffic
     fallen = sum(a.quality_copy < a.quality_v1 - 1.0 for a in adapters)
     drop = float(np.mean([a.quality_v1 - a.quality_copy for a in adapters]))
@@ -63,7 +63,7 @@ def summary(outcome: Outcome) -> list[str]:
 
 
 def write_html(outcome: Outcome, path: Path) -> None:
-    """Writes the report: one file, pictures inside."""
+    """Write the report as one file that contains its pictures."""
     template = jinja2.Template((Path(__file__).parent / "report.html.j2").read_text(), autoescape=True)
     pictures = {
         "Quality against time, each adapter": _picture(_draw_quality, outcome),
@@ -152,7 +152,7 @@ def _draw_latency(outcome: Outcome) -> Figure:
 
 
 def _bins(outcome: Outcome, num_bins: int = 60) -> dict[float, list[Answer]]:
-    """The answers by time: seconds since the upgrade at a bin's middle. A bin without an answer is left out."""
+    """Return the answers by time: the middle of a bin in seconds since the upgrade. Empty bins are left out."""
     answered = [a for a in outcome.answers if a.base]
     if not answered:
         return {}

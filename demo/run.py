@@ -1,4 +1,4 @@
-"""The main job, start to end: a fleet on v1 under load, an upgrade to v2 by a Ray job, and the account of it."""
+"""The demo from start to end: a fleet serves v1 under load, a Ray job upgrades it to v2, and a judge checks both."""
 
 import json
 import logging
@@ -30,21 +30,21 @@ from demo.specialists import single_threaded
 from demo.world import NEW, OLD, WorldInfo, kit_world, make_world
 from readapt.training.data import load_task
 
-NUM_PROMPTS = 6  # of each adapter in the load
+NUM_PROMPTS = 6  # per adapter in the load
 ANSWER_TOKENS = 16
 REQUESTS_PER_S = 8.0
 UPGRADE_TIMEOUT_S = 3600.0
 RAY_SETTINGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # in that mode a stop would take 30 s
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # in this mode a stop would otherwise take 30 s
 }
 SETTLED = (Status.LIVE, Status.REJECTED, Status.FAILED, Status.ROLLED_BACK)
 
 
 def run_demo(folder: Path, *, is_quick: bool, kit: Path | None, tasks: list[str], console: Console) -> Outcome:
-    """Runs it all, prints the table and writes `report.html`, `result.json` and `upgrade.log` into `folder`."""
+    """Run the demo, print the table and write `report.html`, `result.json` and `upgrade.log` into `folder`."""
     started = time.monotonic()
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its lines would tear up the bars
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its lines would break the progress bars
     with single_threaded(), _progress(console) as progress:
         with _Stage(progress, "making the world") as stage:
             info = _world(folder, is_quick, kit, tasks, stage)
@@ -89,7 +89,7 @@ class _Stage:
             self._progress.update(self._task, completed=1.0)
 
     def __call__(self, note: str, share: float) -> None:
-        """Show what the stage does now and which share of it is done, 0 to 1."""
+        """Show what the stage does now, and which share of it is done (0 to 1)."""
         title = f"{self._title}: {note}" if note else self._title
         self._progress.update(self._task, completed=min(share, 0.99), description=title)
         if note and note != self._note:
@@ -136,8 +136,8 @@ def _prompts(fleet: Fleet) -> dict[str, list[str]]:
 def _upgrade(
     fleet: Fleet, registry: Registry, cluster: LocalCluster, folder: Path, stage: _Stage
 ) -> tuple[float, float]:
-    """When it was submitted (`time.time()`) and how many seconds it took."""
-    time.sleep(2.0)  # a little traffic before, for the pictures
+    """Upgrade the fleet. Return when the job was submitted (`time.time()`) and how many seconds it took."""
+    time.sleep(2.0)  # some traffic before the upgrade, for the pictures
     submitted_at = time.time()
     command = [sys.executable, "-m", "relora", "upgrade", str(fleet.folder / "fleet.toml"), "--to", NEW]
     job = submit_job(cluster.dashboard_url, shlex.join(command))
@@ -147,7 +147,7 @@ def _upgrade(
         stage(*_standing(registry, len(fleet.adapters)))
         time.sleep(0.5)
     upgrade_s = time.time() - submitted_at
-    job.wait(timeout_s=0.0)  # an error if it failed or is still not over
+    job.wait(timeout_s=0.0)  # raises if it failed or has not ended
     stage(*_standing(registry, len(fleet.adapters)))
     log.join(10.0)
     return submitted_at, upgrade_s

@@ -1,4 +1,4 @@
-"""The control: on the same machine, in the same run, train each adapter on v2 from scratch up to the same gate."""
+"""The control: training each adapter on v2 from scratch to the same gate, on the same machine in the same run."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from readapt.training.lora import load_base
 
 @dataclass(frozen=True)
 class ScratchRun:
-    """How scratch training went: `seconds` to its end at the gate (None if it never got there) and the best adapter."""
+    """The result of scratch training: `seconds` until it passed the gate (None: it never did) and its best adapter."""
 
     name: str
     seconds: float | None
@@ -27,9 +27,9 @@ class ScratchRun:
 
 
 def scratch_runs(fleet: Fleet, target: str, references: dict[str, float]) -> Iterator[ScratchRun]:
-    """Trains every adapter of `references` (name to the gate's reference), yielding each as it ends.
+    """Train every adapter of `references` (name to the gate's reference). Yield each as it ends.
 
-    As many side by side as the campaign has workers, one thread each, so that the seconds compare.
+    As many run at once as the campaign has workers, with one thread each, so that the seconds are comparable.
     """
     specs = [spec for spec in fleet.adapters if spec.name in references]
     spawn = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Training of the world's adapters on base v1: one process each, side by side."""
+"""Training of the demo's adapters on base v1, each in its own process."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Specialist:
-    """How one adapter is trained. `alpha` as in PEFT: the scaling is alpha/rank, with rsLoRA alpha/sqrt(rank)."""
+    """How one adapter is trained. `alpha` is PEFT's: the scaling is alpha/rank, or alpha/sqrt(rank) with rsLoRA."""
 
     name: str
     metric: Literal["exact_match", "chrf"]
@@ -42,7 +42,7 @@ class Specialist:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Holds torch to one thread and transformers to silence; both are as before afterwards."""
+    """Limit torch to one thread and hide the bars of transformers inside the block. Restore both afterwards."""
     num_threads, shows_bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -55,9 +55,9 @@ def single_threaded() -> Iterator[None]:
 
 
 def train_specialist(spec: Specialist, base: Path, data: Path, target: Path) -> float:
-    """Trains one adapter, writes it to `target` in PEFT's format and returns its quality in points on valid rows.
+    """Train one adapter, write it to `target` in PEFT's format and return its quality in points on valid rows.
 
-    The best of the evaluated checkpoints by exact match is kept, whatever the task's metric: generation is slow.
+    The checkpoint with the best exact match is kept, whatever the task's metric is: chrF would need slow generation.
     """
     model, encoder = load_base(base), encoder_for(base, spec.max_tokens)
     valid = load_rows(data / "valid.jsonl")[: spec.valid_rows]
@@ -79,9 +79,9 @@ def train_all(
     progress: Callable[[float], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Trains all adapters, from `data`/NAME into `target`/NAME; this process runs `meanwhile` beside it.
+    """Train all adapters, from `data`/NAME into `target`/NAME. This process runs `meanwhile` at the same time.
 
-    Returns the qualities by name. The error of any one is raised once the others are done.
+    Return the qualities by name. If one fails, its error is raised after the others are done.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
     num_workers = min(len(specs), os.cpu_count() or 1)

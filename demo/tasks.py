@@ -1,7 +1,7 @@
-"""The demo's tasks: rows made by templates and the lexicon, each prompt unique and in one split only.
+"""The demo's tasks: rows made from templates and words. Each prompt is unique and in only one split.
 
-A prompt ends with a cue (" =>") and the completion is what the specialist must write, then stop. What a template's
-`{slots}` are filled with comes from `demo.lexicon`; there are far more fillings than rows, so held-out prompts are new.
+A prompt ends with a cue (" =>"). The specialist must write the completion and then stop. The words of `demo.lexicon`
+fill the `{slots}` of a template. There are far more fillings than rows, so held-out prompts are new.
 """
 
 import random
@@ -19,7 +19,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """One task of the world: how to draw a row, how its answers are judged, and what its specialist looks like."""
+    """One task: how to draw a row, how answers are judged, and what the specialist's adapter looks like."""
 
     name: str
     draw: Callable[[random.Random], tuple[str, str]]
@@ -251,7 +251,7 @@ TASKS = (
 
 
 def make_rows(task: Task, sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
-    """Draws the task's rows by split (`sizes`: rows of each); no prompt comes twice, within a split or across them."""
+    """Draw the rows of each split (`sizes`: rows by split). No prompt comes twice, within a split or across splits."""
     rng = random.Random(f"{task.name}/{seed}")
     drawn: dict[str, str] = {}
     while len(drawn) < sum(sizes.values()):
@@ -262,6 +262,6 @@ def make_rows(task: Task, sizes: dict[str, int], seed: int) -> dict[str, list[di
 
 
 def write_rows(folder: Path, rows: dict[str, list[dict[str, str]]]) -> None:
-    """Writes `folder`/SPLIT.jsonl, one row a line."""
+    """Write `folder`/SPLIT.jsonl, one row per line."""
     for split, lines in rows.items():
         write_lines(folder / f"{split}.jsonl", lines)

@@ -1,4 +1,4 @@
-"""Was every answer given by a version that was then in charge of the adapter, and is it what that version answers?"""
+"""The check of every answer: was its version in charge of the adapter then, and is the text what it answers?"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ IN_CHARGE = (Status.LIVE, Status.CANARY)
 
 @dataclass(frozen=True)
 class Term:
-    """A time during which a version took traffic, in `time.time()` seconds."""
+    """A period in which a version took traffic, in `time.time()` seconds."""
 
     version: Version
     start: float
@@ -21,7 +21,7 @@ class Term:
 
 
 def terms(registry: Registry) -> dict[str, list[Term]]:
-    """Every adapter's versions with the times during which they were live or canary, from the event log."""
+    """Return the periods in which versions were live or canary, by adapter, from the event log."""
     result: dict[str, list[Term]] = defaultdict(list)
     for version in registry.versions():
         start: float | None = None
@@ -45,11 +45,11 @@ def wrong_answers(
     expected: Callable[[Version, Sequence[str]], list[str]],
     grace_s: float,
 ) -> list[str]:
-    """Sentences that name each wrong answer.
+    """Return one sentence for each wrong answer.
 
-    An answer is right if the version that claims it was in charge at some moment of the request (or up to `grace_s`
-    before it: gateways learn of a change by polling, and the old version stays servable), and if its text is what
-    `expected(version, prompts)` says: greedy tokens of a second implementation, made from the same files.
+    An answer is right if two things hold. Its version was in charge at some moment of the request, or up to `grace_s`
+    before it: gateways learn of a change by polling, and the old version stays servable. And its text is what
+    `expected(version, prompts)` returns, the greedy answers of a second implementation with the same files.
     """
     texts: dict[int, dict[str, str]] = {}
     wrong = []
@@ -60,7 +60,7 @@ def wrong_answers(
         name, number = parse_model(model)
         candidates = [term for term in in_charge.get(name, []) if term.version.number == number]
         if not candidates:
-            wrong += [f"{a.adapter}: answered by {model}, which never was in charge" for a in group]
+            wrong += [f"{a.adapter}: answered by {model}, which was never in charge" for a in group]
             continue
         version = candidates[0].version
         prompts = sorted({a.prompt for a in group})
@@ -74,7 +74,7 @@ def _fault(answer: Answer, candidates: Sequence[Term], texts: dict[str, str], gr
     if answer.adapter != version.adapter or answer.base != version.base:
         return f"{answer.adapter}: answered by {answer.model} on {answer.base}"
     if not any(t.start <= answer.done_at and answer.sent_at - grace_s <= t.end for t in candidates):
-        return f"{answer.adapter}: answered by {answer.model} outside its time"
+        return f"{answer.adapter}: answered by {answer.model} while it was not in charge"
     if answer.text != texts[answer.prompt]:
         return f"{answer.model} answered {answer.text!r} to {answer.prompt!r} instead of {texts[answer.prompt]!r}"
     return ""

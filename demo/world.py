@@ -1,13 +1,13 @@
-"""The demo's world: two base models, tasks and their specialists, made from nothing into one folder with a fleet file.
+"""The demo's world: two base models, tasks and their specialists, made from nothing in one folder with a fleet file.
 
     FOLDER/bases/v1, bases/v2     Hugging Face checkpoints; v2 is v1 trained further on other text
     FOLDER/tasks/NAME/            train.jsonl, valid.jsonl, test.jsonl
     FOLDER/adapters/NAME/         the task's specialist, trained on v1, in PEFT's format
     FOLDER/fleet.toml             ties them together
-    FOLDER/world.json             written last: the recipe's hash, by which a finished world is found again
+    FOLDER/world.json             written last: the hash of the recipe, which marks a finished world
 
-On one machine the same recipe gives the same files, whatever the number of cores in use: every computation is
-single-threaded, and gradients are summed in a fixed order.
+On one machine the same recipe gives the same files, for any number of cores: every computation is single-threaded, and
+gradients are summed in a fixed order.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ from demo.pretrain import BaseShape, Pretraining, Texts, train_base
 from demo.specialists import Specialist, single_threaded, train_all
 
 OLD, NEW = "v1", "v2"
-Progress = Callable[[str, float], None]  # what is being made, and how far it is, 0 to 1
+Progress = Callable[[str, float], None]  # what is being made, and which share of it is done (0 to 1)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a world made from nothing depends on. `readapt` goes into fleet.toml's [readapt.train].
+    """Everything that a world depends on. `readapt` goes into [readapt.train] of fleet.toml.
 
-    The promise is one point on test rows; tasks as easy as these can ask for more on the gate's own rows, of which
-    there are only some hundred: `gate_points`, fleet.toml's [readapt.gate] tolerance_points.
+    `gate_points` is tolerance_points of [readapt.gate]. The demo promises one point on test rows. The gate has only
+    some hundred rows, and the tasks are easy, so it asks for more than that.
     """
 
     title: str
@@ -74,17 +74,17 @@ QUICK = Recipe(
     rows={"train": 3000, "valid": 448, "test": 400},
 )
 _RECIPES = {"full": FULL, "quick": QUICK}
-RUNGS = ("copy", "fused", "transplant", "train", "scratch")  # all that there are: the demo shows each at work
+RUNGS = ("copy", "fused", "transplant", "train", "scratch")  # all rungs: the demo shows each at work
 _MARK = "# Written by `relora demo`, which deletes the folder of an earlier run.\n"
 _KIT_BUDGETS = {"clinc150": (800, 24)}  # tasks that need more than 300 steps of 16 rows
 
 
 @dataclass(frozen=True)
 class WorldInfo:
-    """A finished world, described in a few words by `title`. `bases` go by OLD and NEW; `data` has a folder a spec.
+    """A finished world. `title` describes it in a few words, and `bases` has the keys OLD and NEW.
 
-    `quality_v1` is each specialist's, in points, on v1 and the task's first valid rows; `train` and
-    `gate` go into the fleet file's [readapt.train] and [readapt.gate].
+    `data` has one folder per spec. `quality_v1` is the quality of each specialist on v1, in points on the task's first
+    valid rows. `train` and `gate` go into [readapt.train] and [readapt.gate] of the fleet file.
     """
 
     folder: Path
@@ -103,21 +103,21 @@ class WorldInfo:
         return self.folder / "fleet.toml"
 
     def new_run(self, folder: Path) -> Path:
-        """Writes this world's fleet file, with a free port to serve on, into a fresh `folder`; returns its path.
+        """Write this world's fleet file, with a free port, into a fresh `folder` and return its path.
 
-        A run keeps registry and blobs in a folder of its own, so that the world itself never changes. What an earlier
-        run left in `folder` is deleted; anything else in its place is a ConfigError.
+        A run has its own folder for registry and blobs, so the world itself never changes. If `folder` is that of an
+        earlier run, it is deleted. ConfigError if it holds anything else.
         """
         path = folder / "fleet.toml"
         if folder.exists():
             if not path.is_file() or not path.read_text(encoding="utf-8").startswith(_MARK):
-                raise ConfigError(f"{folder} exists and is not an earlier run's folder; name another one.")
+                raise ConfigError(f"{folder} exists and is not an earlier run's folder: choose another folder.")
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         return self.write_fleet(path, {"port": _free_port()})
 
     def write_fleet(self, path: Path, serving: Mapping[str, float] = MappingProxyType({})) -> Path:
-        """Writes a fleet file of this world to `path`, with these keys in [serving]."""
+        """Write a fleet file of this world to `path`, with `serving` as its [serving] table."""
         tables = [_table("[[bases]]", {"name": name, "path": base}) for name, base in self.bases.items()]
         tables += [_table("[[adapters]]", self._adapter(index, spec)) for index, spec in enumerate(self.specs)]
         tables += [_table("[serving]", serving), _table("[readapt.train]", self.train)]
@@ -136,7 +136,7 @@ class WorldInfo:
             "base": OLD,
             "data": self.data / spec.name,
             "metric": spec.metric,
-            "traffic": round(1 / (index + 1), 3),  # few adapters take most requests, as in real fleets
+            "traffic": round(1 / (index + 1), 3),  # a few adapters take most requests, as in real fleets
         }
 
 
@@ -152,12 +152,12 @@ def _free_port() -> int:
 
 
 def make_world(folder: Path, size: Literal["full", "quick"], progress: Progress) -> WorldInfo:
-    """Makes the demo's world in `folder`, or reuses it if the folder already holds one of the same recipe."""
+    """Make the demo's world in `folder`, or reuse it if the folder already holds one with the same recipe."""
     return build(folder, _RECIPES[size], progress)
 
 
 def build(folder: Path, recipe: Recipe, progress: Progress) -> WorldInfo:
-    """Makes the world of any recipe, or reuses it; `make_world` knows the demo's two recipes."""
+    """Make the world of any recipe, or reuse it. `make_world` has the demo's two recipes."""
     folder, chosen = folder.absolute(), [task for task in tasks.TASKS if task.name in recipe.tasks]
     bases = {OLD: folder / "bases" / OLD, NEW: folder / "bases" / NEW}
     specs = tuple(_specialist(task, recipe) for task in chosen)
@@ -202,7 +202,7 @@ def _specialist(task: tasks.Task, recipe: Recipe) -> Specialist:
 
 
 def kit_world(folder: Path, kit: Path, names: Sequence[str], progress: Progress) -> WorldInfo:
-    """Makes a world of real models and tasks: trains the named tasks' specialists into `folder`, and copies nothing.
+    """Make a world of real models and tasks: train the specialists of the named tasks into `folder`. Nothing is copied.
 
     `kit` holds models/stories3m-v1, models/stories3m-v2-strong and tasks/NAME. ConfigError if one of them is missing.
     """
@@ -210,7 +210,7 @@ def kit_world(folder: Path, kit: Path, names: Sequence[str], progress: Progress)
     bases = {OLD: kit / "models" / "stories3m-v1", NEW: kit / "models" / "stories3m-v2-strong"}
     missing = [str(path) for path in (*bases.values(), *(kit / "tasks" / name for name in names)) if not path.is_dir()]
     if missing:
-        raise ConfigError(f"The kit lacks {', '.join(missing)}.")
+        raise ConfigError(f"The kit {kit} lacks these folders: {', '.join(missing)}")
     specs = tuple(_kit_specialist(kit / "tasks" / name) for name in names)
     info = WorldInfo(folder, "real models and tasks", bases, kit / "tasks", specs, {}, {}, {}, is_reused=False)
     inputs = [open_checkpoint(bases[OLD]).fingerprint(), *(content_hash(info.data / name) for name in names)]
@@ -230,7 +230,7 @@ def _kit_specialist(data: Path) -> Specialist:
 
 
 def _key(recipe: object) -> str:
-    """A hash of a recipe, of the code that carries it out and of the Python whose library is read."""
+    """Return a hash of a recipe, of the code that follows it, and of the Python and torch versions."""
     sources = [inspect.getsource(module) for module in (corpus, lexicon, pretrain, specialists, tasks)]
     versions = [platform.python_version(), torch.__version__]
     return hashlib.sha256(json.dumps([recipe, sources, versions], sort_keys=True).encode()).hexdigest()
@@ -240,9 +240,9 @@ def _finished(info: WorldInfo, key: str) -> WorldInfo | None:
     file = info.folder / "world.json"
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if record.get("key") == key:
-        info.write_fleet(info.fleet)  # anew: the folder may have been moved
+        info.write_fleet(info.fleet)  # again, because the folder may have been moved
         return replace(info, quality_v1=record["quality_v1"], is_reused=True)
-    file.unlink(missing_ok=True)  # what is here will be overwritten
+    file.unlink(missing_ok=True)  # the folder is about to change
     return None
 
 

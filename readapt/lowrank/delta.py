@@ -1,6 +1,6 @@
-"""The base model's own evolution E = W2 - W1 as a low-rank adapter, read tensor by tensor.
+"""The base model's evolution E = W2 - W1 as a low-rank adapter, computed tensor by tensor.
 
-Computed once per base update and shared by all adapters of the fleet. Shape letters: D in, F out, R rank.
+It is computed once per base update and shared by all adapters of the fleet.
 """
 
 import math
@@ -17,7 +17,7 @@ from cluster.errors import InvalidCheckpointError
 from readapt.lowrank.spectra import EnergyShare
 from readapt.lowrank.svd import decompose, squared_norm
 
-# What config.json says of a model's shape; heads may change while every matrix keeps its size.
+# The keys of config.json for a model's shape. The heads can change while every matrix keeps its size.
 SHAPE_KEYS = (
     "num_hidden_layers",
     "hidden_size",
@@ -26,15 +26,15 @@ SHAPE_KEYS = (
     "num_key_value_heads",
     "head_dim",
 )
-MAX_NAMED = 4  # an error about every module of 80 layers helps nobody
-ADVICE = "train them from scratch on the new base, or distil the old service into new ones"
+MAX_NAMED = 4  # modules in an error message: a list of 80 layers does not help
+ADVICE = "train them from scratch on the new base, or distil the old service into new adapters"
 
 
 @dataclass(frozen=True)
 class ModuleEnergy:
-    """One module's share in the evolution.
+    """How much one module changed, and how much of the change is kept.
 
-    `energy` is the part of the squared Frobenius norm of E that the kept rank holds (1 where E is zero) and
+    `energy` is the share of the squared Frobenius norm of E that the kept rank holds (1 if E is zero).
     `relative_norm` is |E| / |W1|. Rank 0 means that the weight is the same in both versions.
     """
 
@@ -47,11 +47,11 @@ class ModuleEnergy:
 def base_evolution(
     old: Checkpoint, new: Checkpoint, rank: int, energy: float, modules: Collection[str] | None = None
 ) -> tuple[Adapter, list[ModuleEnergy]]:
-    """Truncated SVD of W2 - W1 per linear module: the smallest rank that holds `energy`, at most `rank`.
+    """Return the truncated SVD of W2 - W1 of each linear module: the smallest rank that holds `energy`, at most `rank`.
 
-    Factors are balanced (A = sqrt(S) V^T, B = U sqrt(S), scaling 1); unchanged modules are absent from the adapter.
+    Factors are balanced (A = sqrt(S) V^T, B = U sqrt(S), scaling 1). Unchanged modules are absent from the adapter.
     `modules` are kinds such as "q_proj" (None: all). Deterministic. Memory: a few times the largest matrix.
-    InvalidCheckpointError where the two have different modules or shapes, or a weight is not finite.
+    InvalidCheckpointError if the two have different modules or shapes, or a weight is not finite.
     """
     factors, report = {}, []
     check_same_shape(old, new)
@@ -69,10 +69,10 @@ def base_evolution(
 
 
 def cosine(old_model: nn.Module, new_model: nn.Module, modules: Collection[str]) -> float:
-    """Cosine between all of W1 and all of W2 in these linears of two loaded models.
+    """Return the cosine between all of W1 and all of W2 in these linears of two loaded models.
 
-    Near 1 after an ordinary update, well above 0 after a severe one, and 0 between independent trainings: their units
-    have nothing to do with each other, whatever the shapes.
+    It is near 1 after an ordinary update, well above 0 after a severe one, and 0 between independently trained models:
+    their units are unrelated, even if the shapes are equal.
     """
     pairs = [(old_model.get_submodule(name).weight, new_model.get_submodule(name).weight) for name in modules]
     inner = sum(float((old.detach() * new.detach()).sum(dtype=torch.float64)) for old, new in pairs)
@@ -81,22 +81,24 @@ def cosine(old_model: nn.Module, new_model: nn.Module, modules: Collection[str])
 
 
 def check_same_shape(old: Checkpoint, new: Checkpoint) -> None:
-    """InvalidCheckpointError unless both have the same depth, width and heads, by their config and by their weights.
+    """Raise InvalidCheckpointError unless depth, width and heads are equal, both in the configs and in the weights.
 
-    Reads no weights. The vocabulary may differ: embeddings and head are no linear modules of a layer.
+    Only shapes are read. The vocabularies may differ: embeddings and head are not linear modules of a layer.
     """
-    said = [key for key in SHAPE_KEYS if key in old.config and key in new.config]  # what is left out is derived
+    said = [
+        key for key in SHAPE_KEYS if key in old.config and key in new.config
+    ]  # a key that is left out follows from the others
     before, after = ({**{key: c.config[key] for key in said}, **linears(c)} for c in (old, new))
     differing = [key for key in (*said, *sorted(linears(old) | linears(new))) if before.get(key) != after.get(key)]
     if differing:
         raise InvalidCheckpointError(
             f"{new.folder} has another shape than {old.folder}: {_named(after, differing)}, "
-            f"instead of {_named(before, differing)}. Adapters cannot be carried over: {ADVICE}"
+            f"instead of {_named(before, differing)}. Adapters cannot be carried over: {ADVICE}."
         )
 
 
 def linears(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """The checkpoint's `linear_shapes`; InvalidCheckpointError where there are none."""
+    """Return the checkpoint's `linear_shapes`. InvalidCheckpointError if there are none."""
     shapes = checkpoint.linear_shapes()
     if not shapes:
         raise InvalidCheckpointError(f"{checkpoint.folder}: has no linear modules that ReLoRA knows")
@@ -108,7 +110,7 @@ def _named(shape: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
-    """InvalidCheckpointError naming the first tensor with a NaN or an infinity, of all that the checkpoint has."""
+    """Raise InvalidCheckpointError with the first tensor that has a NaN or an infinity, if there is one."""
     for name in checkpoint.names():
         if not torch.isfinite(checkpoint.load(name)).all():
             raise InvalidCheckpointError(f"{checkpoint.folder}: {name} has values that are not finite")

@@ -1,7 +1,7 @@
-"""Which rank each module gets: the rules that turn singular values into ranks.
+"""The rules that choose each module's rank from its singular values.
 
-A rule sees the spectra of all modules at once, because a budget is shared between them. `cost` is the number of stored
-values that one rank of a module takes (in + out).
+A rule gets the spectra of all modules at once, because modules share a budget. `cost` is the number of stored values
+that one rank of a module takes (in + out).
 """
 
 import heapq
@@ -15,34 +15,34 @@ from cluster.errors import ConfigError
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One module's leading singular values in falling order, and `total`, the sum of the squares of all of them."""
+    """One module's leading singular values in falling order; `total` is the sum of the squares of all its values."""
 
     values: tuple[float, ...]
     total: float
     cost: int
 
     def energy(self, rank: int) -> float:
-        """The part of the total that the leading `rank` values hold; 1 where there is nothing to hold."""
+        """Return the share of the total that the leading `rank` values hold; 1 if the total is zero."""
         held = math.fsum(value * value for value in self.values[:rank])
         return held / max(self.total, held) if self.total else 1.0
 
     def gain(self, rank: int) -> float:
-        """The energy, not relative, that the step from `rank` to the next rank gains per stored value."""
+        """Return the absolute energy per stored value that the step from `rank` to the next rank gains."""
         return self.values[rank] ** 2 / self.cost
 
 
 class Rule(Protocol):
-    """A way to choose ranks; `label` names the adapter that comes of it."""
+    """A way to choose ranks."""
 
     @property
     def label(self) -> str:
-        """A name fit for a folder, such as `rank-8`."""
+        """The name of the adapter with these ranks, fit for a folder, such as `rank-8`."""
 
     def limit(self, side: int) -> int:
-        """The largest rank that the rule can ask of a matrix whose smaller side is `side`."""
+        """Return the largest rank that the rule may choose for a matrix whose smaller side is `side`."""
 
     def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
-        """The rank of each module; 0 leaves it out. Never more than a spectrum has values."""
+        """Return the rank of each module, at most the number of known values. 0 leaves the module out."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FixedRank:
     rank: int
 
     def __post_init__(self) -> None:
-        _check(self.rank >= 1, f"a rank of {self.rank}; expected at least 1")
+        _check(self.rank >= 1, f"rank is {self.rank}; expected at least 1")
 
     @property
     def label(self) -> str:
@@ -70,12 +70,12 @@ class FixedRank:
 
 @dataclass(frozen=True)
 class EnergyShare:
-    """The smallest rank that holds a share of each module's energy, or all known values where they hold less."""
+    """The smallest rank that holds a share of each module's energy, or all known values if they hold less."""
 
     share: float
 
     def __post_init__(self) -> None:
-        _check(0.0 < self.share <= 1.0, f"an energy of {self.share}; expected above 0 and at most 1")
+        _check(0.0 < self.share <= 1.0, f"energy is {self.share}; expected above 0 and at most 1")
 
     @property
     def label(self) -> str:
@@ -91,9 +91,10 @@ class EnergyShare:
         return {name: self.rank(spectrum) for name, spectrum in spectra.items()}
 
     def rank(self, spectrum: Spectrum) -> int:
-        """The rank of one module."""
+        """Return the rank of one module."""
         num_values = _num_nonzero(spectrum)
-        held, wanted = 0.0, self.share * max(spectrum.total, math.fsum(value * value for value in spectrum.values))
+        wanted = self.share * max(spectrum.total, math.fsum(value * value for value in spectrum.values))
+        held = 0.0
         for rank, value in enumerate(spectrum.values[:num_values], 1):
             held += value * value
             if held >= wanted:
@@ -103,10 +104,10 @@ class EnergyShare:
 
 @dataclass(frozen=True)
 class Knee:
-    """The rank after which more ranks pay less than on average: the knee of the curve of held energy.
+    """The knee of the curve of held energy: the rank after which each further rank gains less than the average.
 
-    The point of the curve (rank, held energy), both scaled to [0, 1], that lies farthest above the diagonal (Satopaa
-    et al., Finding a "Kneedle" in a Haystack, 2011).
+    With rank and held energy scaled to [0, 1], it is the point farthest above the diagonal (Satopaa et al., Finding a
+    "Kneedle" in a Haystack, 2011).
     """
 
     @property
@@ -124,26 +125,29 @@ class Knee:
 
     def _rank(self, values: Sequence[float]) -> int:
         known = math.fsum(value * value for value in values)
-        best_rank, best_height, held = 0, -math.inf, 0.0
+        best_rank = 0
+        best_height = -math.inf
+        held = 0.0
         for rank, value in enumerate(values, 1):
             held += value * value
             height = held / known - rank / len(values)
             if height > best_height:
-                best_rank, best_height = rank, height
+                best_rank = rank
+                best_height = height
         return best_rank
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `parameters` stored values in all, each given where it gains most energy.
+    """At most `parameters` stored values in total, spent where each gains the most energy.
 
-    Greedy is optimal up to the last rank that does not fit, because each module's gains fall from rank to rank.
+    The greedy choice is optimal up to the last rank that does not fit, because a module's gains fall with its rank.
     """
 
     parameters: int
 
     def __post_init__(self) -> None:
-        _check(self.parameters >= 1, f"a budget of {self.parameters} parameters; expected at least 1")
+        _check(self.parameters >= 1, f"budget is {self.parameters} parameters; expected at least 1")
 
     @property
     def label(self) -> str:
@@ -182,7 +186,7 @@ def _check(is_fine: bool, problem: str) -> None:
 
 
 def rules_of(ranks: Sequence[int], energy: float | None, knee: bool, budget: int | None) -> tuple[Rule, ...]:
-    """The rules that a command line names; an energy of 0.95 where it names none."""
+    """Return the rules that a command line names, or an energy of 0.95 if it names none."""
     rules: list[Rule] = [FixedRank(rank) for rank in ranks]
     rules += [EnergyShare(energy)] if energy is not None else []
     rules += [Knee()] if knee else []

@@ -1,17 +1,17 @@
 """The truncated SVD that extraction and base evolution share: exact for small matrices, block Krylov for large ones.
 
-Both ways project the matrix onto an orthonormal basis Q of its column space (the exact way: all of it), and the
-eigenvectors of the small Gram matrix (Q^T W)(Q^T W)^T give the left vectors. The right side is then the projection of
-the matrix itself on them, so that any loss of precision in the eigenvectors costs optimality of a part that holds no
-energy, never correctness: what is kept is `U U^T W`, and its energy is measured, not estimated.
+Both methods project the matrix onto an orthonormal basis Q of its column space; the exact method uses all of it. The
+eigenvectors of the small Gram matrix (Q^T W)(Q^T W)^T give the left vectors. The right side is the projection of the
+matrix itself onto them. The result is `U U^T W`, and its energy is measured, not estimated. Inexact eigenvectors can
+therefore only lose a part without energy; the result stays correct.
 
-The randomised way is the block Krylov method (Musco & Musco, arXiv 1504.05477, algorithm 2) instead of the power
-iteration of Halko, Martinsson & Tropp (SIAM Review 2011): with as many products it is far nearer to the optimum where
-the spectrum is flat. 4096 x 4096, rank 64, independent normal entries, one thread of an EPYC, 2026-11-22: four power
-iterations lose 8.3 % of the energy that could be had, eight Krylov blocks 0.2 %. It stops when a further block gains
-next to nothing, after two where the spectrum decays as those of fine-tuning do.
+The randomised method is block Krylov (Musco & Musco, arXiv 1504.05477, algorithm 2), not the power iteration of Halko,
+Martinsson & Tropp (SIAM Review 2011). With the same number of products it comes much nearer to the optimum of a flat
+spectrum. For 4096 x 4096 independent normal entries and rank 64, on one thread of an EPYC, 2026-11-22: four power
+iterations lose 8.3 % of the best possible energy, eight Krylov blocks 0.2 %. It stops when another block gains almost
+nothing. The spectra of fine-tuning decay, so it then stops after two blocks.
 
-Shape letters: D in (columns), F out (rows), R rank, Q basis vectors, K block width.
+F is the rows of a matrix and D its columns; R2 is the number of basis vectors and R3 the width of a block.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from readapt.lowrank.spectra import Spectrum
 
-EXACT_SIDE = 1024  # a matrix whose smaller side is up to this is decomposed exactly: it costs less than 0.2 s
-NARROWNESS = 8  # the randomised way pays where the smaller side is at least this many blocks wide
+EXACT_SIDE = 1024  # matrices with a smaller side up to this are decomposed exactly, which takes less than 0.2 s
+NARROWNESS = 8  # the randomised method pays if the smaller side is at least this many blocks wide
 MIN_OVERSAMPLING = 8
 MAX_BLOCKS = 10
-GAIN_TO_GO_ON = 2e-3  # the part by which the held energy must grow for another block
-DOUBLE_SIDE = 512  # Gram matrices up to this are taken in float64, where memory does not count
+GAIN_TO_GO_ON = 2e-3  # another block follows if the last one raised the held energy by more than this share
+DOUBLE_SIDE = 512  # Gram matrices up to this side are computed in float64: they need little memory
 _CHUNK_VALUES = 1 << 20
 
 
@@ -36,8 +36,8 @@ _CHUNK_VALUES = 1 << 20
 class Decomposition:
     """The leading singular triplets of a matrix W, in falling order.
 
-    `total` is the squared Frobenius norm of W, summed in float64. `gap_bound` bounds the part of the best possible
-    energy at this rank that these triplets may miss; it is certain, and loose where the spectrum is flat.
+    `total` is the squared Frobenius norm of W, summed in float64. `gap_bound` is a proven upper bound of the share of
+    the best possible energy at this rank that these triplets miss. It is loose for a flat spectrum.
     """
 
     u_FR: Tensor
@@ -48,7 +48,7 @@ class Decomposition:
     gap_bound: float
 
     def spectrum(self) -> Spectrum:
-        """Return the singular values as the rules for ranks see them."""
+        """Return the singular values in the form that the rules for ranks use."""
         return Spectrum(tuple(self.s_R.tolist()), self.total, self.u_FR.shape[0] + self.v_RD.shape[1])
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -58,10 +58,10 @@ class Decomposition:
 
 
 def decompose(w_FD: Tensor, max_rank: int) -> Decomposition:
-    """Decompose a float32 matrix into at most `max_rank` singular triplets; fewer where it has fewer. Deterministic.
+    """Decompose a float32 matrix into at most `max_rank` singular triplets, or all if it has fewer. Deterministic.
 
-    The triplets are on the matrix's device and of its dtype. Memory beyond the matrix: at most about three times it
-    (exact, square), far less for a small rank.
+    The triplets have the matrix's device and dtype. Extra memory: at most about three times the matrix (exact and
+    square), far less for a small rank.
     """
     assert w_FD.ndim == 2, "a matrix"
     assert max_rank > 0, "a positive rank"
@@ -75,13 +75,13 @@ def decompose(w_FD: Tensor, max_rank: int) -> Decomposition:
     if w_FD.shape[0] <= EXACT_SIDE or width * NARROWNESS > w_FD.shape[0]:
         u_FR, s_R, v_RD = _leading(w_FD, rank)
         return Decomposition(u_FR, s_R, v_RD, total, True, 0.0)
-    basis_FQ, core_QD = _krylov(w_FD, rank, width)
-    u_QR, s_R, v_RD = _leading(core_QD, rank)
-    return Decomposition(basis_FQ @ u_QR, s_R, v_RD, total, False, _gap_bound(s_R, squared_norm(core_QD), total))
+    basis_FR2, core_R2D = _krylov(w_FD, rank, width)
+    u_R2R, s_R, v_RD = _leading(core_R2D, rank)
+    return Decomposition(basis_FR2 @ u_R2R, s_R, v_RD, total, False, _gap_bound(s_R, squared_norm(core_R2D), total))
 
 
 def squared_norm(w: Tensor) -> float:
-    """Return the squared Frobenius norm, summed in float64 by pieces so that no second copy is made."""
+    """Return the squared Frobenius norm. It is summed in float64 piece by piece, without a copy of the matrix."""
     if w.numel() == 0:
         return 0.0
     rows = w[None] if w.ndim == 0 else w
@@ -90,59 +90,67 @@ def squared_norm(w: Tensor) -> float:
 
 
 def _leading(w_FD: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading triplets of a matrix that is not tall, by the eigenvectors of its Gram matrix."""
+    """Return the leading triplets of a matrix that is not tall, from the eigenvectors of its Gram matrix."""
     wide = w_FD.double() if w_FD.shape[0] <= DOUBLE_SIDE else w_FD
     u_FR = _eigenvectors(wide @ wide.T)[:, -rank:].flip(1).to(w_FD.dtype)
     del wide
     v_RD = u_FR.T @ w_FD
     s_R = torch.linalg.vector_norm(v_RD, dim=1)
-    s_R, order_R = s_R.sort(descending=True, stable=True)  # nearly sorted: rounding in the smallest
+    s_R, order_R = s_R.sort(
+        descending=True, stable=True
+    )  # nearly sorted already, up to rounding errors in the smallest
     v_RD = v_RD[order_R].div_(s_R.clamp_min(torch.finfo(s_R.dtype).tiny)[:, None])
     return u_FR[:, order_R], s_R, v_RD
 
 
 def _eigenvectors(gram_FF: Tensor) -> Tensor:
-    """Of a symmetric matrix, which may be overwritten, by rising eigenvalue; on the matrix's own device."""
+    """Return the eigenvectors of a symmetric matrix by rising eigenvalue, on its device. It may be overwritten."""
     if gram_FF.device.type != "cpu":
         return torch.linalg.eigh(gram_FF)[1]
-    # In place, unlike torch's: a square matrix costs one copy less, and at 3072 2.0 s instead of 2.6 (one EPYC thread).
+    # In place, unlike torch's: one copy less, and 2.0 s instead of 2.6 s at side 3072 (one EPYC thread).
     return torch.from_numpy(eigh(gram_FF.numpy().T, overwrite_a=True, check_finite=False, driver="evd")[1])
 
 
 def _krylov(w_FD: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor]:
-    """A basis of the block Krylov space of W W^T, and W projected on it, grown until the held energy stands still."""
+    """Return a basis of the block Krylov space of W W^T, grown until the held energy settles, and W projected on it."""
     max_blocks = min(MAX_BLOCKS, w_FD.shape[0] // width)
-    space = _growing(w_FD, width)
-    basis_FQ, core_QD = next(space)
-    held = _held(core_QD, rank)
+    spaces = _krylov_spaces(w_FD, width)
+    basis_FR2, core_R2D = next(spaces)
+    held = _held(core_R2D, rank)
     for _ in range(max_blocks - 1):
         before = held
-        basis_FQ, core_QD = next(space)
-        held = _held(core_QD, rank)
+        basis_FR2, core_R2D = next(spaces)
+        held = _held(core_R2D, rank)
         if held - before <= GAIN_TO_GO_ON * held:
             break
-    return basis_FQ, core_QD
+    return basis_FR2, core_R2D
 
 
-def _growing(w_FD: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _krylov_spaces(w_FD: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ever larger bases and the matrix projected onto them, one block at a time."""
     generator = torch.Generator().manual_seed(0)
-    start_DK = torch.randn(w_FD.shape[1], width, generator=generator).to(w_FD)
-    basis_FQ = torch.linalg.qr(w_FD @ start_DK)[0]
-    core_QD = (w_FD.T @ basis_FQ).T
+    start_DR3 = torch.randn(w_FD.shape[1], width, generator=generator).to(w_FD)
+    basis_FR2 = torch.linalg.qr(w_FD @ start_DR3)[0]
+    core_R2D = (w_FD.T @ basis_FR2).T
     while True:
-        yield basis_FQ, core_QD
-        block_FK = w_FD @ core_QD[-width:].T
-        for _ in range(2):  # once leaves what rounding brings back
-            block_FK = torch.linalg.qr(block_FK - basis_FQ @ (basis_FQ.T @ block_FK))[0]
-        basis_FQ = torch.cat([basis_FQ, block_FK], dim=1)
-        core_QD = torch.cat([core_QD, (w_FD.T @ block_FK).T])
+        yield basis_FR2, core_R2D
+        block_FR3 = w_FD @ core_R2D[-width:].T
+        for _ in range(2):  # the second pass removes what rounding left in the first
+            block_FR3 = torch.linalg.qr(block_FR3 - basis_FR2 @ (basis_FR2.T @ block_FR3))[0]
+        basis_FR2 = torch.cat([basis_FR2, block_FR3], dim=1)
+        core_R2D = torch.cat([core_R2D, (w_FD.T @ block_FR3).T])
 
 
-def _held(core_QD: Tensor, rank: int) -> float:
-    return float(torch.linalg.eigvalsh(core_QD @ core_QD.T)[-rank:].double().sum())
+def _held(core_R2D: Tensor, rank: int) -> float:
+    return float(torch.linalg.eigvalsh(core_R2D @ core_R2D.T)[-rank:].double().sum())
 
 
 def _gap_bound(s_R: Tensor, projected: float, total: float) -> float:
-    """W^T W is the sum of that of the projection and of the rest: by Ky Fan, the best energy is at most the sum too."""
-    held, rest = squared_norm(s_R), max(total - projected, 0.0)
+    """Return the share of the best possible energy that may be missed.
+
+    W^T W is the sum of the Gram matrices of the projection and of the rest. By Ky Fan, the best energy is therefore at
+    most what is held plus the energy of the rest.
+    """
+    held = squared_norm(s_R)
+    rest = max(total - projected, 0.0)
     return rest / (held + rest) if rest else 0.0

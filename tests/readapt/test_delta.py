@@ -11,6 +11,7 @@ from readapt.fusion.fuse import Fusion
 from readapt.fusion.points import UNDO
 from readapt.lowrank.delta import base_evolution
 from readapt.training.lora import attach, load_base
+from tests.worlds.precision import FORWARD, assert_near, tolerance
 from tests.worlds.readapt import evolve, logits
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -34,7 +35,7 @@ def test_full_rank_holds_the_whole_change(old: Path, new: Path) -> None:
     evolution, report = base_evolution(open_checkpoint(old), open_checkpoint(new), rank=999, energy=1.0)
     assert len(report) == len(evolution.factors) == 14
     for module, factors in evolution.factors.items():
-        torch.testing.assert_close(factors.delta().double(), weight_change(old, new, module), rtol=1e-4, atol=1e-5)
+        assert_near(factors.delta(), weight_change(old, new, module), multiple=4 * max(factors.shape))
         assert factors.rank == min(factors.shape)
 
 
@@ -45,7 +46,7 @@ def test_rank_is_the_smallest_that_holds_the_energy(old: Path, new: Path) -> Non
         shares = squares.cumsum(0) / squares.sum()
         assert entry.rank == evolution.factors[entry.module].rank
         assert shares[entry.rank - 1] >= 0.8 > shares[entry.rank - 2]
-        assert entry.energy == pytest.approx(float(shares[entry.rank - 1]), abs=1e-5)
+        assert entry.energy == pytest.approx(float(shares[entry.rank - 1]), abs=tolerance(1.0, 4 * len(shares)))
         assert 0.3 < entry.relative_norm < 0.5
 
 
@@ -78,7 +79,7 @@ def test_evolution_is_stored_as_an_adapter(old: Path, new: Path, tmp_path: Path)
     loaded = load_adapter(tmp_path / "evolution")
     assert {n: f.rank for n, f in loaded.factors.items()} == {n: f.rank for n, f in evolution.factors.items()}
     for name, factors in evolution.factors.items():
-        torch.testing.assert_close(loaded.factors[name].delta(), factors.delta())
+        assert_near(loaded.factors[name].delta(), factors.delta(), multiple=4)
 
 
 def test_undo_with_the_full_evolution_is_the_old_specialist(old: Path, new: Path, tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_undo_with_the_full_evolution_is_the_old_specialist(old: Path, new: Path
     lora = attach(new_model, task)
     assert (logits(new_model) - logits(old_model)).abs().max() > 0.5
     lora.load(Fusion(task, evolution).at(UNDO, None))
-    torch.testing.assert_close(logits(new_model), logits(old_model), rtol=1e-3, atol=1e-3)
+    assert_near(logits(new_model), logits(old_model), 4 * FORWARD)  # an SVD on top
 
 
 def test_other_shape_is_refused_with_module_and_shapes(old: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from readapt.training.data import Encoded, Encoder, Row, collate, encoder_for
 from readapt.training.evaluate import Evaluation, Evaluator, Gate, Verdict, Watcher, golden, judge, label_logits
 from readapt.training.greedy import greedy
 from readapt.training.lora import attach, load_base
+from tests.worlds.precision import FORWARD, assert_near
 from tests.worlds.readapt import logits, make_rows
 from tests.worlds.serving import EOS, make_adapter, make_checkpoint
 
@@ -82,7 +83,7 @@ def test_exact_match_is_greedy_generation(tmp_path: Path, architecture: str) -> 
 def test_quality_does_not_depend_on_batching(model: Any, encoder: Encoder) -> None:
     rows = make_rows(41, seed=1)
     one, other = (Evaluator(model, encoder, rows, "exact_match", batch_rows=size)() for size in (1, 64))
-    assert one.loss == pytest.approx(other.loss, rel=1e-4)
+    assert_near(one.loss, other.loss, FORWARD)
     assert one.quality == other.quality
 
 
@@ -93,7 +94,7 @@ def test_logits_are_the_models_own_at_the_label_positions(model: Any, encoder: E
         expected = [
             model(input_ids=torch.tensor([row.input_ids])).logits[0, row.num_prompt_tokens - 1 : -1] for row in rows
         ]
-    torch.testing.assert_close(found_YV, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert_near(found_YV, torch.cat(expected), FORWARD)
     assert labels_Y.tolist() == [token for row in rows for token in row.input_ids[row.num_prompt_tokens :]]
     assert rows_Y.tolist() == [i for i, row in enumerate(rows) for _ in row.input_ids[row.num_prompt_tokens :]]
 
@@ -235,9 +236,8 @@ def test_an_evaluation_stops_early_only_to_fail_and_passes_only_on_all_rows(
         assert found.is_complete == (found.num_rows == 100)
         assert found.is_complete or not gate.passes(full.quality)
         assert evaluate.complete().quality == pytest.approx(full.quality)
-        assert (
-            evaluate.complete().loss == pytest.approx(full.loss, rel=1e-4) == pytest.approx(evaluate.loss(), rel=1e-4)
-        )
+        assert_near(evaluate.complete().loss, full.loss, FORWARD)
+        assert_near(evaluate.loss(), full.loss, FORWARD)
         assert found.first_loss == evaluate.complete().first_loss
     hopeless = Evaluator(model, reader, rows, "exact_match", gate=Gate(101.5, 1.0))()
     assert hopeless.num_rows == 16, "a gate that nothing passes"

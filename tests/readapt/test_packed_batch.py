@@ -18,6 +18,7 @@ from readapt.training.optimiser import adamw_, clip_
 from readapt.training.packed_batch import pack_batch
 from readapt.training.training_group import TrainingGroup, fine_tune, mean_losses
 from readapt.training.training_run import BrokenRunError, RunSettings, TrainingResult, TrainingRun
+from tests.worlds.precision import FORWARD, TRAINED, assert_near
 from tests.worlds.readapt import World, logits, make_world, random_factors, ready_when
 
 
@@ -45,7 +46,7 @@ def test_packed_losses_are_those_of_padded_batches(model: Any) -> None:
         packed = mean_losses(model, batch, num_adapters=4)
         for loss, rows in zip(packed, runs, strict=True):
             logits_YV, labels_Y, _ = label_logits(model, collate(rows))
-            torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits_YV, labels_Y))
+            assert_near(loss, torch.nn.functional.cross_entropy(logits_YV, labels_Y), FORWARD)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -88,7 +89,7 @@ def test_adamw_by_rows_is_torchs_with_each_rows_own_count_and_rate() -> None:
         mine = [t[:joined] for t in (values, gradients, first, second)]
         clip_(mine[1], 1.0)
         adamw_(*mine, counts[:joined], rates[:joined])
-    torch.testing.assert_close(values, torch.stack([p.detach() for p in theirs]), rtol=1e-6, atol=1e-9)
+    assert_near(values, torch.stack([p.detach() for p in theirs]), multiple=16)  # rates are float32
 
 
 def runs_of_many_kinds(world: World, model: Any) -> list[TrainingRun]:
@@ -126,7 +127,7 @@ def run_all(group: TrainingGroup, runs: Sequence[TrainingRun], join_at: Sequence
 def assert_same_run(one: TrainingResult, other: TrainingResult) -> None:
     assert [p.step for p in one.curve] == [p.step for p in other.curve]
     for mine, theirs in zip(one.curve, other.curve, strict=True):
-        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert_near(mine.loss, theirs.loss, TRAINED)
     assert (one.steps_done, one.verdict) == (other.steps_done, other.verdict)
     assert_same_weights(one.last, other.last)
 
@@ -134,9 +135,9 @@ def assert_same_run(one: TrainingResult, other: TrainingResult) -> None:
 def assert_same_weights(one: Adapter, other: Adapter) -> None:
     assert layout_of(one) == layout_of(other)
     for name, factors in one.factors.items():
-        torch.testing.assert_close(factors.delta(), other.factors[name].delta(), rtol=1e-3, atol=1e-4)
+        assert_near(factors.delta(), other.factors[name].delta(), TRAINED)
         if factors.magnitude_F is not None:
-            torch.testing.assert_close(factors.magnitude_F, other.factors[name].magnitude_F, rtol=1e-5, atol=1e-5)
+            assert_near(factors.magnitude_F, other.factors[name].magnitude_F, TRAINED)
 
 
 @pytest.mark.parametrize("join_at", [(0, 0, 0, 0), (3, 0, 6, 1)])
@@ -183,7 +184,7 @@ def test_an_evaluation_meets_its_own_adapter_alone(world: World, model: Any) -> 
     ends = run_all(TrainingGroup(model), runs, (0, 0, 0, 0))
     for end in ends.values():
         alone = judge(model, end.last, world.encoder, world.task.valid[:20], "exact_match")
-        assert end.curve[-1].loss == pytest.approx(alone.loss, rel=1e-5)
+        assert_near(end.curve[-1].loss, alone.loss, FORWARD)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_others_go_on(world: World, model: Any) -> None:

@@ -11,6 +11,7 @@ from readapt.fusion.points import COPY, UNDO, Point
 from readapt.fusion.refine import refine
 from readapt.lowrank.delta import base_evolution
 from readapt.training.lora import load_base
+from tests.worlds.precision import FORWARD, assert_near
 from tests.worlds.readapt import World, evolve, logits, make_world, try_points
 
 
@@ -43,6 +44,7 @@ def test_the_gradient_is_that_of_the_loss(world: World, new_base: Path, rank) ->
     for side in (0, 1):
         moved = [Point(0.9 + sign * step * (1 - side), -0.6 + sign * step * side) for sign in (1, -1)]
         above, below = scored.losses(moved)
+        # Finite differences: the curvature within a step outweighs rounding errors.
         assert float(pairs_M2.grad[:, side].sum()) == pytest.approx((above - below) / (2 * step), rel=2e-2, abs=1e-4)
 
 
@@ -53,7 +55,7 @@ def test_refinement_goes_on_from_a_search_and_leaves_a_bare_model(world: World, 
     found = try_points(scored, [COPY])
     refined = refine(scored, found)
     assert refined.loss < 0.7 * found.loss
-    assert refined.loss == pytest.approx(scored.losses([refined.point])[0])
+    assert_near(refined.loss, scored.losses([refined.point])[0], FORWARD)
     assert [trial.point for trial in refined.trials] == [COPY, refined.point]
     assert {group for group, _, _ in refined.point.overrides} == set(world.specialist.factors)
     assert all(0 <= alpha <= 1.5 and -1 <= beta <= 1 for _, alpha, beta in refined.point.overrides)

@@ -19,6 +19,7 @@ from readapt.lowrank.delta import base_evolution
 from readapt.training.data import Row
 from readapt.training.evaluate import Evaluator, judge
 from readapt.training.lora import blank, linear_shapes, load_base
+from tests.worlds.precision import FORWARD, assert_near
 from tests.worlds.readapt import World, evolve, logits, make_rows, make_world
 
 UNCUT = SearchConfig(rank="uncut")
@@ -63,14 +64,14 @@ def test_candidates_scored_at_once_have_the_losses_that_each_has_alone(
     adapters = [scored.adapter(point, rank) for point in POINTS]
     rows = world.task.valid[:40]
     alone = [judge(load_base(new_base), a, world.encoder, rows, "exact_match").loss for a in adapters]
-    assert found == pytest.approx(alone, rel=1e-5)
+    assert_near(torch.tensor(found), torch.tensor(alone), FORWARD)
     assert len(set(found)) == len(POINTS)
 
 
 def test_the_undone_update_is_the_old_specialist(world: World, new_base: Path, evolution: Adapter) -> None:
     old = judge(load_base(world.base), world.specialist, world.encoder, world.task.valid[:40], "exact_match").loss
     whole = objective(world, new_base, evolution, config=UNCUT)
-    assert whole.losses([UNDO])[0] == pytest.approx(old, rel=1e-3)
+    assert whole.losses([UNDO])[0] == pytest.approx(old, rel=1e-3)  # the evolution holds 99.99 % of the energy
     assert objective(world, new_base, evolution).losses([UNDO])[0] == pytest.approx(old, rel=2e-2)
 
 
@@ -95,7 +96,7 @@ def test_dora_candidates_are_scored_as_they_are_defined(
         model = load_base(new_base)
         merge(model, scored.adapter(point, None if config.rank == "uncut" else "task"))
         alone = Evaluator(model, world.encoder, world.task.valid[:40], "exact_match").loss()
-        assert loss == pytest.approx(alone, rel=1e-4)
+        assert_near(loss, alone, FORWARD)
 
 
 def test_candidates_have_the_serving_ranks(world: World, new_base: Path, evolution: Adapter) -> None:
