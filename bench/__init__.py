@@ -1,1 +1,1 @@
-"""Benchmarks: each writes JSON and prints a table."""
+"""Benchmarks. Each writes JSON and prints a table."""

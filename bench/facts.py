@@ -1,4 +1,4 @@
-"""What a benchmark's file says of the machine, the versions, the code and the day; and how such a file is written."""
+"""Records how a benchmark was run, and reads and writes its JSON files."""
 
 import json
 import os
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def facts(packages: Sequence[str] = ("torch", "transformers"), device: str = "cpu") -> dict[str, Any]:
-    """Command, code, hardware, threads of this process, versions and date, as JSON takes them.
+    """Return the command, commit, hardware, threads, versions and date, ready for JSON.
 
-    `gpu` is the one that `device` names, so that a run that left a GPU alone is not taken for one on it.
+    `gpu` is the GPU that `device` names. It is null on a CPU, even if the machine has a GPU.
     """
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -44,12 +44,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value as it comes back from a JSON file, to be compared with what is stored in one."""
+    """Return the value as a JSON file gives it back, so that it can be compared with a stored one."""
     return json.loads(json.dumps(value))
 
 
 def write_report(out: Path, report: Any, indent: int | None = 1) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     aside = out.with_suffix(".part")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(json.dumps(report, indent=indent) + "\n")
@@ -57,7 +57,7 @@ def write_report(out: Path, report: Any, indent: int | None = 1) -> None:
 
 
 def _commit() -> str | None:
-    """Of the code, with "-dirty" where it has been changed since; None outside of a repository."""
+    """Return the commit of the code, with "-dirty" after changes, or None outside of a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The tasks of the re-adaptation benchmark and their specialists on the old base: real rows, properly trained."""
+"""The tasks of the re-adaptation benchmark, and the specialists that are trained on them on the old base."""
 
 import json
 import random
@@ -23,11 +23,11 @@ WARMUP_SHARE = 0.02
 
 @dataclass(frozen=True)
 class BenchTask:
-    """One task of the kit, and the budgets that it gets.
+    """One task of the kit and its budgets.
 
-    A specialist is trained for `specialist_steps` of `specialist_rows` rows, an arm for `steps` of `batch_rows`.
-    `search_rows` and `gate_rows` are disjoint parts of the validation split, to which the last `moved_rows` training
-    rows are added where it is short. Rows that do not fit `max_tokens` whole are left out. Without any data there are
+    A specialist trains for `specialist_steps` steps of `specialist_rows` rows, an arm for `steps` of `batch_rows`.
+    `search_rows` and `gate_rows` are disjoint parts of the validation split. If that split is short, the last
+    `moved_rows` training rows are added to it. Rows longer than `max_tokens` are left out. The data-free arm gets
     `num_prompts` prompts of the training rows.
     """
 
@@ -61,7 +61,7 @@ TASKS = (
 
 
 def load_bench_task(task: BenchTask, kit: Path, encoder: Encoder) -> Task:
-    """A task's rows as the benchmark uses them: each once, in a fixed random order (some files are sorted by label)."""
+    """Return a task's distinct rows in a fixed random order, because some files are sorted by label."""
     folder = kit / "tasks" / task.name
     train, valid, test = (_fitting(load_rows(folder / f"{part}.jsonl"), encoder) for part in ("train", "valid", "test"))
     cut = len(train) - task.moved_rows
@@ -70,7 +70,7 @@ def load_bench_task(task: BenchTask, kit: Path, encoder: Encoder) -> Task:
 
 
 def write_bench_task(task: BenchTask, kit: Path, base: Path, work: Path) -> Path:
-    """The folder of a task's rows as the benchmark uses them with a base's tokenizer, written unless they are there."""
+    """Return the folder of a task's rows for a base's tokenizer. They are written unless they exist."""
     folder = work / "tasks" / f"{base.name}-{task.name}"
     record, wanted = folder / "facts.json", asdict(task)
     if read_json(record) != wanted:
@@ -94,7 +94,7 @@ def _num_tokens(row: Row, encoder: Encoder) -> int:
 
 
 def make_specialist(task: BenchTask, seed: int, base: Path, kit: Path, work: Path) -> Path:
-    """The folder of the task's specialist on the old base, which is trained now unless it is in `work` already."""
+    """Return the folder of the task's specialist on the old base. It is trained unless `work` has it."""
     folder = work / "specialists" / f"{base.name}-{task.name}-{seed}"
     record, wanted = folder / "facts.json", _recipe(task, seed)
     if read_json(record).get("recipe") != wanted:
@@ -122,6 +122,8 @@ def _train(task: BenchTask, seed: int, base: Path, kit: Path) -> Adapter:
         warmup_steps=round(WARMUP_SHARE * steps),
         seed=seed,
     )
-    evaluate = Evaluator(model, encoder, rows.valid[:64], "exact_match")  # at the start and the end: nobody asks
+    evaluate = Evaluator(
+        model, encoder, rows.valid[:64], "exact_match"
+    )  # runs at the start and the end; its result is not used
     start = blank(linear_shapes(model), RANK, ALPHA, seed=seed)
     return fine_tune(model, TrainingRun(start, encoder.encode_all(rows.train), settings, evaluate)).last

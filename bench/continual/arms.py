@@ -1,18 +1,17 @@
-"""The arms of the continual benchmark: ways to learn a stream of stages, on whichever subject.
+"""The arms of the continual benchmark: ways to learn a stream of stages. All of them work for both subjects.
 
-means              nothing is trained: an encoder's classes are the means of their rows
-sequential         one LoRA, fine-tuned on one stage after the other over all classes so far; an encoder's classifier is
-                   the plain linear one
+means              no training; the classes of an encoder are the means of their rows
+sequential         one LoRA, fine-tuned on one stage after the other over all classes so far, with a linear classifier
 sequential_means   the same with the method's classifier
-sequential_masked  the same with the method's classifier and loss, which leaves the older classes alone
-method             SD-LoRA as in the paper (arXiv 2501.13198), but for an encoder's classes, which start at their means
-method_linear      SD-LoRA with the paper's plain linear classifier
-released_code      its authors' code: other norms, the fresh direction not normalised, magnitudes restarted, SGD
-contrast           ours: the method, with new directions that look at what is new in the inputs (`moments`)
-recall             ours: the first stage makes the features, the others train the last layer on statistics (`recall`)
-rank_reduction     the method, with fewer ranks for later stages
-distillation       the method, with directions that start as the first one, of which is kept what the older ones lack
-oracle             one LoRA for each stage, and the stage is told
+sequential_masked  the same with the method's classifier and its loss, which leaves older classes alone
+method             SD-LoRA as in the paper (arXiv 2501.13198), except that an encoder's classes start at their means
+method_linear      SD-LoRA with the paper's linear classifier
+released_code      SD-LoRA as its authors' code: other norms, no normalisation in training, reset magnitudes, SGD
+contrast           ours: the method, with new directions that respond to new inputs (see `moments`)
+recall             ours: the first stage trains the features, later ones the last layer on statistics (see `recall`)
+rank_reduction     the method, with lower ranks for later stages
+distillation       the method, with directions that start as the first one and keep only what older ones lack
+oracle             one LoRA per stage, and every test row names its stage
 joint              one LoRA on all stages at once
 """
 
@@ -23,34 +22,34 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.continual.subjects import Subject
-from readapt.continual.directions import Decoupled, Decoupling, DirectionWeights, fold
+from readapt.continual.directions import Decoupled, DirectionSettings, DirectionWeights, fold
 from readapt.continual.learn import Method, Recall, contrast, descend, distilling, learn_stage, recalling, released_code
 from readapt.continual.recall import recall_stage
 from readapt.training.data import shuffled_batches
 from readapt.training.lora import blank
 
-PLAIN = Decoupling(is_fresh_unit=False)
+PLAIN = DirectionSettings(is_fresh_unit=False)
 
 
 @dataclass
 class Course:
-    """What an arm left behind. `matrix` has, after each stage, every stage's accuracies so far; owner: the arm."""
+    """The result of an arm, which fills it in. `matrix` has the accuracies on all stages so far, after each stage."""
 
     matrix: list[list[dict[str, float]]] = field(default_factory=list)
     parameters: int = 0
     seconds: float = 0.0
     directions: int = 0
-    moments: int = 0  # values kept beside the parameters for later stages; not served
+    moments: int = 0  # statistics kept for later stages, in values; not served
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Counts what happens inside as training."""
+        """Add the time of the block to the training time."""
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
 
     def scores(self, sizes: Sequence[int]) -> dict[str, float]:
-        """The keys of an arm: accuracies weighed by rows, forgetting as the mean drop from each stage's best."""
+        """Return accuracies weighted by rows, and forgetting: the mean drop from the best accuracy of each stage."""
         scores: dict[str, float] = {}
         for way in self.matrix[-1][0]:
             rows = [[point[way] for point in row] for row in self.matrix]
@@ -65,9 +64,9 @@ class Course:
 
 @dataclass(frozen=True)
 class Settings:
-    """The method's settings for one subject, and those that its variants add.
+    """The settings of the method for one subject, and those of its variants.
 
-    `recall_learning_rate` is that of recall's first stage.
+    `recall_learning_rate` is the rate of recall's first stage.
     """
 
     method: Method
@@ -80,12 +79,12 @@ class Settings:
 
     @property
     def rank(self) -> int:
-        """The rank of every plain LoRA: that of the method's first direction."""
+        """The rank of every plain LoRA, which is that of the method's first direction."""
         return self.method.rank_of(0)
 
 
 def run_arm(name: str, subject: Subject, num_stages: int, settings: Settings, seed: int) -> Course:
-    """Lets one arm go through the stream. The subject is used up by it."""
+    """Run one arm over the stream. The subject cannot be used again."""
     stages = range(num_stages)
     variants = {
         "method": settings.method,
@@ -97,7 +96,7 @@ def run_arm(name: str, subject: Subject, num_stages: int, settings: Settings, se
         "distillation": distilling(settings.method, settings.max_residual, settings.rest_rank),
     }
     if name in variants:
-        return _decoupled(subject, stages, variants[name], seed)
+        return _directions(subject, stages, variants[name], seed)
     arms: dict[str, Callable[[], Course]] = {
         "means": lambda: _means(subject, stages),
         "sequential": lambda: _sequential(subject, stages, settings, seed, is_plain=True),
@@ -118,7 +117,7 @@ def _means(subject: Subject, stages: Sequence[int]) -> Course:
     return course
 
 
-def _decoupled(subject: Subject, stages: Sequence[int], method: Method, seed: int) -> Course:
+def _directions(subject: Subject, stages: Sequence[int], method: Method, seed: int) -> Course:
     course, state = Course(), Decoupled()
     for stage in stages:
         with course.timed():
@@ -143,7 +142,7 @@ def _decoupled(subject: Subject, stages: Sequence[int], method: Method, seed: in
 
 
 def _served(state: Decoupled) -> Decoupled:
-    """The state as it is served: one ordinary adapter."""
+    """Return the state as one ordinary adapter, as it is served."""
     return Decoupled((fold(state),), (1.0,)) if state.directions else state
 
 
@@ -199,6 +198,6 @@ def _size(weights: DirectionWeights) -> int:
 
 
 def _plain_lora(subject: Subject, settings: Settings, seed: int) -> DirectionWeights:
-    """An ordinary LoRA (alpha = 2 rank) is a fresh direction that is not normalised and keeps its magnitude."""
+    """Return an ordinary LoRA (alpha = 2 rank): a fresh direction without normalisation and with a fixed magnitude."""
     fresh = blank(subject.shapes, settings.rank, alpha=settings.rank, seed=seed)
     return DirectionWeights(subject.model, Decoupled(), fresh, 2.0, PLAIN)

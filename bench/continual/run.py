@@ -1,8 +1,8 @@
-"""Class-incremental learning measured: `relora bench continual`. JSON, and a table with the targets.
+"""Measures class-incremental learning: `relora bench continual`.
 
-Two streams: the ten domains of 15 intents of CLINC150, and four data sets one after the other. Two subjects: a real
-pre-trained encoder with a growing classifier, and a causal LM that writes labels. The arms are in `arms`, their
-settings in `settings`; what is reported is on test rows.
+There are two streams: the ten domains of 15 intents of CLINC150, and four data sets in turn. There are two subjects: a
+pre-trained encoder with a growing classifier, and a causal LM that writes labels. `arms` has the arms and `settings`
+their settings. All reported figures are on test rows.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from bench.facts import facts, plain, read_json, write_report
 
 LINEAR_ARMS = ("sequential", "method_linear")
 CONTROLS = ("sequential_means", "sequential_masked", "method_linear", "released_code", "oracle")
-"""Measured with the first seed alone: no target hangs on them."""
+"""Arms that no target needs. They run with the first seed only."""
 MAIN_ARMS = ("sequential", "method", "joint", "oracle")
 CHEAPER_ARMS = ("rank_reduction", "distillation")
 ARMS = {
@@ -37,7 +37,7 @@ QUICK_ARMS = ("sequential", "method", *CHEAPER_ARMS, "joint")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: rows of each class (test rows by stream), steps and number of stages (None: all), seeds."""
+    """The size of a run: rows per class (test rows by stream), steps, number of stages (None: all) and seeds."""
 
     train_rows: int
     test_rows: dict[str, int]
@@ -62,7 +62,7 @@ QUICK = Size(
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm on one stream, one subject, one seed."""
+    """One arm on one stream and one subject, with one seed."""
 
     stream: str
     subject: str
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The key under which it is stored."""
+        """The key of the cell in the report."""
         return f"{self.stream}/{self.subject}/{self.arm}/{self.seed}"
 
 
@@ -87,7 +87,7 @@ def run(
     split: str = "test",
     console: Console,
 ) -> dict[str, Any]:
-    """Measures what `out` does not hold yet, writing it after each cell, and prints the table. Returns the report."""
+    """Measure the cells that `out` lacks, print the table and return the report. `out` is written after each cell."""
     size = QUICK if is_quick else FULL
     basis = _basis(size, split)
     done = _read(out, basis)
@@ -104,7 +104,7 @@ def run(
 
 
 def _basis(size: Size, split: str) -> dict[str, Any]:
-    """What the figures rest on; cells are taken over from an earlier run of the same size, settings and split."""
+    """Return the facts of this run. Cells of an earlier run with the same size, settings and split are reused."""
     from bench.continual.settings import settings_for
 
     steps = {"encoder": size.encoder_steps, "writer": size.writer_steps}
@@ -130,7 +130,7 @@ def _measured(
 
 
 def measure(cell: Cell, kit: Path, encoder: Path | None, size: Size, split: str) -> dict[str, Any]:
-    """One cell, in this process, on one thread."""
+    """Measure one cell in this process, on one thread."""
     import torch
     from transformers.utils import logging
 
@@ -156,7 +156,7 @@ def measure(cell: Cell, kit: Path, encoder: Path | None, size: Size, split: str)
 
 
 def summarise(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Means over seeds by "stream/subject/arm", the spread of the final accuracy, and how many seeds there were."""
+    """Return means over seeds by "stream/subject/arm", the spread of the final accuracy, and the number of seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, result in done.items():
         groups.setdefault(name.rpartition("/")[0], []).append(result)
@@ -171,7 +171,7 @@ def _mean(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def targets(done: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The differences that were aimed at, in points, by "stream/subject"; parameters as shares of the method's.
+    """Return the differences that have targets, in points, by "stream/subject", and shares of parameters.
 
     Two arms are compared on the seeds that both have.
     """
@@ -197,7 +197,7 @@ def _differences(at: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str
 def _difference(
     key: str, at: dict[str, dict[str, dict[str, Any]]], more: str, less: str
 ) -> Iterator[tuple[str, float]]:
-    """Final accuracy of one arm minus another's, if there is a seed that both have."""
+    """Yield the mean final accuracy of one arm minus another's, if they share a seed."""
     seeds = at.get(more, {}).keys() & at.get(less, {}).keys()
     if seeds:
         gaps = [at[more][seed]["accuracy_final"] - at[less][seed]["accuracy_final"] for seed in seeds]
@@ -205,7 +205,7 @@ def _difference(
 
 
 def _read(out: Path, basis: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The cells that a run of the same size has left there."""
+    """Return the cells of an earlier run with the same size, settings and split."""
     report = read_json(out)
     is_same = all(report.get("facts", {}).get(key) == basis[key] for key in ("size", "settings", "split"))
     return dict(report["cells"]) if is_same else {}

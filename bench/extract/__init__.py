@@ -1,1 +1,1 @@
-"""Extraction measured: speed, loss, memory, and what it is worth when served."""
+"""The extraction benchmark: speed, energy, memory, and the quality of extracted adapters when served."""

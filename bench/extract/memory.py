@@ -1,8 +1,8 @@
-"""One extraction in a process of its own, its peak memory, and the synthetic checkpoints for it.
+"""Measures the peak memory of one extraction in a separate process, and writes synthetic checkpoints for it.
 
-`python -m bench.extract.memory BASE TUNED OUT RANK` prints JSON; rank 0 stands for the energy rule, for which every
-matrix is decomposed exactly. The peak is the kernel's own high-water mark of resident memory, mapped file pages
-included; what the process held once all imports were done is taken off.
+`python -m bench.extract.memory BASE TUNED OUT RANK` prints JSON. Rank 0 means the energy rule, which decomposes every
+matrix exactly. The peak is the kernel's high-water mark of resident memory, including mapped file pages, minus what the
+process held after all imports.
 """
 
 import json
@@ -19,11 +19,11 @@ from bench.facts import ROOT
 
 SIDE = 4096
 NUM_MATRICES = 4
-POWER = 0.7  # sigma_i = i^-0.7, and noise below
+POWER = 0.7  # of the spectrum: sigma_i = i^-0.7, plus noise
 
 
 def write_pair(folder: Path, side: int = SIDE) -> tuple[Path, Path]:
-    """Two checkpoints of a few float32 matrices, each in a shard of its own: random weights, a decaying change."""
+    """Write two checkpoints of float32 matrices, one per shard: random weights, and a decaying change."""
     generator = torch.Generator().manual_seed(0)
     for version in ("base", "tuned"):
         (folder / version).mkdir(parents=True, exist_ok=True)
@@ -42,15 +42,15 @@ def write_pair(folder: Path, side: int = SIDE) -> tuple[Path, Path]:
 
 
 def measure(base: Path, tuned: Path, out: Path, rank: int) -> dict[str, Any]:
-    """Run one extraction in a new process: peak and own bytes, and the peak over the largest float32 tensor."""
+    """Run one extraction in a new process and return its peak memory, also relative to the largest tensor."""
     command = [sys.executable, "-m", "bench.extract.memory", str(base), str(tuned), str(out), str(rank)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main(base: Path, tuned: Path, out: Path, rank: int) -> None:
-    """The process's own side of `measure`."""
-    import matplotlib.figure  # noqa: F401 (so that it counts as the interpreter's own, as all imports do)
+    """Run one extraction in this process and print its memory as JSON."""
+    import matplotlib.figure  # noqa: F401 (imported early, to count as memory of the interpreter)
     import transformers.pytorch_utils  # noqa: F401
 
     from cluster.checkpoints import open_checkpoint

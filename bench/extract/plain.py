@@ -1,6 +1,6 @@
-"""What one writes by hand with PEFT: both models in memory, a full SVD of every linear's change, `save_pretrained`.
+"""Extraction as one writes it by hand with PEFT: load both models, full SVD of every linear, `save_pretrained`.
 
-PEFT's own `convert_to_lora` turns one kind of PEFT adapter into another, and takes no checkpoints.
+PEFT's own `convert_to_lora` converts between kinds of PEFT adapters and takes no checkpoints.
 `python -m bench.extract.plain BASE TUNED OUT RANK`.
 """
 
@@ -20,10 +20,10 @@ def main(base: str, tuned: str, out: str, rank: int) -> None:
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and len(module.lora_A):
             delta_FD = new.get_submodule(name).weight - module.get_base_layer().weight
-            u_FK, s_K, v_KD = torch.linalg.svd(delta_FD, full_matrices=False)
-            root_R = s_K[:rank].sqrt()
-            module.lora_A["default"].weight.copy_(root_R[:, None] * v_KD[:rank])
-            module.lora_B["default"].weight.copy_(u_FK[:, :rank] * root_R)
+            u_FR2, s_R2, v_R2D = torch.linalg.svd(delta_FD, full_matrices=False)
+            root_R = s_R2[:rank].sqrt()
+            module.lora_A["default"].weight.copy_(root_R[:, None] * v_R2D[:rank])
+            module.lora_B["default"].weight.copy_(u_FR2[:, :rank] * root_R)
     model.save_pretrained(out)
 
 

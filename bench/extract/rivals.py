@@ -1,7 +1,7 @@
-"""Our extractor, mergekit's and a plain PEFT script side by side: whole processes, same checkpoints, same rank.
+"""Compares our extractor with mergekit and a plain PEFT script: whole processes, same checkpoints, same rank.
 
-CPU seconds of one thread and the peak of resident memory are of the whole process, imports included. `energy` is what
-the written adapter holds of the change of the layers' linears, recomputed from its files in float64.
+CPU seconds (one thread) and peak resident memory are of the whole process, imports included. `energy` is the share of
+the linears' change that the written adapter holds, recomputed from its files in float64.
 """
 
 import os
@@ -26,7 +26,7 @@ TIMEOUT_S = 1800.0
 
 
 def write_wide_pair(folder: Path, hidden: int = 2048) -> tuple[Path, Path]:
-    """A random Llama of two wide layers, and a version of it with a decaying change, both in bfloat16."""
+    """Write a random Llama of two wide layers, and a version whose change has a decaying spectrum, in bfloat16."""
     sizes = {
         "vocab_size": 1024,
         "hidden_size": hidden,
@@ -49,7 +49,7 @@ def write_wide_pair(folder: Path, hidden: int = 2048) -> tuple[Path, Path]:
 def measure(
     base: Path, tuned: Path, work: Path, rank: int, mergekit: Path | None, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Each extractor's process; one that fails, or is not there, says why under `not_run`."""
+    """Run each extractor and return its figures. If one fails or is missing, `not_run` says why."""
     results = {}
     for name, command in _commands(base, tuned, work, rank, mergekit).items():
         shutil.rmtree(work / name, ignore_errors=True)
@@ -73,7 +73,10 @@ def _commands(base: Path, tuned: Path, work: Path, rank: int, mergekit: Path | N
 
 
 def watched(command: Sequence[str]) -> dict[str, Any]:
-    """Run to the end; the peak is polled from the kernel's high-water mark, which the last moments may exceed."""
+    """Run a command to its end and return its CPU seconds and peak memory.
+
+    The kernel's high-water mark is polled, so the peak of the last moments may be missed.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     start_s, peak_bytes, cpu_s = time.perf_counter(), 0, 0.0
     with subprocess.Popen(
@@ -99,12 +102,12 @@ def _cpu_seconds(process: psutil.Process) -> float:
     try:
         times = process.cpu_times()
     except psutil.Error:
-        return 0.0  # it has just ended
+        return 0.0  # the process has just ended
     return float(times.user + times.system)
 
 
 def _held(base: Checkpoint, tuned: Checkpoint, adapter: Path) -> dict[str, float]:
-    """Energy of the layers' linears that an adapter of alpha = rank holds, and its size."""
+    """Return the energy of the linears' change that an adapter with alpha = rank holds, and its size."""
     held = total = 0.0
     file = adapter / "adapter_model.safetensors"
     with safe_open(file, framework="pt") as stored:
@@ -120,7 +123,7 @@ def _held(base: Checkpoint, tuned: Checkpoint, adapter: Path) -> dict[str, float
 
 
 def likeness(base: Path, tuned: Path, adapters: Mapping[str, Path], data: Path) -> dict[str, dict[str, float]]:
-    """KL and agreement with the tuned model, of each adapter loaded by PEFT."""
+    """Return KL and top-1 agreement with the tuned model for each adapter, loaded by PEFT."""
     from peft import PeftModel
 
     from readapt.extraction.verify import compare, encode_rows

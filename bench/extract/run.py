@@ -28,7 +28,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """The sizes of all measurements."""
 
     svd_side: int = 4096
     svd_rank: int = 64
@@ -43,9 +43,9 @@ QUICK = Size(1280, 16, 1, 1024, 256, ("snips",), 60)
 
 
 def run(kit: Path, out: Path, is_quick: bool, mergekit: Path | None, console: Console) -> dict[str, Any]:
-    """Measure everything, write the JSON file, print the table. `mergekit` is a `mergekit-extract-lora` executable.
+    """Measure everything, write the JSON file and print the table. `mergekit` is a `mergekit-extract-lora` executable.
 
-    The file is written after each part, and a part that it has already, of the same size, is not measured again.
+    The file is written after each part. Parts that it already has at the same size are not measured again.
     """
     size = QUICK if is_quick else Size()
     work = out.parent / f"{out.stem}.work"
@@ -68,7 +68,7 @@ def run(kit: Path, out: Path, is_quick: bool, mergekit: Path | None, console: Co
 
 
 def _earlier(out: Path, size: Size) -> dict[str, Any]:
-    """What the file has of this size, or a new report."""
+    """Return the report in the file if it has the same size, or else a new one."""
     found = read_json(out)
     is_same = found.get("facts", {}).get("size") == plain(vars(size))
     return found if is_same else {"facts": _facts(size)}
@@ -119,7 +119,7 @@ def _facts(size: Size) -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
-    table = Table("figure", "measured", "to reach", title="extraction")
+    table = Table("figure", "measured", "target", title="extraction")
     for key in ("speedup_vs_full_svd", "energy_gap", "peak_rss_over_largest_tensor", "kl_to_tuned", "top1_agreement"):
         table.add_row(key, f"{report[key]:.4g}", TARGETS.get(key, ""))
     for name, task in report["tasks"].items():

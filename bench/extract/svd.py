@@ -1,8 +1,8 @@
-"""Speed and loss of the truncated SVD against the full one, on matrices from flat to steep.
+"""Compares the speed and loss of the truncated SVD with the full SVD, on flat to steep spectra.
 
-Times are CPU seconds of one thread, so that other programs on the machine count little. The flat spectrum (independent
-normal entries) is the worst case for any randomised method and no change that training makes; sigma_i = i^-p with p of
-0.25 to 1 spans what fine-tuning leaves.
+Times are CPU seconds of one thread, so other programs on the machine matter little. The flat spectrum (independent
+normal entries) is the worst case of any randomised method, and training does not produce it. sigma_i = i^-p with p from
+0.25 to 1 covers what fine-tuning produces.
 """
 
 import time
@@ -16,11 +16,11 @@ from torch import Tensor
 from readapt.lowrank.svd import decompose, squared_norm
 
 SPECTRA = {"flat": None, "i^-0.25": 0.25, "i^-0.5": 0.5, "i^-1": 1.0}
-OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of torch.svd_lowrank beside ours: the usual advice
+OVERSAMPLING, POWER_ITERATIONS = 16, 4  # of torch.svd_lowrank, as usually recommended
 
 
 def measure(side: int, rank: int, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Per spectrum: CPU seconds of full SVD, ours and `torch.svd_lowrank`, and the energy that the latter two miss."""
+    """Return, per spectrum, CPU seconds of the full SVD, ours and `torch.svd_lowrank`, and the energy they miss."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,8 +61,8 @@ def _case(w_FD: Tensor, rank: int, repeats: int, name: str, say: Callable[[str],
 def _lowrank(w_FD: Tensor, rank: int) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u_FQ = torch.svd_lowrank(w_FD, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)[0]
-    return squared_norm(u_FQ[:, :rank].T @ w_FD)
+        u_FR2 = torch.svd_lowrank(w_FD, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)[0]
+    return squared_norm(u_FR2[:, :rank].T @ w_FD)
 
 
 def _timed(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:

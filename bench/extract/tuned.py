@@ -1,8 +1,8 @@
-"""A real model, fully fine-tuned for a task, its extraction, and how good both are when served.
+"""Fine-tunes a real model on a task, extracts adapters from it, and compares the quality of both when served.
 
 All weights are trained: embeddings, norms and every linear. The learning rate is chosen on validation rows. Quality is
-the share of test rows that the engine answers with exactly the label, greedily: once with the tuned checkpoint as its
-base, once with the old base and the extracted adapter.
+the share of test rows that the engine answers exactly with greedy decoding: with the tuned checkpoint as its base, and
+with the old base and the extracted adapter.
 """
 
 import json
@@ -29,6 +29,7 @@ from readapt.lowrank.spectra import Budget, EnergyShare, FixedRank, Knee, Rule
 from readapt.training.data import Encoder, Row, collate, encoder_for, write_lines
 from readapt.training.evaluate import Evaluator
 from readapt.training.lora import load_base
+from readapt.training.optimiser import MAX_GRADIENT_NORM
 from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, Request, SamplingParams
 
@@ -37,12 +38,12 @@ WARMUP_STEPS = 20
 DEFAULT_ENERGY = 0.95
 ENERGIES = (0.5, 0.8, 0.9, DEFAULT_ENERGY, 0.99)
 RANKS = (4, 8, 16, 32, 64)
-BUDGETS = (231_424, 462_848, 925_696)  # what ranks 8, 16 and 32 take on this model
+BUDGETS = (231_424, 462_848, 925_696)  # the parameters of ranks 8, 16 and 32 on this model
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One full fine-tuning. Rows are drawn with replacement; AdamW, a cosine, norms of gradients clipped at 1."""
+    """One full fine-tuning with AdamW, a cosine schedule and clipped gradients. Rows are drawn with replacement."""
 
     task: str
     steps: int = 300
@@ -51,7 +52,7 @@ class Recipe:
 
 
 def measure(kit: Path, work: Path, recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
-    """Tune (unless `work` has it), extract, verify and serve; qualities in points on the test rows."""
+    """Tune a model (unless `work` has it), extract, verify and serve. Qualities are points on the test rows."""
     base = kit / "models" / "stories3m-v1"
     task = BenchTask(recipe.task)
     encoder = encoder_for(base, task.max_tokens)
@@ -84,7 +85,7 @@ def _qualities(
 
 
 def served(base: Path, adapter: Adapter | None, rows: Sequence[Row]) -> float:
-    """Percent of rows that an engine on the CPU answers exactly, greedily."""
+    """Return the percentage of rows that an engine on the CPU answers exactly with greedy decoding."""
     engine = Engine.open(base, TypeAdapter(ServingConfig).validate_python({"max_rank": 1024}))
     encoder = encoder_for(base, 256)
     ref = None if adapter is None else AdapterRef("extracted", "extracted", 1, "extracted")
@@ -112,7 +113,7 @@ def _tune(
     shutil.copytree(base, tuned)
     (tuned / "model.safetensors").unlink()
     found[best][1].save_pretrained(tuned)
-    shutil.copy(base / "generation_config.json", tuned)  # training needs a plainer one
+    shutil.copy(base / "generation_config.json", tuned)  # `load_base` changes it for training
     by_rate = {str(rate): quality for rate, (quality, _) in found.items()}
     (tuned / "recipe.json").write_text(json.dumps({"of": asdict(recipe), "valid_quality": by_rate, "chosen": best}))
 
@@ -132,7 +133,7 @@ def _train(base: Path, recipe: Recipe, learning_rate: float, encoder: Encoder, r
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels_BT[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
     return model.requires_grad_(False)

@@ -1,1 +1,1 @@
-"""An adapter goes on learning, stage by stage, without forgetting: frozen directions and learned magnitudes."""
+"""Continual learning: an adapter learns new classes stage by stage without forgetting the earlier ones."""

@@ -1,4 +1,4 @@
-"""Decoupled states on disk."""
+"""Reads and writes the directions and magnitudes of an adapter."""
 
 import json
 from pathlib import Path
@@ -13,26 +13,26 @@ from readapt.continual.directions import Decoupled
 
 _WEIGHTS = "directions.safetensors"
 _MAGNITUDES = "directions.json"
-_KEPT = ("inputs", "classes")
+_STATISTICS = ("inputs", "classes")
 
 
 def save_directions(state: Decoupled, folder: Path) -> None:
-    """Writes a state into an existing folder, beside whatever is there: directions.safetensors and directions.json."""
+    """Write directions.safetensors and directions.json into an existing folder."""
     tensors = {
         f"{n}.{module}.{side}": tensor.detach().contiguous().clone()
         for n, direction in enumerate(state.directions)
         for module, factors in direction.factors.items()
         for side, tensor in (("A", factors.a_RD), ("B", factors.b_FR))
     }
-    for kept in _KEPT:
-        tensors |= {f"{kept}.{name}": t.contiguous().clone() for name, t in getattr(state, kept).items()}
+    for kind in _STATISTICS:
+        tensors |= {f"{kind}.{name}": t.contiguous().clone() for name, t in getattr(state, kind).items()}
     save_file(tensors, folder / _WEIGHTS)
     numbers = {"magnitudes": state.magnitudes, "has_readout": state.has_readout}
     (folder / _MAGNITUDES).write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 def load_directions(folder: Path) -> Decoupled:
-    """Reads what `save_directions` wrote; InvalidAdapterError where it is not whole."""
+    """Read what `save_directions` wrote. Raises InvalidAdapterError if it is incomplete."""
     try:
         numbers = json.loads((folder / _MAGNITUDES).read_text())
         magnitudes, has_readout = numbers["magnitudes"], bool(numbers["has_readout"])
@@ -40,11 +40,11 @@ def load_directions(folder: Path) -> Decoupled:
         directions = tuple(Adapter(_factors_of(tensors, n)) for n in range(len(magnitudes)))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidAdapterError(f"{folder}: the saved directions cannot be read: {error!r}") from error
-    kept = {
+    statistics = {
         kind: {name.removeprefix(f"{kind}."): t for name, t in tensors.items() if name.startswith(f"{kind}.")}
-        for kind in _KEPT
+        for kind in _STATISTICS
     }
-    return Decoupled(directions, tuple(float(value) for value in magnitudes), **kept, has_readout=has_readout)
+    return Decoupled(directions, tuple(float(value) for value in magnitudes), **statistics, has_readout=has_readout)
 
 
 def _factors_of(tensors: dict[str, Tensor], n: int) -> dict[str, LoraFactors]:

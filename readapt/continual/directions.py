@@ -1,11 +1,9 @@
-"""Decoupled LoRA: frozen directions whose magnitudes are learned, beside one fresh direction.
+"""An adapter as frozen directions with learned magnitudes, and one fresh direction under training.
 
     h' = (W_0 + sum over n < t of alpha_n D_n + alpha_t unit(B_t A_t)) x        (SD-LoRA, arXiv 2501.13198)
 
-A direction D_n is an adapter of scaling 1; those that were learned here have Frobenius norm 1 in every module. The norm
-of a product is never taken from the F x D matrix: ||B A||^2 = sum((B^T B) * (A A^T)).
-
-Shape letters: D in, F out, R rank of one direction, K stacked rank of the frozen ones, N directions.
+A direction D_n is an adapter with scaling 1. A learned direction has a mean squared Frobenius norm of 1 over its
+modules. Norms are computed from the factors and never from the F x D matrix: ||B A||^2 = sum((B^T B) * (A A^T)).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +12,6 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cluster.adapter_files import Adapter, LoraFactors, check_fits
 from cluster.errors import InvalidAdapterError
@@ -26,11 +23,11 @@ Normaliser = Literal["product", "factors"]
 
 @dataclass(frozen=True, eq=False)
 class Decoupled:
-    """An adapter taken apart: the sum of magnitude times direction. Directions have scaling 1 and may lack modules.
+    """An adapter as a sum of magnitude times direction. Directions have scaling 1 and may lack modules.
 
-    `inputs` are sketches of the modules' inputs in all stages so far (see `moments`), `classes` statistics of all their
-    classes (see `recall`); empty unless the last stage's method has kept them up. `has_readout` says that the last
-    direction is recall's readout, which the next stage by recall replaces.
+    `inputs` holds sketches of the modules' inputs over all stages (see `moments`). `classes` holds statistics of the
+    classes of all stages (see `recall`). Both are empty unless the method of the last stage maintains them. If
+    `has_readout`, the last direction is recall's readout, which the next recall stage replaces.
     """
 
     directions: tuple[Adapter, ...] = ()
@@ -40,23 +37,25 @@ class Decoupled:
     has_readout: bool = False
 
     def __post_init__(self) -> None:
-        assert len(self.directions) == len(self.magnitudes), "one magnitude for each direction"
+        assert len(self.directions) == len(self.magnitudes), "each direction needs one magnitude"
 
     @property
     def num_parameters(self) -> int:
-        """The number of stored values: all factors, and the magnitudes."""
-        factors = [each for direction in self.directions for each in direction.factors.values()]
-        return sum(each.a_RD.numel() + each.b_FR.numel() for each in factors) + len(self.magnitudes)
+        """The number of values in all factors, plus the magnitudes."""
+        factors = [factors for direction in self.directions for factors in direction.factors.values()]
+        return sum(f.a_RD.numel() + f.b_FR.numel() for f in factors) + len(self.magnitudes)
 
 
 @dataclass(frozen=True)
-class Decoupling:
-    """How the fresh direction is normalised: as the paper says by default, else as its released code does.
+class DirectionSettings:
+    """How the fresh direction is normalised, and what is trained. The defaults follow the paper.
 
-    `normaliser` is ||B A||_F ("product", the paper) or ||A||_F ||B||_F ("factors", the code). `is_fresh_unit` false
-    leaves the direction under training as it is (the code). `floor` is added to the norm as sqrt(norm^2 + floor^2): B
-    starts at zero, where a unit vector is not defined, and with a floor the direction grows to its full length over the
-    first steps instead of jumping there with the first one. What is stored is the same function, of norm exactly 1.
+    `normaliser` is ||B A||_F ("product", the paper) or ||A||_F ||B||_F ("factors", the released code). The released
+    code also leaves the direction under training as it is (`is_fresh_unit` false).
+
+    `floor` enters the norm as sqrt(norm^2 + floor^2). B starts at zero, which has no unit vector. With a floor the
+    direction grows to its full length over the first steps and does not jump there at once. The exported direction has
+    norm exactly 1 and computes the same function.
     """
 
     normaliser: Normaliser = "product"
@@ -66,31 +65,31 @@ class Decoupling:
     learns_rows: bool = True
 
 
-PAPER = Decoupling()
-"""The method as the paper has it."""
+PAPER = DirectionSettings()
+"""The settings of the paper."""
 
 
 def inner(left: LoraFactors, right: LoraFactors) -> Tensor:
-    """Frobenius inner product of two modules' deltas, without forming them; differentiable."""
+    """Return the Frobenius inner product of two modules' deltas. It is differentiable and never forms the deltas."""
     product = (left.b_FR.T @ right.b_FR) * (left.a_RD @ right.a_RD.T)
     return product.sum() * (left.scaling * right.scaling)
 
 
 def norm_of(factors: LoraFactors, normaliser: Normaliser) -> Tensor:
-    """The length that a direction is divided by."""
+    """Return the norm that a direction is divided by."""
     if normaliser == "factors":
         return factors.a_RD.norm() * factors.b_FR.norm() * abs(factors.scaling)
     return inner(factors, factors).clamp_min(0.0).sqrt()
 
 
 def decouple(adapter: Adapter) -> Decoupled:
-    """An ordinary adapter as one direction, which keeps the proportions of its modules, and its magnitude.
+    """Return an ordinary adapter as one direction, which keeps the proportions of its modules, and one magnitude.
 
-    The direction's mean squared norm over the modules is 1; an adapter that adds nothing has no direction. An adapter
-    with DoRA's magnitudes is no sum of directions and is refused: InvalidAdapterError.
+    The direction's mean squared norm over the modules is 1. An adapter that adds nothing becomes a state without
+    directions. Raises InvalidAdapterError for DoRA, which is not a sum of directions.
     """
     if adapter.is_dora:
-        raise InvalidAdapterError("A DoRA adapter cannot be taken apart into directions.")
+        raise InvalidAdapterError("Continual learning needs a plain LoRA: a DoRA adapter is not a sum of directions.")
     squares = [float(inner(factors, factors)) for factors in adapter.factors.values()]
     magnitude = (sum(squares) / max(1, len(squares))) ** 0.5
     if magnitude == 0.0:
@@ -99,7 +98,7 @@ def decouple(adapter: Adapter) -> Decoupled:
 
 
 def _scaled(adapter: Adapter, by: float) -> Adapter:
-    """The adapter times a number, with scaling 1 and factors of equal size."""
+    """Return the adapter times a number, with scaling 1 and factors of equal norm."""
     return Adapter({name: _balanced(factors, by) for name, factors in adapter.factors.items()})
 
 
@@ -112,58 +111,59 @@ def _balanced(factors: LoraFactors, by: float) -> LoraFactors:
 
 
 def fold(state: Decoupled, rank: int | None = None) -> Adapter:
-    """One ordinary adapter that adds what the state adds: directions concatenated, magnitudes folded into B.
+    """Return the ordinary adapter that computes the same: directions are concatenated, magnitudes multiplied into B.
 
-    `rank` cuts every module to the best approximation of that rank (QR and a small SVD); None keeps all of it.
+    With `rank`, every module is truncated to its best approximation of that rank (QR and a small SVD).
     """
-    assert state.directions, "a state without directions adds nothing"
+    assert state.directions, "a state without directions cannot be folded"
     modules = sorted({module for direction in state.directions for module in direction.factors})
     whole = Adapter({module: _concatenated(state, module) for module in modules})
     return whole if rank is None else Fusion(whole, Adapter({})).at(Point(1.0, 0.0), rank)
 
 
 def _concatenated(state: Decoupled, module: str) -> LoraFactors:
-    a_KD, b_FK, index_K = _stacked(state.directions, module)
-    return LoraFactors(a_KD, b_FK * torch.tensor(state.magnitudes)[index_K], 1.0)
+    a_R2D, b_FR2, index_R2 = _stacked(state.directions, module)
+    return LoraFactors(a_R2D, b_FR2 * torch.tensor(state.magnitudes)[index_R2], 1.0)
 
 
 def _stacked(directions: Sequence[Adapter], module: str) -> tuple[Tensor, Tensor, Tensor]:
-    """All directions' factors of one module side by side, and the direction that each term belongs to."""
+    """Return all directions' factors of one module side by side, and the index of each term's direction."""
     parts = [(n, d.factors[module]) for n, d in enumerate(directions) if module in d.factors]
     index = [n for n, factors in parts for _ in range(factors.rank)]
     return torch.cat([f.a_RD for _, f in parts]), torch.cat([f.b_FR for _, f in parts], dim=1), torch.tensor(index)
 
 
 def distil(state: Decoupled, max_residual: float, rest_rank: int | None = None) -> Decoupled:
-    """Drops the newest direction if the older ones can stand for it (the paper's knowledge distillation, section 3.4).
+    """Drop the newest direction if the older ones can express it (knowledge distillation, section 3.4 of the paper).
 
-    Least squares for ||D_t - sum a_n D_n||_F^2 over all modules, by way of the Gram matrix of the directions; where the
-    share of the squared norm that is left over is at most `max_residual`, alpha_n grows by a_n alpha_t. `rest_rank` is
-    ours: then what is left over is no reason to keep all of the direction, but becomes one itself, cut to that rank.
+    Least squares minimises ||D_t - sum a_n D_n||_F^2 over all modules, through the Gram matrix of the directions. If
+    the residual is at most `max_residual` of the squared norm, alpha_n grows by a_n alpha_t and D_t is dropped.
+
+    `rest_rank` is our addition: a larger residual then becomes the new direction itself, truncated to that rank.
     """
     if len(state.directions) < 2:
         return state
-    gram_NN = gram(state.directions)
-    shares_N = torch.linalg.lstsq(gram_NN[:-1, :-1], gram_NN[:-1, -1:]).solution[:, 0]
-    is_dropped = float(1.0 - shares_N @ gram_NN[:-1, -1] / gram_NN[-1, -1]) <= max_residual
+    gram_AA = gram(state.directions)
+    shares_A = torch.linalg.lstsq(gram_AA[:-1, :-1], gram_AA[:-1, -1:]).solution[:, 0]
+    is_dropped = float(1.0 - shares_A @ gram_AA[:-1, -1] / gram_AA[-1, -1]) <= max_residual
     if not is_dropped and rest_rank is None:
         return state
     *old, newest = state.magnitudes
-    merged = [alpha + share * newest for alpha, share in zip(old, shares_N.tolist(), strict=True)]
-    less = replace(state, directions=state.directions[:-1], magnitudes=tuple(merged))
+    merged = [alpha + share * newest for alpha, share in zip(old, shares_A.tolist(), strict=True)]
+    older = replace(state, directions=state.directions[:-1], magnitudes=tuple(merged))
     if is_dropped:
-        return less
-    given = tuple(-share * newest for share in shares_N.tolist())
-    rest = decouple(fold(Decoupled(state.directions, (*given, newest)), rest_rank))
+        return older
+    taken = tuple(-share * newest for share in shares_A.tolist())
+    rest = decouple(fold(Decoupled(state.directions, (*taken, newest)), rest_rank))
     return replace(
-        less, directions=(*less.directions, *rest.directions), magnitudes=(*less.magnitudes, *rest.magnitudes)
+        older, directions=(*older.directions, *rest.directions), magnitudes=(*older.magnitudes, *rest.magnitudes)
     )
 
 
 def restarted(state: Decoupled, magnitude: float, normaliser: Normaliser) -> Decoupled:
-    """All directions brought to length 1 in every module and all magnitudes set back to one number.
+    """Return the state with unit directions in every module and all magnitudes reset to one number.
 
-    What the released code does at the start of each task; the paper goes on with the magnitudes that were learned.
+    The released code does this at the start of each task. The paper continues with the learned magnitudes.
     """
     directions = tuple(Adapter({n: _unit(f, normaliser) for n, f in d.factors.items()}) for d in state.directions)
     return replace(state, directions=directions, magnitudes=(magnitude,) * len(directions))
@@ -174,7 +174,7 @@ def _unit(factors: LoraFactors, normaliser: Normaliser) -> LoraFactors:
 
 
 def gram(directions: Sequence[Adapter]) -> Tensor:
-    """Frobenius inner products of all pairs of directions, summed over modules, N x N in float64."""
+    """Return the inner products of all pairs of directions, summed over modules: [A, A] in float64."""
     rows = [[_inner_of(left, right) for right in directions] for left in directions]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -185,10 +185,10 @@ def _inner_of(left: Adapter, right: Adapter) -> float:
 
 
 class DirectionWeights:
-    """Owner of a decoupled adapter under training on one model, on which it is until `detach`, or for a with block.
+    """Applies directions to a model and trains them, until `detach` or the end of a with block.
 
-    Trainable are the fresh direction's factors and all magnitudes, one for each direction whatever its modules; the
-    model and the frozen directions are not. InvalidAdapterError where a direction does not fit the model.
+    Trainable are the fresh direction's factors and one magnitude per direction. The model and the frozen directions
+    stay as they are. Raises InvalidAdapterError if a direction does not fit the model.
     """
 
     def __init__(
@@ -197,54 +197,44 @@ class DirectionWeights:
         frozen: Decoupled,
         fresh: Adapter | None = None,
         magnitude: float = 1.0,
-        config: Decoupling = PAPER,
+        settings: DirectionSettings = PAPER,
     ):
-        self._frozen, self._config = frozen, config
+        self._frozen = frozen
+        self._settings = settings
         device = next(model.parameters()).device
         start = [*frozen.magnitudes] if fresh is None else [*frozen.magnitudes, magnitude]
-        self.magnitudes_N = nn.Parameter(torch.tensor(start, device=device))
-        if not config.learns_old_magnitudes:
-            is_fresh_N = torch.arange(len(start), device=device) >= len(frozen.magnitudes)
-            self.magnitudes_N.register_hook(lambda gradient_N: gradient_N * is_fresh_N)
+        self.magnitudes_A = nn.Parameter(torch.tensor(start, device=device))
+        if not settings.learns_old_magnitudes:
+            is_fresh_A = torch.arange(len(start), device=device) >= len(frozen.magnitudes)
+            self.magnitudes_A.register_hook(lambda gradient_A: gradient_A * is_fresh_A)
         self._fresh = {name: _trainable(f, device) for name, f in (fresh.factors if fresh else {}).items()}
         for factors in self._fresh.values():
-            factors.a_RD.requires_grad_(config.learns_rows)
+            factors.a_RD.requires_grad_(settings.learns_rows)
         shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         for adapter in (*frozen.directions, *([fresh] if fresh else [])):
             check_fits(adapter, shapes)
         modules = sorted({name for direction in frozen.directions for name in direction.factors} | self._fresh.keys())
-        self._hooks = {name: (model.get_submodule(name), self._hook(name, device)) for name in modules}
-        self._handles: list[RemovableHandle] = []
-        self.attach()
-
-    def attach(self) -> None:
-        """Puts the directions on the model again after a `detach`."""
-        assert not self._handles, "the directions are on the model already"
-        self._handles = [module.register_forward_hook(hook) for module, hook in self._hooks.values()]
+        self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name, device)) for name in modules]
 
     def factors(self) -> list[nn.Parameter]:
-        """The fresh direction's A and B, module by module, as far as they are trained."""
+        """Return the trainable factors of the fresh direction: A and B of each module."""
         return [p for f in self._fresh.values() for p in (f.a_RD, f.b_FR) if p.requires_grad]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
-        return [*self.factors(), self.magnitudes_N]
 
     @torch.no_grad()
     def export(self) -> Decoupled:
-        """A copy of the present state on the CPU: the same function, the fresh direction normalised and last.
+        """Return a copy of the present state on the CPU, with the fresh direction last and normalised.
 
-        A fresh direction that has not moved from zero is left out.
+        The state computes the same function. A fresh direction that is still zero is left out.
         """
-        magnitudes = self.magnitudes_N.tolist()
+        magnitudes = self.magnitudes_A.tolist()
         if not self._fresh:
             return replace(self._frozen, magnitudes=tuple(magnitudes))
         factors = {name: LoraFactors(_copy(f.a_RD), _copy(f.b_FR), 1.0) for name, f in self._fresh.items()}
         old = replace(self._frozen, magnitudes=tuple(magnitudes[:-1]))
-        return _with_fresh(old, factors, magnitudes[-1], self._config)
+        return _with_fresh(old, factors, magnitudes[-1], self._settings)
 
     def detach(self) -> None:
-        """Takes the directions off the model, which then computes what the bare base computes."""
+        """Remove the directions from the model, which is bare again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -256,16 +246,16 @@ class DirectionWeights:
         self.detach()
 
     def _hook(self, module: str, device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        holding = any(module in direction.factors for direction in self._frozen.directions)
-        stack = [t.to(device) for t in _stacked(self._frozen.directions, module)] if holding else None
+        is_frozen = any(module in direction.factors for direction in self._frozen.directions)
+        frozen = [t.to(device) for t in _stacked(self._frozen.directions, module)] if is_frozen else None
         fresh = self._fresh.get(module)
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], y_BTF: Tensor) -> Tensor:
-            if stack is not None:
-                a_KD, b_FK, index_K = stack
-                y_BTF = y_BTF + ((inputs[0] @ a_KD.T) * self.magnitudes_N[index_K]) @ b_FK.T
+            if frozen is not None:
+                a_R2D, b_FR2, index_R2 = frozen
+                y_BTF = y_BTF + ((inputs[0] @ a_R2D.T) * self.magnitudes_A[index_R2]) @ b_FR2.T
             if fresh is not None:
-                weight = self.magnitudes_N[-1] / _divisor(fresh, self._config)
+                weight = self.magnitudes_A[-1] / _divisor(fresh, self._settings)
                 y_BTF = y_BTF + (inputs[0] @ fresh.a_RD.T) @ (fresh.b_FR.T * weight)
             return y_BTF
 
@@ -281,22 +271,24 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _divisor(fresh: LoraFactors, config: Decoupling) -> Tensor | float:
-    if not config.is_fresh_unit:
+def _divisor(fresh: LoraFactors, settings: DirectionSettings) -> Tensor | float:
+    if not settings.is_fresh_unit:
         return 1.0
-    if config.normaliser == "factors":
-        return (norm_of(fresh, "factors").square() + config.floor**2).sqrt()
-    return (inner(fresh, fresh).clamp_min(0.0) + config.floor**2).sqrt()
+    if settings.normaliser == "factors":
+        return (norm_of(fresh, "factors").square() + settings.floor**2).sqrt()
+    return (inner(fresh, fresh).clamp_min(0.0) + settings.floor**2).sqrt()
 
 
-def _with_fresh(old: Decoupled, factors: dict[str, LoraFactors], magnitude: float, config: Decoupling) -> Decoupled:
-    """The stored form of a fresh direction: unit in every module, one magnitude; the same function.
+def _with_fresh(
+    old: Decoupled, factors: dict[str, LoraFactors], magnitude: float, settings: DirectionSettings
+) -> Decoupled:
+    """Return the old state with a fresh direction appended as one direction and one magnitude.
 
-    The modules' lengths differ a little from one another where the floor has held some back, and much where the
-    direction was not normalised in training: then the direction keeps these proportions.
+    The mean squared norm of the direction over the modules is 1. The proportions of the modules are kept: they differ
+    a little because of the floor, and much if the direction was not normalised in training.
     """
-    lengths = {name: float(norm_of(f, config.normaliser)) for name, f in factors.items()}
-    added = {name: magnitude * n / float(_divisor(factors[name], config)) for name, n in lengths.items()}
+    lengths = {name: float(norm_of(f, settings.normaliser)) for name, f in factors.items()}
+    added = {name: magnitude * n / float(_divisor(factors[name], settings)) for name, n in lengths.items()}
     size = (sum(value**2 for value in added.values()) / max(1, len(added))) ** 0.5
     if size == 0.0:
         return old

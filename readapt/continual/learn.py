@@ -1,8 +1,8 @@
-"""Class-incremental learning: an adapter learns new classes stage by stage, without the rows of the earlier ones.
+"""Class-incremental learning: each stage teaches an adapter new classes, without the rows of earlier stages.
 
-Each stage adds one direction and learns the magnitudes of all (see `directions`); the state after the last stage is
-used as it is, whatever the input: nothing is selected, no task is named. A stage's loss compares its own classes with
-one another only, so that nothing pushes the older ones down (as in the released code of SD-LoRA, arXiv 2501.13198).
+A stage adds one direction and trains the magnitudes of all directions (see `directions`). Inference uses the final
+state for every input; no task is named or selected. The loss of a stage compares only its own classes with one another,
+so it does not push older classes down (as in the released code of SD-LoRA, arXiv 2501.13198).
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import TrainingError
-from readapt.continual.directions import PAPER, Decoupled, Decoupling, DirectionWeights, distil, restarted
+from readapt.continual.directions import PAPER, Decoupled, DirectionSettings, DirectionWeights, distil, restarted
 from readapt.continual.moments import contrasting, input_moments, with_moments
 from readapt.training.data import shuffled_batches
 from readapt.training.lora import blank
@@ -27,7 +27,7 @@ AnyT = TypeVar("AnyT")
 
 @dataclass(frozen=True)
 class Recall:
-    """How the readout of `recall` is trained in each stage but the first: so many vectors are drawn for each step."""
+    """How `recall` trains the readout in all stages but the first. Each step draws `draws` vectors."""
 
     steps: int = 800
     draws: int = 512
@@ -37,23 +37,24 @@ class Recall:
 
 @dataclass(frozen=True)
 class Method:
-    """How a stage is learned; the defaults are the paper's method, as far as it does not depend on the data.
+    """How a stage is learned. The defaults are the paper's method.
 
-    `ranks` are (first stage, rank) pairs in rising order, stages counted from 0: rank reduction. `max_residual` is the
-    share of a new direction's squared norm that the older ones may leave over for it to be dropped: distillation; with
-    `rest_rank` (ours) of what is not dropped only that which is left over is kept, at that rank.
-    `inherits` lets a new direction start as a copy of the first one, which gives up as much of its magnitude: random
-    starts are orthogonal in practice, so that without it distillation never finds anything to drop.
-    `contrasts` is ours, not the paper's: rows of A that answer the new inputs and not the old ones (see `moments`).
-    `recall` is ours too (see the module of that name), for a causal LM that writes labels.
-    `restart` sets all magnitudes back at each stage's start. `magnitude_learning_rate` None is that of the factors.
+    - `ranks`: (first stage, rank) pairs in rising order, with stages counted from 0. Lower ranks for later stages are
+      the paper's rank reduction.
+    - `max_residual`: the paper's distillation (see `directions.distil`), with our `rest_rank`.
+    - `inherits`: a new direction starts as a copy of the first one, which gives up the same magnitude. Random starts
+      are nearly orthogonal, so distillation without it never finds a direction to drop.
+    - `restart`: every stage resets all magnitudes to this number.
+    - `contrasts`: ours. The rows of A respond to new inputs and not to old ones (see `moments`).
+    - `recall`: ours. For a causal LM that writes labels (see the module of that name).
+    - `magnitude_learning_rate`: by default the learning rate of the factors.
     """
 
     steps: int = 100
     batch_rows: int = 32
     ranks: tuple[tuple[int, int], ...] = ((0, 10),)
     max_residual: float | None = None
-    decoupling: Decoupling = PAPER
+    direction_settings: DirectionSettings = PAPER
     magnitude: float = 1.0
     restart: float | None = None
     inherits: bool = False
@@ -65,69 +66,67 @@ class Method:
     magnitude_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        assert not (self.inherits and self.contrasts), "a direction starts in one way"
+        assert not (self.inherits and self.contrasts), "`inherits` and `contrasts` both set the start of a direction"
 
     def rank_of(self, stage: int) -> int:
-        """The rank of the direction that this stage adds."""
+        """Return the rank of the direction that a stage adds."""
         return [rank for first, rank in self.ranks if first <= stage][-1]
 
 
-RANK_REDUCTION = ((0, 10), (4, 8), (8, 6))
-"""The paper's ranks by stage, counted from 0."""
-
-
 def released_code(method: Method) -> Method:
-    """The same settings with what the authors' released code does differently.
+    """Return the method as in the authors' released code.
 
-    Norms are ||A|| ||B||, the direction under training is not normalised, all magnitudes start each stage at 0.8, and
-    the optimiser is SGD with momentum.
+    It normalises by ||A|| ||B||, does not normalise the direction under training, resets all magnitudes to 0.8 at each
+    stage, and uses SGD with momentum.
     """
-    decoupling = Decoupling(normaliser="factors", is_fresh_unit=False)
-    return replace(method, decoupling=decoupling, magnitude=0.8, restart=0.8, optimizer="sgd")
+    settings = DirectionSettings(normaliser="factors", is_fresh_unit=False)
+    return replace(method, direction_settings=settings, magnitude=0.8, restart=0.8, optimizer="sgd")
 
 
 def contrast(method: Method) -> Method:
-    """Our variant: new directions look at what is new in the inputs, and the older magnitudes stay as they are.
+    """Return our variant in which new directions respond to what is new in the inputs, and older magnitudes are frozen.
 
-    With both, an input of an earlier stage is answered as it was when that stage was learned.
+    Both together keep the outputs for inputs of earlier stages as they were learned.
     """
-    return replace(method, contrasts=True, decoupling=replace(method.decoupling, learns_old_magnitudes=False))
+    settings = replace(method.direction_settings, learns_old_magnitudes=False)
+    return replace(method, contrasts=True, direction_settings=settings)
 
 
 def recalling(method: Method, recall: Recall = Recall()) -> Method:
-    """Our other variant, for a causal LM: the first stage makes the features, the others only the readout.
+    """Return our variant for a causal LM: the first stage trains the features, later stages train only the readout.
 
-    The first stage's direction is an ordinary LoRA with alpha = 2 rank.
+    The direction of the first stage is an ordinary LoRA with alpha = 2 rank.
     """
-    return replace(method, recall=recall, magnitude=2.0, decoupling=replace(method.decoupling, is_fresh_unit=False))
+    settings = replace(method.direction_settings, is_fresh_unit=False)
+    return replace(method, recall=recall, magnitude=2.0, direction_settings=settings)
 
 
 def method_of(kind: MethodName, steps: int | None, learning_rate: float, rank: int | None = None) -> Method:
-    """A method by its name, for a stage on top of an adapter.
+    """Return a method by its name, for a stage on top of an adapter.
 
-    `rank` None is 10, or 32 for recall's readout; `steps` None is 200, or 800 for that.
+    `rank` defaults to 10, or to 32 for the readout of recall; `steps` defaults to 200, or to 800 for that readout.
     """
     method = Method(steps or 200, ranks=((0, rank or 10),), learning_rate=learning_rate)
     if kind == "recall":
-        how = Recall(steps or Recall.steps, rank=rank or Recall.rank, learning_rate=learning_rate)
-        return recalling(method, how)
+        readout = Recall(steps or Recall.steps, rank=rank or Recall.rank, learning_rate=learning_rate)
+        return recalling(method, readout)
     variants = {"contrast": contrast, "distil": distilling, "code": released_code}
     return method if kind == "paper" else variants[kind](method)
 
 
 def distilling(method: Method, max_residual: float = 0.5, rest_rank: int | None = None) -> Method:
-    """The distillation variant, made to find something: see `Method.inherits`. The paper has 9e-4 for the residual."""
+    """Return the distillation variant with inherited starts. The paper's `max_residual` is 9e-4."""
     return replace(method, inherits=True, max_residual=max_residual, rest_rank=rest_rank)
 
 
 class Learner(Protocol[RowT]):
-    """What a stage's rows mean to the model: a loss, and whatever parameters of its own go with it."""
+    """The loss of a stage's rows, and the trainable parameters that it needs besides the adapter."""
 
     def loss(self, rows: Sequence[RowT]) -> Tensor:
-        """The loss of a batch of the present stage's rows."""
+        """Return the loss of a batch of the present stage's rows."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained besides the adapter."""
+        """Return the parameters that are trained with the adapter."""
 
 
 def learn_stage(
@@ -141,24 +140,25 @@ def learn_stage(
     stage: int,
     seed: int = 0,
 ) -> Decoupled:
-    """Learns one stage on a bare model, which is bare again afterwards, and returns the state with its direction.
+    """Learn one stage on a bare model and return the state with the new direction. The model is bare again afterwards.
 
-    It keeps the sketches of inputs if the method contrasts, and no statistics of classes, whose features have moved.
-    `shapes` are those of the modules to adapt, (out, in) by path. TrainingError when the loss is no longer finite.
+    The returned state keeps sketches of inputs if the method contrasts. It drops class statistics, because the features
+    have changed. `shapes` maps the modules to adapt to (out, in). Raises TrainingError if the loss becomes infinite or
+    NaN.
     """
     if method.restart is not None:
-        state = restarted(state, method.restart, method.decoupling.normaliser)
+        state = restarted(state, method.restart, method.direction_settings.normaliser)
     fresh = blank(shapes, method.rank_of(stage), alpha=method.rank_of(stage), seed=seed)
-    decoupling = method.decoupling
+    settings = method.direction_settings
     if method.inherits and state.directions:
         fresh, state = state.directions[0], _lent(state, method.magnitude)
     if method.contrasts and state.inputs:
         fresh = contrasting(fresh, _moments(model, state, learner, rows, list(shapes)), state.inputs)
-        decoupling = replace(decoupling, learns_rows=False)
-    with DirectionWeights(model, state, fresh, method.magnitude, decoupling) as weights:
+        settings = replace(settings, learns_rows=False)
+    with DirectionWeights(model, state, fresh, method.magnitude, settings) as weights:
         groups = [
             {"params": [*weights.factors(), *learner.parameters()], "lr": method.learning_rate},
-            {"params": [weights.magnitudes_N], "lr": method.magnitude_learning_rate or method.learning_rate},
+            {"params": [weights.magnitudes_A], "lr": method.magnitude_learning_rate or method.learning_rate},
         ]
         descend(groups, learner.loss, shuffled_batches(rows, method.batch_rows, seed), method)
         learned = weights.export()
@@ -170,14 +170,14 @@ def learn_stage(
 
 
 def _lent(state: Decoupled, magnitude: float) -> Decoupled:
-    """The state with this much of the first direction's magnitude taken away."""
+    """Return the state with the first direction's magnitude reduced by `magnitude`."""
     return replace(state, magnitudes=(state.magnitudes[0] - magnitude, *state.magnitudes[1:]))
 
 
 def remember(
     model: nn.Module, state: Decoupled, learner: Learner[AnyT], rows: Sequence[AnyT], modules: Sequence[str]
 ) -> Decoupled:
-    """The state with these rows' inputs among those that later stages leave alone; for a bare model."""
+    """Return the state with the inputs of these rows added to its sketches. The model must be bare."""
     return replace(state, inputs=with_moments(state.inputs, _moments(model, state, learner, rows, modules)))
 
 
@@ -191,9 +191,9 @@ def _moments(
 def descend(
     groups: list[dict[str, Any]], loss_of: Callable[[list[AnyT]], Tensor], batches: Iterator[list[AnyT]], method: Method
 ) -> None:
-    """Trains parameter groups for `method.steps` steps, with a cosine rate and the gradient's norm clipped.
+    """Train parameter groups for `method.steps` steps, with a cosine learning rate and clipped gradients.
 
-    TrainingError when the loss is no longer finite.
+    Raises TrainingError if the loss becomes infinite or NaN.
     """
     optimizer: torch.optim.Optimizer
     if method.optimizer == "adam":

@@ -1,8 +1,8 @@
-"""What an adapter has been through: its stages, and the unfolded state that the next stage goes on from.
+"""The stages that an adapter has learned, and the state from which the next stage continues.
 
-A version's blob holds the ordinary adapter that is served, and nothing else, for engines fetch it. Directions and
-statistics, which are several times its size, are a blob of their own, named by the version's `details["state_key"]`;
-`details["stages"]` lists name and data folder of each stage.
+The blob of a version holds only the ordinary adapter that engines fetch. Directions and statistics are several times
+its size. They are a separate blob, whose key is `details["state_key"]` of the version. `details["stages"]` lists the
+name and data folder of each stage.
 """
 
 import json
@@ -28,7 +28,7 @@ _FILE = "stages.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage that an adapter has been through: the labels that were new in it, and where its rows lie."""
+    """One learned stage: its name, the labels that it added, and the folder of its rows."""
 
     name: str
     labels: tuple[str, ...]
@@ -37,41 +37,41 @@ class Stage:
 
 @dataclass(frozen=True)
 class Learned:
-    """All that goes on from stage to stage."""
+    """Everything that one stage hands to the next."""
 
     state: Decoupled
     stages: tuple[Stage, ...]
 
     @property
     def labels(self) -> list[str]:
-        """Every label, in the order of the stages."""
+        """All labels, in the order of the stages."""
         return [label for stage in self.stages for label in stage.labels]
 
     @property
     def as_details(self) -> list[dict[str, str]]:
-        """The stages as a version's `details["stages"]` has them."""
+        """The stages in the form of a version's `details["stages"]`."""
         return [{"name": stage.name, "data": str(stage.data)} for stage in self.stages]
 
 
 def open_learned(blobs: BlobStore, record: AdapterRecord, version: Version, served: Adapter) -> Learned:
-    """A version's state and stages.
+    """Return a version's state and stages.
 
-    Of a version that no stage has made (registered, or carried over to a new base), the adapter `served` is the one
-    direction, and labels are read from the training rows. InvalidAdapterError where that direction would be zero.
+    A version that was registered or carried over to a new base has no state. Its adapter `served` becomes the only
+    direction, and the labels come from its training rows. Raises InvalidAdapterError if that adapter is zero.
     """
     if STATE_KEY in version.details:
         folder = blobs.fetch_folder(version.details[STATE_KEY])
         return Learned(load_directions(folder), _load_stages(folder))
     state = decouple(served)
     if not state.directions:
-        raise InvalidAdapterError(f"{version.label} adds nothing to its base: there is nothing to go on from.")
+        raise InvalidAdapterError(f"{version.label} adds nothing to its base, so it cannot be the parent of a stage.")
     return Learned(state, _stages_of(record, version))
 
 
 def _stages_of(record: AdapterRecord, version: Version) -> tuple[Stage, ...]:
-    """The stages that the registry names; of a version without, the adapter's own task."""
+    """Return the stages that the registry lists, or else the adapter's own task as the first stage."""
     if not record.data:
-        raise InvalidDataError(f"{record.name} has no rows to tell its labels from: give it `data` in the fleet file.")
+        raise InvalidDataError(f"{record.name} has no rows to read its labels from. Set its `data` in the fleet file.")
     named: list[Mapping[str, str]] = version.details.get(STAGES) or [{"name": FIRST_STAGE, "data": record.data}]
     stages: list[Stage] = []
     for entry in named:
@@ -81,12 +81,12 @@ def _stages_of(record: AdapterRecord, version: Version) -> tuple[Stage, ...]:
 
 
 def _new_labels(data: Path, known: set[str]) -> tuple[str, ...]:
-    """The labels of a folder's training rows that are not known yet."""
+    """Return the labels of a folder's training rows that are not known yet."""
     return tuple(sorted({row.completion for row in load_rows(data / "train.jsonl")} - known))
 
 
 def store_learned(blobs: BlobStore, learned: Learned) -> str:
-    """Stores what `open_learned` reads, and returns its key in the blob store."""
+    """Store what `open_learned` reads, and return its blob key."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_directions(learned.state, folder)

@@ -1,4 +1,4 @@
-"""The small benchmarks from the command line, and what every benchmark's file says of how it was made."""
+"""The small benchmarks from the command line, and the facts in every benchmark's file."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def bench(*options: object) -> None:
     assert result.exit_code == 0, result.output
 
 
-def test_there_is_one_command_a_benchmark():
+def test_there_is_one_command_per_benchmark():
     names = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
     assert names == {
         *("readapt", "continual", "extract", "serving", "chaos"),
@@ -25,7 +25,7 @@ def test_there_is_one_command_a_benchmark():
     }
 
 
-def test_overhead_tells_each_number_of_sequences(tmp_path: Path):
+def test_overhead_reports_each_number_of_sequences(tmp_path: Path):
     base, out = make_checkpoint(tmp_path / "base", std=0.08), tmp_path / "new" / "overhead.json"
     bench("overhead", "--base", base, "--sequences", 2, "--sequences", 3, "--adapters", 2, "--steps", 8, "--out", out)
     report = json.loads(out.read_text())
@@ -42,7 +42,7 @@ def test_training_group_reports_both_times(tmp_path: Path):
     assert report["packed_training_speedup"] == pytest.approx(report["one_by_one_s"] / report["group_s"])
 
 
-def test_facts_are_of_this_process_and_go_through_json(monkeypatch: pytest.MonkeyPatch):
+def test_facts_describe_this_process_and_fit_json(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/relora", "bench", "kernels", "--out", "a file.json"])
     found = facts(("torch", "peft"))
     assert found["command"] == "relora bench kernels --out 'a file.json'"
@@ -50,7 +50,7 @@ def test_facts_are_of_this_process_and_go_through_json(monkeypatch: pytest.Monke
     assert json.loads(json.dumps(found)) == found
 
 
-def test_a_report_that_cannot_be_written_leaves_the_former_one(tmp_path: Path):
+def test_a_failed_write_keeps_the_old_report(tmp_path: Path):
     out = tmp_path / "report.json"
     write_report(out, {"figure": 1})
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""The continual benchmark's sums, its resumption, and (with a kit) its arms on real rows."""
+"""The continual benchmark: scores, resumption, arms, and with a kit its streams."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ from tests.worlds.serving import make_checkpoint
 
 
 def test_scores_of_a_course():
-    """Two stages of 1 and 3 rows; the first loses 40 points by the second."""
+    """Two stages have 1 and 3 rows. The first loses 40 points in the second."""
     course = Course(matrix=[[{"accuracy": 90.0}], [{"accuracy": 50.0}, {"accuracy": 70.0}]])
     assert course.scores([1, 3]) == {"accuracy_final": 65.0, "accuracy_average": 77.5, "forgetting": 40.0}
 
 
 def a_stream() -> list[TaskRows]:
-    """Two stages of two labels each, by the letter."""
+    """Return two stages of two labels each. The letter decides the label."""
     stages = []
     for letters in ("ab", "cd"):
         rows = [Row(f"{number} {letter}:", letter.upper() * 2) for number in range(100, 112) for letter in letters]
@@ -31,7 +31,7 @@ def a_stream() -> list[TaskRows]:
 
 
 @pytest.mark.parametrize("arm", sorted({*continual.ARMS["clinc150", "writer"], *continual.QUICK_ARMS, "contrast"}))
-def test_every_arm_goes_through_a_stream(tmp_path: Path, arm: str):
+def test_every_arm_learns_a_stream(tmp_path: Path, arm: str):
     subject = WriterSubject(make_checkpoint(tmp_path / "base", std=0.08), a_stream())
     course = run_arm(arm, subject, 2, settings_for("writer", steps=3), seed=0)
     scores = course.scores([8, 8])
@@ -45,33 +45,33 @@ def test_every_arm_goes_through_a_stream(tmp_path: Path, arm: str):
     assert not any(module._forward_hooks for module in subject.model.modules()), "the model is bare again"
 
 
-def test_a_resumed_run_measures_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked = []
+def test_a_resumed_run_measures_only_missing_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured = []
 
-    def instead(cells, *rest):
+    def fake(cells, *rest):
         for cell in cells:
-            asked.append(cell.name)
+            measured.append(cell.name)
             scores = {"accuracy_final": 80.0, "accuracy_average": 85.0, "forgetting": 5.0}
             yield cell, {**scores, "parameters": 100, "seconds": 1.0, "directions": 3, "matrix": []}
 
-    monkeypatch.setattr(continual, "_measured", instead)
+    monkeypatch.setattr(continual, "_measured", fake)
     out, console = tmp_path / "out.json", Console(quiet=True)
     report = continual.run(Path("kit"), out, is_quick=True, streams=["mixed"], subjects=["writer"], console=console)
-    assert len(asked) == len(continual.QUICK_ARMS)
+    assert len(measured) == len(continual.QUICK_ARMS)
     assert json.loads(out.read_text()) == report
     stored = json.loads(out.read_text())
     del stored["cells"]["mixed/writer/method/0"]
     out.write_text(json.dumps(stored))
-    asked.clear()
+    measured.clear()
     report = continual.run(Path("kit"), out, is_quick=True, streams=["mixed"], subjects=["writer"], console=console)
-    assert asked == ["mixed/writer/method/0"]
+    assert measured == ["mixed/writer/method/0"]
     assert report["targets"]["mixed/writer"]["below_joint"] == 0.0
     assert report["targets"]["mixed/writer"]["rank_reduction_share_of_parameters"] == 1.0
-    asked.clear()
+    measured.clear()
     continual.run(Path("kit"), out, streams=["mixed"], subjects=["writer"], console=console)
     arms = continual.ARMS["mixed", "writer"]
-    asked_for = [f"mixed/writer/{arm}/{seed}" for arm in arms for seed in range(1 if arm == "oracle" else 3)]
-    assert sorted(asked) == sorted(asked_for), "another size is measured anew; the oracle, a control, has one seed"
+    expected = [f"mixed/writer/{arm}/{seed}" for arm in arms for seed in range(1 if arm == "oracle" else 3)]
+    assert sorted(measured) == sorted(expected), "another size is measured again; the oracle, a control, has one seed"
 
 
 def test_arms_are_compared_on_the_seeds_that_both_have():
@@ -80,7 +80,7 @@ def test_arms_are_compared_on_the_seeds_that_both_have():
     assert found == {"x/y": {"above_means": 30.0, "below_joint": 3.0}}
 
 
-def test_a_missing_encoder_says_where_one_is(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_encoder_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("bench.continual.subjects.ENCODER_PACKAGE", "no_such_package")
     with pytest.raises(NotFoundError, match="--encoder"):
         find_encoder(None)

@@ -1,4 +1,4 @@
-"""A sentence encoder with a growing classifier, on a tiny random BERT."""
+"""A sentence encoder with a growing classifier, tested on a tiny random BERT."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def encoder(folder: Path) -> SentenceEncoder:
     return SentenceEncoder.open(folder, max_tokens=32)
 
 
-def test_a_feature_is_the_mean_of_its_own_tokens_whatever_the_padding(encoder: SentenceEncoder):
+def test_a_feature_is_the_mean_of_its_tokens_without_padding(encoder: SentenceEncoder):
     texts = ["ab", "a much longer sentence"]
     together = encoder.features(texts)
     for text, feature_D in zip(texts, together, strict=True):
@@ -56,20 +56,20 @@ def test_a_feature_is_the_mean_of_its_own_tokens_whatever_the_padding(encoder: S
         torch.testing.assert_close(feature_D, normalize(hidden_TD.mean(0), dim=0), rtol=1e-4, atol=1e-5)
 
 
-def test_queries_and_values_are_what_is_adapted(encoder: SentenceEncoder):
+def test_queries_and_values_are_adapted(encoder: SentenceEncoder):
     kinds = [name.rsplit(".", 1)[-1] for name in encoder.shapes()]
     assert sorted(kinds) == ["query", "query", "value", "value"]
 
 
-def test_new_classes_start_at_the_means_and_the_loss_compares_them_alone(encoder: SentenceEncoder):
+def test_new_classes_start_at_the_means_and_the_loss_compares_only_them(encoder: SentenceEncoder):
     head = GrowingClassifier(encoder)
     for rows in STAGES:
         head.grow(rows)
     assert head.labels == ["A", "B", "C", "D"]
     rows = STAGES[1]
     means = [encoder.features([r.prompt for r in rows if r.completion == label]).mean(0) for label in "CD"]
-    directions_ND = normalize(torch.stack(means), dim=1)
-    logits = 20.0 * encoder.features([row.prompt for row in rows]) @ directions_ND.T
+    directions_C2D = normalize(torch.stack(means), dim=1)
+    logits = 20.0 * encoder.features([row.prompt for row in rows]) @ directions_C2D.T
     expected = cross_entropy(logits, torch.tensor(["CD".index(row.completion) for row in rows]))
     torch.testing.assert_close(head.loss(rows), expected)
     assert [len(p) for p in head.parameters()] == [2]
@@ -95,7 +95,7 @@ def test_stages_are_learned_and_the_first_is_not_lost(encoder: SentenceEncoder):
 
 
 @pytest.mark.parametrize("arm", [*ARMS["clinc150", "encoder"], "contrast"])
-def test_every_arm_goes_through_a_stream(folder: Path, arm: str):
+def test_every_arm_learns_a_stream(folder: Path, arm: str):
     stream = [TaskRows(rows[:16], rows[16:]) for rows in STAGES]
     head = "linear" if arm in ("sequential", "method_linear") else "means"
     course = run_arm(arm, EncoderSubject(folder, stream, head), 2, settings_for("encoder", steps=2), seed=0)
@@ -105,6 +105,6 @@ def test_every_arm_goes_through_a_stream(folder: Path, arm: str):
     assert len(course.matrix[-1]) == 2
 
 
-def test_a_folder_without_an_encoder_is_told(tmp_path: Path):
+def test_a_folder_without_an_encoder_is_refused(tmp_path: Path):
     with pytest.raises(InvalidCheckpointError, match="cannot be read as an encoder"):
         SentenceEncoder.open(tmp_path)

@@ -1,4 +1,4 @@
-"""The parts of the extraction benchmark, small; all of it where a kit is given."""
+"""The parts of the extraction benchmark at small sizes, and with a kit the whole of it."""
 
 import json
 from pathlib import Path
@@ -29,16 +29,16 @@ def test_speed_and_gap_are_measured_on_every_spectrum(monkeypatch: pytest.Monkey
     assert found["flat"]["energy_gap"] < found["flat"]["svd_lowrank_energy_gap"]
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
+def test_peak_memory_is_measured_in_a_separate_process(tmp_path: Path) -> None:
     base, tuned = memory.write_pair(tmp_path, side=2048)
     found = memory.measure(base, tuned, tmp_path / "out", 16)
     assert found["largest_bytes"] == 4 * 2048 * 2048
     assert found["peak_bytes"] > found["own_bytes"] + 2 * found["largest_bytes"]
-    assert found["peak_rss_over_largest_tensor"] < 12, "libraries' own buffers count more the smaller the tensor"
+    assert found["peak_rss_over_largest_tensor"] < 12, "buffers of the libraries weigh more for small tensors"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_extractors_are_watched_and_their_energy_is_recomputed(tmp_path: Path) -> None:
+def test_extractors_are_measured_and_their_energy_is_recomputed(tmp_path: Path) -> None:
     base, tuned = rivals.write_wide_pair(tmp_path, hidden=128)
     found = rivals.measure(base, tuned, tmp_path, 8, None, lambda line: None)
     assert "mergekit" in found["mergekit"]["not_run"]
@@ -58,7 +58,9 @@ def test_served_quality_counts_exact_answers(tmp_path: Path) -> None:
     assert served(base, None, rows) == served(base, adapter, rows) == 0.0
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT, of a plain script's adapter
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`"
+)  # a warning of PEFT about the adapter of the plain script
 def test_the_whole_benchmark(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "QUICK", run.Size(256, 8, 1, 512, 128, ("trec",), 4))
     result = CliRunner().invoke(

@@ -1,4 +1,4 @@
-"""The stages of class-incremental learning, and the way from a stage to an engine."""
+"""Learning classes stage by stage: methods, losses, and adapters that an engine can serve."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,15 @@ from cluster.adapter_files import Adapter
 from cluster.errors import TrainingError
 from readapt.continual.directions import (
     Decoupled,
-    Decoupling,
+    DirectionSettings,
     DirectionWeights,
     decouple,
     fold,
     norm_of,
 )
-from readapt.continual.learn import RANK_REDUCTION, Method, learn_stage, released_code
+from readapt.continual.learn import Method, learn_stage, released_code
 from readapt.continual.moments import contrasting, input_moments, with_moments
-from readapt.continual.writer import LabelWriter, Rivals, encode_labels, exact_points, labels_in
+from readapt.continual.writer import LabelWriter, encode_labels, exact_points, labels_in
 from readapt.training.data import Row, encoder_for
 from readapt.training.lora import attach, blank, linear_shapes, load_base
 from tests.worlds.readapt import logits, random_factors
@@ -34,12 +34,13 @@ def model() -> Two:
     return Two()
 
 
-def test_ranks_by_stage():
-    assert [Method(ranks=RANK_REDUCTION).rank_of(stage) for stage in range(10)] == [10] * 4 + [8] * 4 + [6] * 2
+def test_later_stages_can_have_lower_ranks():
+    method = Method(ranks=((0, 10), (4, 8), (8, 6)))  # the paper's rank reduction
+    assert [method.rank_of(stage) for stage in range(10)] == [10] * 4 + [8] * 4 + [6] * 2
 
 
-def test_contrasting_rows_are_deaf_to_the_old_inputs_and_hear_the_new(model: Two):
-    """Old inputs lie in three dimensions of five; the new ones in all. A direction of two rows takes the other two."""
+def test_contrasting_rows_respond_to_new_inputs_and_not_to_old_ones(model: Two):
+    """Old inputs span three of five dimensions, new ones all five. Two rows of A take the other two."""
     basis_DD = torch.linalg.qr(torch.randn(5, 5))[0]
     old = [basis_DD[:, :3] @ torch.randn(3) for _ in range(40)]
     new = [basis_DD @ torch.randn(5) for _ in range(40)]
@@ -48,14 +49,16 @@ def test_contrasting_rows_are_deaf_to_the_old_inputs_and_hear_the_new(model: Two
     moments = input_moments(model, ["one"], learner.loss, new)
     torch.testing.assert_close(sketches["one"].T @ sketches["one"], sum(torch.outer(x, x) for x in old))
     fresh = contrasting(blank(SHAPES, 2, 2.0), moments, sketches)
-    answers = {
+    responses = {
         name: (torch.stack(rows) @ fresh.factors["one"].a_RD.T).norm() for name, rows in (("old", old), ("new", new))
     }
-    assert answers["old"] < 0.02 * answers["new"]
-    assert torch.equal(fresh.factors["two"].a_RD, blank(SHAPES, 2, 2.0).factors["two"].a_RD), "nothing old is known"
+    assert responses["old"] < 0.02 * responses["new"]
+    assert torch.equal(fresh.factors["two"].a_RD, blank(SHAPES, 2, 2.0).factors["two"].a_RD), (
+        "there is no sketch of this module's old inputs"
+    )
 
 
-def test_a_contrasting_method_remembers_and_freezes_the_rows(model: Two):
+def test_a_contrasting_method_keeps_sketches_and_freezes_the_rows(model: Two):
     rows, other = list(torch.randn(16, 5)), list(torch.randn(16, 5))
     method = Method(steps=4, ranks=((0, 2),), learning_rate=1e-2, contrasts=True)
     first = learn_stage(model, Decoupled(), Squares(model), rows, method, shapes=SHAPES, stage=0)
@@ -70,7 +73,9 @@ def test_a_contrasting_method_remembers_and_freezes_the_rows(model: Two):
     torch.testing.assert_close(normalize(learned, dim=1), frozen, rtol=1e-3, atol=1e-3)
     assert len(second.directions) == 2
     plain = replace(method, contrasts=False)
-    assert not learn_stage(model, first, Squares(model), other, plain, shapes=SHAPES, stage=1).inputs, "of all stages"
+    assert not learn_stage(model, first, Squares(model), other, plain, shapes=SHAPES, stage=1).inputs, (
+        "sketches of only some stages are dropped"
+    )
 
 
 def test_a_direction_that_inherits_starts_without_a_jump_and_can_be_distilled(model: Two):
@@ -87,15 +92,15 @@ def test_a_direction_that_inherits_starts_without_a_jump_and_can_be_distilled(mo
 
 
 def test_older_magnitudes_can_be_frozen(model: Two):
-    config = Decoupling(learns_old_magnitudes=False)
-    method = Method(steps=4, learning_rate=1e-2, decoupling=config)
+    settings = DirectionSettings(learns_old_magnitudes=False)
+    method = Method(steps=4, learning_rate=1e-2, direction_settings=settings)
     state = learn_stage(model, a_state(), Squares(model), list(torch.randn(16, 5)), method, shapes=SHAPES, stage=1)
     assert state.magnitudes[:3] == a_state().magnitudes
     assert state.magnitudes[3] != 1.0
 
 
 class Squares:
-    """A learner for `Two`: outputs shall be small."""
+    """A learner for `Two` that makes outputs small."""
 
     def __init__(self, model: Two, extra: float = 1.0):
         self._model, self._extra = model, extra
@@ -122,7 +127,7 @@ def test_stages_follow_one_another_and_reduce_their_losses(model: Two):
     assert [direction.max_rank for direction in state.directions] == [3, 1]
 
 
-def test_the_released_code_sets_magnitudes_back_and_normalises_by_factors(model: Two):
+def test_the_released_code_resets_magnitudes_and_normalises_by_factors(model: Two):
     rows = list(torch.randn(8, 5))
     method = released_code(Method(steps=1, learning_rate=1e-9))
     state = learn_stage(model, a_state(), Squares(model), rows, method, shapes=SHAPES, stage=0)
@@ -149,35 +154,30 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("base") / "v1", std=0.08)
 
 
-@pytest.mark.parametrize(
-    ("rivals", "hidden"),
-    [("all", {}), ("unlearned", {"": "z", "g": "o"}), ("stage", None)],
-)
-def test_a_stages_loss_leaves_older_labels_alone(base: Path, rivals: Rivals, hidden: dict[str, str] | None):
-    """Against a reference that goes through the positions one by one and leaves the named characters out."""
+@pytest.mark.parametrize(("hides_old", "hidden"), [(False, {}), (True, {"": "z", "g": "o"})])
+def test_the_loss_of_a_stage_hides_tokens_of_older_labels(base: Path, hides_old: bool, hidden: dict[str, str]):
+    """Compares with a reference that goes through the positions one by one and leaves out the `hidden` characters."""
     model, encoder = load_base(base), encoder_for(base, 64)
     rows = encoder.encode_all([Row("1b=", "green"), Row("2c=", "grey")])
-    loss = LabelWriter(model, encode_labels(encoder, ["zinc", "gold"]), labels_in(rows), rivals).loss(rows)
-    goes_on = {"": "g", "g": "r", "gr": "e", "gre": "ey", "gree": "n"}  # in labels of this stage
+    loss = LabelWriter(model, encode_labels(encoder, ["zinc", "gold"]), labels_in(rows), hides_old=hides_old).loss(rows)
     losses = []
     for row, label in zip(rows, ("green", "grey"), strict=True):
         logits_TV = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
         for position, target in enumerate(row.input_ids[row.num_prompt_tokens :]):
             prefix, x_V = label[:position], logits_TV[row.num_prompt_tokens + position - 1]
-            keep = torch.full_like(x_V, hidden is not None, dtype=torch.bool)
-            for character in goes_on.get(prefix, "") if hidden is None else hidden.get(prefix, ""):
-                keep[encoder.tokenizer(character)["input_ids"][0]] = hidden is None
-            keep[target] = True
-            losses.append(x_V[keep].logsumexp(0) - x_V[target])
+            keep_V = torch.ones_like(x_V, dtype=torch.bool)
+            for character in hidden.get(prefix, ""):
+                keep_V[encoder.tokenizer(character)["input_ids"][0]] = False
+            losses.append(x_V[keep_V].logsumexp(0) - x_V[target])
     torch.testing.assert_close(loss.double(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_exact_points_among_labels_and_in_the_free(base: Path):
+def test_exact_points_count_free_and_restricted_answers(base: Path):
     model, encoder = load_base(base), encoder_for(base, 64)
     rows = encoder.encode_all([Row("1b=", "green"), Row("2c=", "blue")])
     assert exact_points(model, rows) == 0.0
     assert exact_points(model, rows, labels_in(rows[:1]) + labels_in(rows[1:])) in (0.0, 50.0, 100.0)
-    assert exact_points(model, rows[:1], labels_in(rows[:1])) == 100.0, "one choice cannot be missed"
+    assert exact_points(model, rows[:1], labels_in(rows[:1])) == 100.0, "the only choice is right"
 
 
 def test_attach_takes_a_folded_state(base: Path):

@@ -1,4 +1,4 @@
-"""Recall: what follows the last layer's attention, the statistics of classes, and stages that are learned from them."""
+"""Recall: the readout of a model, statistics of classes, and stages that are learned from them."""
 
 from pathlib import Path
 
@@ -26,21 +26,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(base: Path, letters: str) -> list[Encoded]:
-    """Rows like "117 b:" -> "nB": the letter decides."""
+    """Return rows such as "117 b:" -> "nB", where the letter decides."""
     rows = [Row(f"{number} {letter}:", f"n{letter.upper()}") for number in range(100, 130) for letter in letters]
     return encoder_for(base, 64).encode_all(rows)
 
 
-def test_the_top_answers_a_feature_as_the_whole_model_does(base: Path):
+def test_the_top_gives_the_logits_of_the_whole_model(base: Path):
     model, rows = load_base(base), rows_of(base, "ab")[:7]
     top = Top(model)
     shapes = linear_shapes(model).items()
     adapter = Adapter({name: random_factors(*shape, 2, 0.02, seed=3) for name, shape in shapes})
     with attached(model, adapter):
-        vectors_BD, tokens_B = top.features(rows)
-        expected_LV, labels_L, _ = label_logits(model, collate(rows))
-        torch.testing.assert_close(top.logits(vectors_BD), expected_LV, rtol=1e-4, atol=1e-4)
-    assert torch.equal(tokens_B, labels_L), "in the rows' order"
+        vectors_YD, tokens_Y = top.features(rows)
+        expected_YV, labels_Y, _ = label_logits(model, collate(rows))
+        torch.testing.assert_close(top.logits(vectors_YD), expected_YV, rtol=1e-4, atol=1e-4)
+    assert torch.equal(tokens_Y, labels_Y), "tokens come in the order of the rows"
     assert top.shapes.items() <= linear_shapes(model).items()
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -48,64 +48,64 @@ def test_the_top_answers_a_feature_as_the_whole_model_does(base: Path):
 def test_a_model_of_another_layout_is_refused():
     model = nn.Linear(2, 2)
     model.base_model = nn.Linear(2, 2)
-    with pytest.raises(InvalidCheckpointError, match="layout"):
+    with pytest.raises(InvalidCheckpointError, match="Llama's module layout"):
         Top(model)
 
 
-def test_statistics_of_two_stages_are_those_of_their_vectors():
+def test_statistics_of_two_stages_match_those_of_their_vectors():
     torch.manual_seed(0)
-    vectors_BD = torch.randn(12, 3)
+    vectors_YD = torch.randn(12, 3)
     places = [(label, place) for label in ((5, 6), (7, 8)) for _ in range(3) for place in (0, 1)]
-    tokens_B = torch.tensor([label[place] for label, place in places])
+    tokens_Y = torch.tensor([label[place] for label, place in places])
     kept: dict[str, torch.Tensor] = {}
     for half in (slice(0, 6), slice(6, 12)):
-        kept = with_classes(kept, vectors_BD[half], tokens_B[half], places[half])
+        kept = with_classes(kept, vectors_YD[half], tokens_Y[half], places[half])
     assert kept["tokens"].tolist() == [5, 6, 7, 8]
     assert kept["places"].tolist() == [0, 1, 0, 1]
     assert kept["freedom"].tolist() == [4.0, 4.0, 0.0]
-    torch.testing.assert_close(kept["means"][2], vectors_BD[6::2].mean(0))
-    covariance_DD = sum(part.T.cov(correction=0) * 3 for part in (vectors_BD[:6:2], vectors_BD[6::2]))
+    torch.testing.assert_close(kept["means"][2], vectors_YD[6::2].mean(0))
+    covariance_DD = sum(part.T.cov(correction=0) * 3 for part in (vectors_YD[:6:2], vectors_YD[6::2]))
     torch.testing.assert_close(kept["scatter"][0], covariance_DD)
 
 
 @pytest.mark.parametrize(("num_rows", "stretch"), [(2, 1.0), (40, 300.0), (400, 3000.0)])
-def test_draws_have_the_classes_spread_even_of_few_rows_that_lie_in_a_line(num_rows: int, stretch: float):
-    """A scatter summed in float32 has eigenvalues below zero, by more than a ridge would mend."""
+def test_draws_have_the_spread_of_their_class_even_for_few_rows_on_a_line(num_rows: int, stretch: float):
+    """A scatter that is summed in float32 has eigenvalues so far below zero that a ridge does not help."""
     torch.manual_seed(0)
     width = 192
     along_D = nn.functional.normalize(torch.randn(width), dim=0)
-    vectors_BD = torch.randn(num_rows, width) + stretch * torch.randn(num_rows, 1) * along_D
+    vectors_YD = torch.randn(num_rows, width) + stretch * torch.randn(num_rows, 1) * along_D
     places = [((1, 2), index % 2) for index in range(num_rows)]
-    tokens_B = torch.tensor([1 + place for _, place in places])
-    classes = with_classes({}, vectors_BD, tokens_B, places)
-    drawn_BD, written_B = next(draws(classes, 4000, seed=1))
-    own_BD, drawn_BD = vectors_BD[::2], drawn_BD[written_B == 1]
-    torch.testing.assert_close(drawn_BD.mean(0), own_BD.mean(0), rtol=0.1, atol=0.1 * stretch)
-    spread = own_BD.double().var(0, correction=1).sum() if num_rows > 2 else torch.zeros(())
-    torch.testing.assert_close(drawn_BD.double().var(0).sum(), spread, rtol=0.15, atol=1e-6, check_dtype=False)
+    tokens_Y = torch.tensor([1 + place for _, place in places])
+    classes = with_classes({}, vectors_YD, tokens_Y, places)
+    drawn_YD, written_Y = next(draws(classes, 4000, seed=1))
+    own_YD, drawn_YD = vectors_YD[::2], drawn_YD[written_Y == 1]
+    torch.testing.assert_close(drawn_YD.mean(0), own_YD.mean(0), rtol=0.1, atol=0.1 * stretch)
+    spread = own_YD.double().var(0, correction=1).sum() if num_rows > 2 else torch.zeros(())
+    torch.testing.assert_close(drawn_YD.double().var(0).sum(), spread, rtol=0.15, atol=1e-6, check_dtype=False)
 
 
 def test_stages_are_learned_from_statistics_and_the_first_is_not_lost(base: Path, tmp_path: Path):
     model = load_base(base)
     method = recalling(Method(60, ranks=((0, 4),), learning_rate=1e-2), Recall(200, learning_rate=1e-2))
-    method_stages = [rows_of(base, letters) for letters in ("ab", "cd", "ef")]
+    stages = [rows_of(base, letters) for letters in ("ab", "cd", "ef")]
     state, old = Decoupled(), []
-    for stage, rows in enumerate(method_stages):
+    for stage, rows in enumerate(stages):
         learner = LabelWriter(model, old, labels_in(rows))
         state = recall_stage(model, state, learner, rows, method, shapes=linear_shapes(model), stage=stage)
         old += labels_in(rows)
         save_directions(state, tmp_path)
         state = load_directions(tmp_path)
-    assert len(state.directions) == 2, "the features and one readout, which goes on"
+    assert len(state.directions) == 2, "the features and one readout"
     assert state.directions[1].factors.keys() == Top(model).shapes.keys()
     weights = DirectionWeights(model, state)
-    points = [exact_points(model, rows) for rows in method_stages]
+    points = [exact_points(model, rows) for rows in stages]
     weights.detach()
     assert min(points) >= 90, points
 
 
-def test_features_stay_as_they_were_learned_and_the_readout_begins_anew(base: Path):
-    """Features are only worth keeping if nothing moves them; the statistics know all that a readout was taught."""
+def test_features_stay_frozen_and_each_stage_trains_a_new_readout(base: Path):
+    """Statistics of features are valid only while the features do not change."""
     model, method = load_base(base), recalling(Method(2, ranks=((0, 2),)), Recall(2))
     shapes = linear_shapes(model)
     states = [Decoupled()]

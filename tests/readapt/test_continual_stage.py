@@ -1,4 +1,4 @@
-"""Stages of an adapter of a fleet: from the registry to the registry, judged on the way, and through an engine."""
+"""Stages of a fleet's adapter: from a registered parent through training and the gate to an engine."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,21 +34,21 @@ RECALL = recalling(PLAIN, Recall(150, rank=4, learning_rate=1e-2))
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A fleet with one specialist of three labels, and rows of two labels more."""
+    """Return a fleet with one specialist of three labels, and rows with two more labels."""
     folder = tmp_path_factory.mktemp("fleet")
     fleet = make_fleet(folder, names=("usual",))
     return fleet, registered(fleet), rows_of(folder / "more", "xy")
 
 
 def rows_of(folder: Path, letters: str) -> Path:
-    """A stage's folder: a label for each letter."""
+    """Write the rows of a stage, with one label for each letter."""
     rows = [Row(f"{number} {letter}:", f"n{letter.upper()}") for number in range(100, 160) for letter in letters]
     a, b = 40 * len(letters), 50 * len(letters)
     return write_task(folder, Task(rows[:a], rows[a:b], rows[b:]))
 
 
 def lenient(fleet: Fleet) -> Fleet:
-    """The fleet with a gate that forgives all forgetting."""
+    """Return the fleet with a gate that allows any drop."""
     return replace(fleet, readapt=replace(fleet.readapt, gate=replace(fleet.readapt.gate, max_drop_points=100.0)))
 
 
@@ -60,14 +60,14 @@ def letters_of(registry: Registry) -> Version:
     return next(v for v in registry.versions("usual") if v.details.get("stage") == "letters")
 
 
-def test_a_stage_becomes_a_candidate_with_lineage_and_its_state(world: World):
+def test_a_stage_becomes_a_candidate_with_its_parent_and_state(world: World):
     fleet, registry, more = world
     blobs = open_blobs(fleet)
     version = add_stage(fleet, registry, blobs, NextStage("usual", "letters", more), METHOD)
     assert version.status is Status.CANDIDATE
     assert version.parent_id == registry.find("usual", 1).id
     points, before = version.details["accuracy_by_stage"], version.details["parent_accuracy_by_stage"]
-    assert min(points["start"], points["letters"]) >= 90, "it has learned, and not forgotten"
+    assert min(points["start"], points["letters"]) >= 90, "it has learned the new labels and not forgotten the old ones"
     assert version.quality == (points["start"] + points["letters"]) / 2
     assert before["start"] >= 90
     assert before["letters"] == 0
@@ -82,7 +82,7 @@ def test_a_stage_becomes_a_candidate_with_lineage_and_its_state(world: World):
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_an_engine_serves_the_folded_stage_as_training_judged_it(world: World):
+def test_an_engine_serves_a_stage_with_the_accuracy_of_its_evaluation(world: World):
     fleet, registry, more = world
     version = letters_of(registry)
     engine = Engine.open(fleet.base("v1").path, ServingConfig(memory_bytes=4 << 20))
@@ -111,7 +111,7 @@ def test_a_rollout_moves_the_stage_to_live(world: World):
     assert registry.version(live.parent_id).status is Status.RETIRED
 
 
-def test_the_next_stage_goes_on_from_the_directions_of_the_last(world: World, tmp_path: Path):
+def test_the_next_stage_continues_from_the_directions_of_the_last(world: World, tmp_path: Path):
     fleet, registry, _ = world
     blobs = open_blobs(fleet)
     parent = letters_of(registry)
@@ -130,17 +130,17 @@ def test_the_next_stage_goes_on_from_the_directions_of_the_last(world: World, tm
 # The gate
 
 
-def test_who_has_forgotten_or_learned_nothing_does_not_pass():
+def test_the_gate_refuses_forgetting_and_learning_nothing():
     old = {"start": 95.0, "one": 80.0, "new": 0.0}
     assert setback(old, {"start": 90.0, "one": 85.0, "new": 0.1}, "new", 5.0) is None
     assert setback(old, {"start": 89.0, "one": 80.0, "new": 99.0}, "new", 5.0) == (
-        "stage 'start' fell from 95.0 to 89.0 points, more than 5"
+        "stage 'start' fell from 95.0 to 89.0 points, and may drop 5"
     )
     assert "'one' fell from 80.0 to 0.0" in str(setback(old, {"start": 95.0, "one": 0.0, "new": 9.0}, "new", 5.0))
     assert "'new' gained nothing" in str(setback(old, {"start": 95.0, "one": 80.0, "new": 0.0}, "new", 5.0))
 
 
-def test_a_stage_that_forgets_the_others_is_rejected_and_stays_behind(world: World, tmp_path: Path):
+def test_a_stage_that_forgets_earlier_ones_is_rejected_without_files(world: World, tmp_path: Path):
     fleet, registry, _ = world
     version = add_stage(
         fleet, registry, open_blobs(fleet), NextStage("usual", "pq", rows_of(tmp_path, "pq"), parent=1), PLAIN
@@ -151,51 +151,53 @@ def test_a_stage_that_forgets_the_others_is_rejected_and_stays_behind(world: Wor
     assert "'start' fell" in version.setback
     assert version.blob_key is None
     assert "state_key" not in version.details
-    with pytest.raises(NotFoundError, match="no files to go on from"):
+    with pytest.raises(NotFoundError, match="has no files, so it cannot be a parent"):
         add_stage(fleet, registry, open_blobs(fleet), NextStage("usual", "x", tmp_path, parent=version.number), PLAIN)
 
 
-# Methods in turn
+# Changing methods
 
 
-def test_recall_keeps_statistics_of_the_parents_rows_and_its_own(world: World):
+def test_recall_keeps_statistics_of_all_stages(world: World):
     fleet, registry, more = world
     version = add_stage(lenient(fleet), registry, open_blobs(fleet), NextStage("usual", "r", more, parent=1), RECALL)
     state = state_of(fleet, version)
     assert num_labels(state) == 5
     assert state.has_readout
     assert len(state.directions) == 2, "the old adapter and the readout"
-    assert version.details["accuracy_by_stage"]["r"] > 30, "the model's last layer is a poor feature"
+    assert version.details["accuracy_by_stage"]["r"] > 30, (
+        "the bound is low, because the last layer of this tiny model gives poor features"
+    )
 
 
 def num_labels(state: Decoupled) -> int:
     return int((state.classes["places"] == 0).sum()) if state.classes else 0
 
 
-def test_what_a_method_does_not_keep_up_is_made_anew(world: World, tmp_path: Path):
-    """Contrast, recall, contrast, recall: sketches and statistics are of all stages, or there are none."""
+def test_statistics_that_a_method_drops_are_computed_again(world: World, tmp_path: Path):
+    """Contrast, recall, contrast, recall: sketches and statistics cover all stages, or are empty."""
     fleet, registry, _ = world
     states, parent = [], 1
     for letters, way in zip(("x", "p", "s", "u"), (METHOD, RECALL, METHOD, RECALL), strict=True):
         data = rows_of(tmp_path / letters, letters)
-        version = learned_anyhow(fleet, registry, NextStage("usual", letters, data, parent=parent), way)
+        version = learned_despite_forgetting(fleet, registry, NextStage("usual", letters, data, parent=parent), way)
         states.append(state_of(fleet, version))
         parent = version.number
     assert [bool(state.inputs) for state in states] == [True, False, True, False]
     assert [num_labels(state) for state in states] == [0, 5, 0, 7]
     assert [state.has_readout for state in states] == [False, True, False, True]
-    assert len(states[3].directions) == 5, "the first readout has become a feature"
+    assert len(states[3].directions) == 5, "the first readout has become part of the features"
 
 
-def learned_anyhow(fleet: Fleet, registry: Registry, wanted: NextStage, method: Method) -> Version:
-    """The stage's version, whatever it has forgotten."""
+def learned_despite_forgetting(fleet: Fleet, registry: Registry, wanted: NextStage, method: Method) -> Version:
+    """Return the version of a stage, even if it has forgotten others."""
     version = add_stage(lenient(fleet), registry, open_blobs(fleet), wanted, method)
     assert version.status is Status.CANDIDATE, version.setback
     return version
 
 
-def test_a_version_carried_over_brings_its_stages_and_no_state(world: World, tmp_path: Path):
-    """As an upgrade leaves it: files and stages, whose labels and statistics are read from the rows."""
+def test_a_version_carried_over_has_stages_but_no_state(world: World, tmp_path: Path):
+    """An upgrade keeps files and stages. Labels and statistics come from the rows."""
     fleet, registry, _ = world
     parent = letters_of(registry)
     carried = registry.add_version(
@@ -211,16 +213,16 @@ def test_a_version_carried_over_brings_its_stages_and_no_state(world: World, tmp
         add_stage(
             fleet, registry, open_blobs(fleet), NextStage("usual", "letters", data, parent=carried.number), RECALL
         )
-    version = learned_anyhow(fleet, registry, NextStage("usual", "w", data, parent=carried.number), RECALL)
+    version = learned_despite_forgetting(fleet, registry, NextStage("usual", "w", data, parent=carried.number), RECALL)
     assert set(version.details["accuracy_by_stage"]) == {"start", "letters", "w"}
     assert num_labels(state_of(fleet, version)) == 6
 
 
-# What is refused
+# Refused requests
 
 
 def refused(world: World, error: type[Exception], match: str, wanted: NextStage, method: Method = METHOD) -> None:
-    """Before the base is loaded: the training side is never reached."""
+    """Check that a stage is refused before the base is loaded."""
     fleet, registry, _ = world
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_module, "load_base", lambda folder: pytest.fail("the base was loaded"))
@@ -228,17 +230,17 @@ def refused(world: World, error: type[Exception], match: str, wanted: NextStage,
             add_stage(fleet, registry, open_blobs(fleet), wanted, method)
 
 
-def test_what_cannot_be_a_stage_is_told(world: World, tmp_path: Path):
+def test_impossible_stages_are_refused(world: World, tmp_path: Path):
     _, registry, more = world
     start = Path(registry.adapter("usual").data)
-    refused(world, InvalidDataError, "no label is new", NextStage("usual", "again", start))
+    refused(world, InvalidDataError, "already knows every label", NextStage("usual", "again", start))
     refused(world, ConflictError, "stage 'start'", NextStage("usual", "start", more, parent=1))
     refused(world, NotFoundError, "no version usual@99", NextStage("usual", "x", more, parent=99))
     refused(world, NotFoundError, "no live version", NextStage("unknown", "x", more))
     refused(world, InvalidDataError, "cannot be read", NextStage("usual", "x", tmp_path))
 
 
-def test_ranks_that_fit_nothing_are_told(world: World):
+def test_ranks_that_do_not_fit_are_refused(world: World):
     more = world[2]
     refused(world, InvalidAdapterError, "serving.max_rank", NextStage("usual", "x", more, parent=1, rank=4096))
     wanted = NextStage("usual", "x", more, parent=1)
@@ -247,16 +249,16 @@ def test_ranks_that_fit_nothing_are_told(world: World):
         refused(world, InvalidAdapterError, "rank 500 does not fit", wanted, method)
 
 
-def test_the_rows_of_every_stage_are_needed_to_judge(world: World, tmp_path: Path):
+def test_missing_rows_of_an_earlier_stage_are_refused(world: World, tmp_path: Path):
     fleet, registry, _ = world
     gone = rows_of(tmp_path / "gone", "g")
-    version = learned_anyhow(fleet, registry, NextStage("usual", "gone", gone, parent=1), METHOD)
+    version = learned_despite_forgetting(fleet, registry, NextStage("usual", "gone", gone, parent=1), METHOD)
     (gone / "valid.jsonl").unlink()
     data = rows_of(tmp_path / "then", "t")
     refused(world, InvalidDataError, "gone/valid.jsonl", NextStage("usual", "then", data, parent=version.number))
 
 
-def test_an_adapter_that_adds_nothing_is_told(world: World, tmp_path: Path):
+def test_an_adapter_that_adds_nothing_is_refused(world: World, tmp_path: Path):
     fleet, registry, more = world
     save_adapter(blank(linear_shapes(load_base(fleet.base("v1").path)), 4, 4.0), tmp_path / "zero")
     key = open_blobs(fleet).put_folder(tmp_path / "zero")
@@ -268,14 +270,14 @@ def test_an_adapter_that_adds_nothing_is_told(world: World, tmp_path: Path):
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """The exit code of the command."""
+    """Run the command and return its exit code."""
     monkeypatch.setattr("sys.argv", ["relora", "continual", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         relora.main()
     return end.value.code
 
 
-def test_the_command_tells_candidates_from_rejected(
+def test_the_command_reports_candidates_and_rejections(
     world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ):
     fleet, registry, _ = world
@@ -293,7 +295,7 @@ def test_the_command_tells_candidates_from_rejected(
     assert "relora rollout" not in out
 
 
-def test_the_command_refuses_a_rate_that_is_none(
+def test_the_command_refuses_a_negative_learning_rate(
     world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     fleet, _, more = world
@@ -302,7 +304,7 @@ def test_the_command_refuses_a_rate_that_is_none(
     assert "--learning-rate" in capfd.readouterr().err
 
 
-def test_the_commands_numbers_reach_every_method():
+def test_every_method_gets_the_numbers_of_the_command():
     method = method_of("recall", steps=7, learning_rate=0.5, rank=3)
     assert method.recall == Recall(7, rank=3, learning_rate=0.5)
     assert method_of("recall", 7, 0.5).recall == Recall(7, learning_rate=0.5)

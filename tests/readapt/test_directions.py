@@ -1,4 +1,4 @@
-"""Decoupled directions against the matrices that they stand for."""
+"""Directions compared with the full matrices that they stand for."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from cluster.errors import InvalidAdapterError
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import (
     Decoupled,
-    Decoupling,
+    DirectionSettings,
     DirectionWeights,
     decouple,
     distil,
@@ -31,7 +31,7 @@ def model() -> Two:
     return Two()
 
 
-def test_norms_and_inner_products_are_those_of_the_full_matrices():
+def test_norms_and_inner_products_equal_those_of_the_full_matrices():
     left, right = random_factors(7, 5, 3, 0.7, seed=1), random_factors(7, 5, 2, -1.3, seed=2)
     expected = (left.delta().double() * right.delta().double()).sum()
     torch.testing.assert_close(inner(left, right).double(), expected, rtol=1e-5, atol=1e-5)
@@ -39,7 +39,7 @@ def test_norms_and_inner_products_are_those_of_the_full_matrices():
     torch.testing.assert_close(norm_of(left, "factors"), 0.7 * left.a_RD.norm() * left.b_FR.norm())
 
 
-def test_an_ordinary_adapter_comes_apart_and_folds_back():
+def test_an_ordinary_adapter_is_decoupled_and_folded_back():
     adapter = an_adapter(seed=3, scaling=-0.4)
     state = decouple(adapter)
     assert sum(float(inner(f, f)) for f in state.directions[0].factors.values()) == pytest.approx(2.0)
@@ -57,7 +57,7 @@ def test_dora_is_refused():
         decouple(Adapter({"one": LoraFactors(factors.a_RD, factors.b_FR, 1.0, torch.ones(7))}))
 
 
-def test_folding_is_the_weighted_sum_and_a_cut_the_best_approximation():
+def test_folding_is_the_weighted_sum_and_truncation_the_best_approximation():
     state = a_state()
     expected = {name: torch.zeros(SHAPES[name], dtype=torch.float64) for name in SHAPES}
     for direction, magnitude in zip(state.directions, state.magnitudes, strict=True):
@@ -65,17 +65,19 @@ def test_folding_is_the_weighted_sum_and_a_cut_the_best_approximation():
             expected[name] += magnitude * delta
     for name, delta in deltas(fold(state)).items():
         torch.testing.assert_close(delta, expected[name], rtol=1e-5, atol=1e-6)
-    cut = fold(state, rank=2)
-    assert cut.max_rank == 2
-    for name, delta in deltas(cut).items():
+    truncated = fold(state, rank=2)
+    assert truncated.max_rank == 2
+    for name, delta in deltas(truncated).items():
         u, s, v = torch.linalg.svd(expected[name])
         torch.testing.assert_close(delta, (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [Decoupling(), Decoupling("factors"), Decoupling("factors", is_fresh_unit=False)])
-def test_the_model_computes_what_the_exported_state_and_its_fold_say(model: Two, config: Decoupling):
+@pytest.mark.parametrize(
+    "settings", [DirectionSettings(), DirectionSettings("factors"), DirectionSettings("factors", is_fresh_unit=False)]
+)
+def test_the_exported_state_and_its_fold_compute_the_same(model: Two, settings: DirectionSettings):
     fresh = an_adapter(21, rank=2)
-    weights = DirectionWeights(model, a_state(), fresh, 0.8, config)
+    weights = DirectionWeights(model, a_state(), fresh, 0.8, settings)
     x = torch.randn(4, 5)
     expected = model(x)
     state = weights.export()
@@ -94,7 +96,7 @@ def test_only_the_fresh_direction_and_all_magnitudes_are_trained(model: Two):
     state = a_state()
     before = [deltas(direction) for direction in state.directions]
     weights = DirectionWeights(model, state, blank(SHAPES, 2, 2.0, seed=0))
-    optimizer = torch.optim.SGD(weights.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD([*weights.factors(), weights.magnitudes_A], lr=0.5)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(8, 5)).square().sum().backward()
@@ -108,10 +110,10 @@ def test_only_the_fresh_direction_and_all_magnitudes_are_trained(model: Two):
     assert sum(squares) / len(squares) == pytest.approx(1.0, rel=1e-4)
 
 
-def test_the_gradient_is_that_of_the_papers_formula(model: Two):
-    """Against a float64 reference that forms the matrices and takes the norm of the product."""
+def test_the_gradient_matches_the_formula_of_the_paper(model: Two):
+    """Compares with a float64 reference that forms the matrices and takes the norm of their product."""
     fresh = an_adapter(21, rank=2, modules=("one",), scaling=1.0)
-    weights = DirectionWeights(model, Decoupled(), fresh, 0.8, Decoupling(floor=1e-6))
+    weights = DirectionWeights(model, Decoupled(), fresh, 0.8, DirectionSettings(floor=1e-6))
     x = torch.randn(4, 5)
     weights_loss = model(x).square().sum()
     weights_loss.backward()
@@ -125,7 +127,7 @@ def test_the_gradient_is_that_of_the_papers_formula(model: Two):
         torch.testing.assert_close(parameter.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_distillation_drops_a_combination_and_keeps_what_is_new():
+def test_distillation_drops_a_combination_and_keeps_a_new_direction():
     first, second, third = an_adapter(1), an_adapter(5), an_adapter(9)
     parts = [decouple(adapter) for adapter in (first, second)]
     old = Decoupled(tuple(p.directions[0] for p in parts), (2.0, 3.0))
@@ -140,25 +142,25 @@ def test_distillation_drops_a_combination_and_keeps_what_is_new():
     assert len(distil(new, max_residual=1.0).directions) == 2
 
 
-def test_distillation_can_keep_what_the_older_directions_lack_at_a_lower_rank():
+def test_distillation_can_keep_the_residual_at_a_lower_rank():
     parts = [decouple(an_adapter(seed)) for seed in (1, 5)]
     state = Decoupled(tuple(part.directions[0] for part in parts), (2.0, 3.0))
     whole = distil(state, max_residual=0.1, rest_rank=6)
     for name, delta in deltas(fold(whole)).items():
         torch.testing.assert_close(delta, deltas(fold(state))[name], rtol=1e-4, atol=1e-5)
-    assert abs(float(gram(whole.directions)[0, 1])) < 1e-4, "nothing that the first could do is left in the second"
+    assert abs(float(gram(whole.directions)[0, 1])) < 1e-4, "the second direction is orthogonal to the first"
     cut = distil(state, max_residual=0.1, rest_rank=1)
     assert [direction.max_rank for direction in cut.directions] == [state.directions[0].max_rank, 1]
     assert cut.num_parameters < state.num_parameters
 
 
-def test_the_gram_matrix_is_symmetric_with_squared_norms_on_its_diagonal():
-    gram_NN = gram(a_state().directions)
-    torch.testing.assert_close(gram_NN, gram_NN.T)
-    assert gram_NN[0, 0] == pytest.approx(2.0, rel=1e-5)
+def test_the_gram_matrix_is_symmetric_and_has_squared_norms_on_its_diagonal():
+    gram_AA = gram(a_state().directions)
+    torch.testing.assert_close(gram_AA, gram_AA.T)
+    assert gram_AA[0, 0] == pytest.approx(2.0, rel=1e-5)
 
 
-def test_directions_survive_the_disk(tmp_path: Path):
+def test_directions_are_saved_and_loaded(tmp_path: Path):
     state = replace(a_state(), inputs={"one": torch.randn(3, 5)})
     save_directions(state, tmp_path)
     loaded = load_directions(tmp_path)

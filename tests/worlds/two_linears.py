@@ -1,4 +1,4 @@
-"""A model of two linears, adapters for it and a decoupled state: for tests of directions."""
+"""A model of two linears, with adapters and directions for it."""
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class Two(nn.Module):
 
 
 def a_state() -> Decoupled:
-    """Three directions of different ranks, of which one lacks a module."""
+    """Return three directions of different ranks. One of them lacks a module."""
     adapters = [an_adapter(1, rank=2), an_adapter(5, rank=1, modules=("two",)), an_adapter(9, rank=3)]
     parts = [decouple(adapter) for adapter in adapters]
     return Decoupled(tuple(p.directions[0] for p in parts), (1.5, -0.5, 0.25))
