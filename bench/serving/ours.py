@@ -1,4 +1,4 @@
-"""Our engine as the serving benchmark runs it: in this process, with all adapters on the host unless said otherwise."""
+"""Our engine as the serving benchmark runs it: in this process, and by default with all adapters on the host."""
 
 import asyncio
 import hashlib
@@ -20,15 +20,15 @@ from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, Request, SamplingParams
 
 PAGE_TOKENS = 16
-RETRY_S = 0.01  # a client that was refused because adapters in use fill the host waits this long
+RETRY_S = 0.01  # the pause of a client refused because adapters in use fill the host
 
 
 def config(
     world: World, memory_bytes: int = 512 * MIB, host_cache_bytes: int = 256 * GIB, max_batch_tokens: int = 512
 ) -> ServingConfig:
-    """The benchmark's settings: batches of 32 as the rivals have them, room for all that wait, no cached prefixes.
+    """Return the benchmark's settings: batches of 32 like the rivals', a long queue, and no prefix cache.
 
-    Unless said otherwise the host has room for whatever is put there.
+    By default the host has room for all adapters.
     """
     return ServingConfig(
         device=world.device,
@@ -46,17 +46,17 @@ def config(
 
 
 def key_of(number: int) -> str:
-    """What stands for the content hash of an adapter."""
+    """Return a stand-in for an adapter's content hash."""
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
 def ref_of(number: int) -> AdapterRef:
-    """How requests name an adapter."""
+    """Return the reference by which requests name an adapter."""
     return AdapterRef(key_of(number), f"adapter-{number}", 1, "")
 
 
 class Ours:
-    """An engine with the first `num_adapters` adapters of a world on the host, those of one folder sharing memory."""
+    """An engine with the first `num_adapters` adapters on the host. Adapters of one folder share memory."""
 
     def __init__(self, world: World, num_adapters: int, settings: ServingConfig | None = None):
         self.engine = MeasuredEngine.open(world.model, settings or config(world))
@@ -68,7 +68,7 @@ class Ours:
     def replay(
         self, asks: Sequence[Ask], after_step: Callable[[MeasuredEngine], None] = lambda _: None
     ) -> list[Answer]:
-        """Submit each request when its time has come, and step until all are answered."""
+        """Submit each request at its arrival time, and step until all are answered."""
         waiting = [(ask.arrival_s, self._request(ask)) for ask in asks]
         seen = {request.id: _Seen() for _, request in waiting}
         waiting.reverse()
@@ -102,7 +102,7 @@ class Ours:
 
 
 def request_of(request_id: str, ask: Ask) -> Request:
-    """The engine's request."""
+    """Return an ask as the engine's request."""
     sampling = SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True)
     return Request(request_id, ask.prompt, sampling, None if ask.adapter is None else ref_of(ask.adapter))
 
@@ -122,7 +122,7 @@ class _Seen:
 
 @contextmanager
 def running(world: World, settings: ServingConfig, packed: Path | None) -> Iterator[EngineLoop]:
-    """The engine on its own thread, with its loader threads, as a replica runs it."""
+    """Run the engine on its own thread with loader threads, as a replica does."""
     loop = EngineLoop(Engine.open(world.model, settings), packed_dir=packed)
     loop.start()
     try:
@@ -132,12 +132,12 @@ def running(world: World, settings: ServingConfig, packed: Path | None) -> Itera
 
 
 def replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> list[Answer]:
-    """Clients that come when their time has come, to whatever the engine has or has not of their adapters."""
+    """Replay the requests with one client each, who arrives on time and makes the engine load its adapter."""
     return asyncio.run(_replay_live(loop, world, asks))
 
 
 def visit_all(loop: EngineLoop, world: World) -> None:
-    """Ask for every adapter once, one after the other, so that each is wherever there is room for it."""
+    """Ask for every adapter once, one after the other, so that each is loaded and written to disk."""
     for number in range(len(world.adapters)):
         replay_live(loop, world, [Ask(0.0, number, (FIRST_TOKEN_ID,), 1)])
 
@@ -152,7 +152,7 @@ async def _replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> l
 
 
 async def _client(loop: EngineLoop, world: World, ask: Ask, request_id: str, start_s: float) -> Answer:
-    """One client's answer. A refused client tries again, and its waiting counts: a slow machine is no error."""
+    """Return one client's answer. A refused client tries again, and its latency includes that wait."""
     while True:
         try:
             return await _answer(loop, world, ask, request_id, start_s)

@@ -1,10 +1,10 @@
-"""The engine's own time: milliseconds that a step takes beside the model's forward, while many sequences decode.
+"""Measures the engine's own time: milliseconds of a step outside the model's forward, while many sequences decode.
 
     relora bench overhead --base DIR [--sequences 64 --sequences 1024] [--adapters 32] [--device cuda] [--out FILE.json]
 
-Everything of `Engine.step` but `CausalLM.forward` is counted: scheduling, the batch's tensors, sampling (greedy, over
-the model's vocabulary), text for a stream, the books. Prefix caching is on; requests of the base and of all adapters
-are mixed; each that ends is followed by another at once, so some steps also admit and prefill.
+This is all of `Engine.step` except `CausalLM.forward`: scheduling, building the batch's tensors, greedy sampling over
+the vocabulary, detokenizing and bookkeeping. Prefix caching is on. Requests for the base and for all adapters are
+mixed. A new request follows each one that ends, so some steps also admit and prefill.
 """
 
 import random
@@ -29,13 +29,13 @@ from serving.model.weights import load_model
 
 PROMPT_TOKENS, OUTPUT_TOKENS = (8, 64), (32, 160)
 _RANKS = (8, 16)
-_PREFILL_TOKENS = 2048  # a step's budget beside its decodes
+_PREFILL_TOKENS = 2048  # tokens of a step in addition to its decodes
 
 
 def run(
     base: Path, counts: Sequence[int], *, num_adapters: int = 32, num_steps: int = 200, device: str = "cpu"
 ) -> list[dict[str, float]]:
-    """Median and 90th percentile of a step's milliseconds beside the forward, by numbers of running sequences."""
+    """Return median and 90th percentile of a step's overhead in milliseconds, for each number of running sequences."""
     figures = []
     for count in counts:
         steps_ms = sorted(overheads_ms(base, count, num_adapters, num_steps, device))
@@ -45,18 +45,18 @@ def run(
 
 
 def overheads_ms(base: Path, num_sequences: int, num_adapters: int, num_steps: int, device: str) -> list[float]:
-    """Milliseconds beside the forward of each step of the steady state; a quarter as many steps warm it up."""
-    world = _World(base, num_sequences, num_adapters, device)
-    while not world.is_full:
-        world.step()
+    """Return the overhead in milliseconds of `num_steps` steps, after a warm-up of a quarter as many."""
+    traffic = _SteadyTraffic(base, num_sequences, num_adapters, device)
+    while not traffic.is_full:
+        traffic.step()
     settle_heap()
     for _ in range(num_steps // 4):
-        world.step()
-    return [world.step() for _ in range(num_steps)]
+        traffic.step()
+    return [traffic.step() for _ in range(num_steps)]
 
 
 class _TimedModel(CausalLM):
-    """The same model with a stopwatch on its forward."""
+    """A model that measures the time of its forward."""
 
     def __init__(self, model: CausalLM):
         vars(self).update(vars(model))
@@ -66,13 +66,13 @@ class _TimedModel(CausalLM):
         started_at = time.perf_counter()
         logits_OV = super().forward(batch, arena, page_tokens)
         if arena.is_cuda:
-            torch.cuda.synchronize(arena.device)  # or whoever reads the logits would pay for the forward
+            torch.cuda.synchronize(arena.device)  # else reading the logits would include the forward's time
         self.forward_s += time.perf_counter() - started_at
         return logits_OV
 
 
-class _World:
-    """An engine with as many requests as are to run at once, and their successors. `is_full`: nobody had to wait."""
+class _SteadyTraffic:
+    """An engine under steady traffic of `num_sequences` requests. `is_full` means that all of them run."""
 
     def __init__(self, base: Path, num_sequences: int, num_adapters: int, device: str):
         self._draw = random.Random(0)
@@ -87,10 +87,10 @@ class _World:
         self._num_submitted = 0
         self.is_full = False
         for _ in range(num_sequences):
-            self._submit(self._draw.randint(1, OUTPUT_TOKENS[1]))  # as of sequences that are at any point of their life
+            self._submit(self._draw.randint(1, OUTPUT_TOKENS[1]))  # as if each had been running for a random time
 
     def step(self) -> float:
-        """One step; milliseconds beside the forward."""
+        """Run one step and return its overhead in milliseconds."""
         before_s, started_at = self._model.forward_s, time.perf_counter()
         events = self.engine.step()
         seconds = time.perf_counter() - started_at - (self._model.forward_s - before_s)
@@ -110,7 +110,7 @@ class _World:
 
 
 def _config(model: CausalLM, num_sequences: int, device: str) -> ServingConfig:
-    """Memory for all at their longest and all adapters beside them, so that nobody is preempted."""
+    """Return settings with memory for all sequences at their longest and all adapters, so that none is preempted."""
     token_bytes = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 4
     settings = {
         "device": device,
@@ -123,7 +123,7 @@ def _config(model: CausalLM, num_sequences: int, device: str) -> ServingConfig:
 
 
 def _adapter(model: CausalLM, rank: int, seed: int) -> Adapter:
-    """Random factors for all linears, small enough that the logits stay finite."""
+    """Return random factors for all linears, small enough that the logits stay finite."""
     draw = torch.Generator().manual_seed(seed)
     return Adapter(
         {

@@ -1,8 +1,8 @@
-"""What `relora bench serving` measures, one function a part; each returns what its part of the JSON file holds.
+"""The parts of `relora bench serving`: each function measures one, and returns its part of the JSON file.
 
-Throughput is generated tokens a second from the first arrival to the last token. Where engines are compared they answer
-the same requests in turn, round by round, and the median round counts; rivals in processes of their own (vLLM,
-llama.cpp) have all their rounds just before ours.
+Throughput is generated tokens per second from the first arrival to the last token. Compared engines answer the same
+requests in turn, round by round, and the median round counts. Rivals in their own processes (vLLM, llama.cpp) run all
+their rounds just before ours.
 """
 
 import random
@@ -24,13 +24,13 @@ from bench.serving.world import ATTENTION, LINEARS, World, copy_model, make_worl
 
 Replay = Callable[[Sequence[Ask]], list[Answer]]
 S1, S2 = (8,), (64, 32, 16, 8)  # S-LoRA's settings for its 7B model
-SLO_S = 6.0  # S-LoRA's for the first token
+SLO_S = 6.0  # S-LoRA's limit for the first token
 MIXED = 32  # rows, and distinct adapters among them
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the parts find what they need: the kit, a folder for what is made, what is served and how much."""
+    """What the parts need: the kit, a work folder, what is served and how much."""
 
     kit: Path
     work: Path
@@ -38,7 +38,7 @@ class Bench:
     size: Size
 
     def world(self, num_adapters: int, ranks: tuple[int, ...] = S1, modules: tuple[str, ...] = LINEARS) -> World:
-        """Adapters on the model; both are made where a former run has not."""
+        """Return the model with adapters. They are made unless an earlier run has made them."""
         shape, device = self.subject.shape, self.subject.device
         base = self.work / self.subject.folder
         if not base.exists():
@@ -49,16 +49,16 @@ class Bench:
         return make_world(base, num_adapters, ranks, modules, shape.num_files, device)
 
     def ours(self, world: World, num_adapters: int, max_batch_tokens: int = 512) -> Ours:
-        """Our engine with the shape's memory."""
+        """Return our engine with the shape's memory."""
         return Ours(
             world, num_adapters, config(world, self.subject.shape.memory_bytes, max_batch_tokens=max_batch_tokens)
         )
 
 
 def summary(asks: Sequence[Ask], answers: Sequence[Answer]) -> dict[str, float]:
-    """Figures of one replay; those of first tokens only where the engine tells when they came."""
+    """Return the figures of one replay. Figures of first tokens are missing if the engine does not report them."""
     tokens = sum(len(answer.tokens) for answer in answers)
-    assert tokens == sum(ask.max_tokens for ask in asks), "an engine has not generated what was asked for"
+    assert tokens == sum(ask.max_tokens for ask in asks), "an engine has not generated all tokens asked for"
     seconds = max(answer.end_s for answer in answers) - asks[0].arrival_s
     latencies = [answer.end_s - ask.arrival_s for ask, answer in zip(asks, answers, strict=True)]
     found = {
@@ -77,12 +77,12 @@ def summary(asks: Sequence[Ask], answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def first_tokens_s(asks: Sequence[Ask], answers: Sequence[Answer]) -> list[float]:
-    """Seconds from arrival to first token, of those answers that tell when it came."""
+    """Return the seconds from arrival to first token of all answers that know it."""
     return [a.first_s - ask.arrival_s for ask, a in zip(asks, answers, strict=True) if a.first_s is not None]
 
 
 def compare(replays: dict[str, Replay], asks: Sequence[Ask], rounds: int) -> dict[str, dict[str, Any]]:
-    """Each engine's median round (by throughput), and how many of its answers are those of the first engine."""
+    """Return each engine's median round by throughput, and how many of its answers equal the first engine's."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in replays}
     expected: list[Answer] = []
     for _ in range(rounds):
@@ -95,9 +95,9 @@ def compare(replays: dict[str, Replay], asks: Sequence[Ask], rounds: int) -> dic
 
 
 def adapters(bench: Bench) -> dict[str, Any]:
-    """S-LoRA's synthetic workload S1 at growing numbers of adapters, more requests than it bears.
+    """Measure S-LoRA's synthetic workload S1 at growing numbers of adapters, with more requests than it can serve.
 
-    One engine has all adapters on the host; the requests at a number of them are for the first so many.
+    One engine has all adapters on the host. At a count of n, requests are for the first n adapters.
     """
     size = bench.size
     world = bench.world(max(size.counts), S1, ATTENTION)
@@ -119,7 +119,7 @@ def adapters(bench: Bench) -> dict[str, Any]:
 
 
 def mixed(bench: Bench) -> dict[str, Any]:
-    """A batch whose rows all have adapters of their own, on all linears; the bare base beside it."""
+    """Measure a batch whose rows all have different adapters on all linears, and the base alone beside it."""
     world, size = bench.world(MIXED), bench.size
     engine, peft = bench.ours(world, MIXED), Peft(world, MIXED)
     asks = mixed_asks(world, size)
@@ -133,22 +133,22 @@ def mixed(bench: Bench) -> dict[str, Any]:
 
 
 def mixed_asks(world: World, size: Size) -> list[Ask]:
-    """One request for each of the first adapters, all at once."""
+    """Return one request for each of the first adapters, all at once."""
     return batch(range(MIXED), 32, size.decode_tokens, world.vocab_size)
 
 
 def decode(bench: Bench) -> dict[str, dict[str, Any]]:
-    """Tokens a second of pure decoding, and the tokens, by rows at once, all with one adapter; prompts of 32 tokens."""
+    """Measure pure decoding with one adapter and prompts of 32 tokens, for each number of rows at once."""
     world, size = bench.world(1), bench.size
     engine = bench.ours(world, 1, 32 * max(size.batches))
     return {str(rows): _decode_run(engine, rows, world.vocab_size, size) for rows in size.batches}
 
 
 def cold(bench: Bench) -> dict[str, Any]:
-    """Many adapters under Zipf's law: all resident, against room for few of them in the arena and on the host.
+    """Measure many adapters under Zipf's law: all resident, against room for few of them in arena and host.
 
-    The same requests in turn, at half of what the resident engine bears; percentiles are of all rounds together. Cold
-    adapters come from the packed files on the disk, which a first visit to each has written.
+    Both engines get the same requests in turn, at half the rate that the resident engine can serve. Percentiles are
+    over all rounds. Cold adapters come from the disk tier, to which a first visit has written them.
     """
     size, shape = bench.size, bench.subject.shape
     world = bench.world(size.zipf_adapters, S1, shape.many)
@@ -156,10 +156,10 @@ def cold(bench: Bench) -> dict[str, Any]:
     few_bytes = int(world.adapter_bytes * size.zipf_adapters * size.cold_share)
     resident = config(world, all_bytes, all_bytes)
     small = config(world, few_bytes + shape.kv_bytes, few_bytes)
-    packed = bench.work / "packed"
+    packed_dir = bench.work / "packed"
     firsts: dict[str, list[float]] = {"resident": [], "cold": []}
     rounds = []
-    with running(world, resident, packed) as warm, running(world, small, packed) as tight:
+    with running(world, resident, packed_dir) as warm, running(world, small, packed_dir) as tight:
         for loop in (warm, tight):
             visit_all(loop, world)
         crowd = zipf(size.zipf_adapters, size.zipf_requests // 4, size.rate, size.lengths, world.vocab_size)
@@ -183,7 +183,7 @@ def cold(bench: Bench) -> dict[str, Any]:
 
 
 def trace(bench: Bench) -> dict[str, Any]:
-    """The production trace at growing load: Azure's arrivals and (shrunk) lengths, Alibaba's use of adapters."""
+    """Measure the production trace at growing load: Azure's arrivals and shrunk lengths, Alibaba's adapter uses."""
     size, shape = bench.size, bench.subject.shape
     num_adapters = min(874, max(size.counts))
     world = bench.world(num_adapters, S1, shape.many)
@@ -203,7 +203,7 @@ def trace(bench: Bench) -> dict[str, Any]:
 
 
 def waste(bench: Bench) -> dict[str, Any]:
-    """The part of the arena's pages in use that holds nothing, over all steps of S-LoRA's workload S2."""
+    """Measure the empty share of the arena's pages in use, over all steps of S-LoRA's workload S2."""
     size = bench.size
     count = min(100, max(size.counts))
     world = bench.world(count, S2, ATTENTION)
@@ -220,22 +220,22 @@ def waste(bench: Bench) -> dict[str, Any]:
 
 
 def overhead(bench: Bench) -> dict[str, float]:
-    """Milliseconds of a step beside the forward, by running sequences; always of the kit's smallest model."""
+    """Measure a step's overhead in milliseconds by running sequences, always with the kit's smallest model."""
     model, device = bench.kit / "models" / "stories260k", bench.subject.device
     return {str(count): median(overheads_ms(model, count, 32, 200, device)) for count in bench.size.running}
 
 
 def prompts(rows: int, tokens: int, vocab_size: int) -> list[tuple[int, ...]]:
-    """The prompts of the decoding parts, the same for every engine."""
+    """Return the prompts of the decoding parts, the same for every engine."""
     draw = random.Random(0)
     return [tuple(draw.choices(range(3, vocab_size), k=tokens)) for _ in range(rows)]
 
 
 def _decode_run(engine: Ours, rows: int, vocab_size: int, size: Size) -> dict[str, Any]:
-    """The rate after the step that ends all prompts."""
+    """Measure the decode rate, from the step that ends all prompts."""
     asks = [Ask(0.0, 0, prompt, size.decode_tokens) for prompt in prompts(rows, 32, vocab_size)]
     rates = []
-    for _ in range(size.rounds + 1):  # the first brings the adapter into the arena
+    for _ in range(size.rounds + 1):  # the first one copies the adapter into the arena
         answers = engine.replay(asks)
         first_s = max(answer.first_s or 0.0 for answer in answers)
         rates.append(rows * (size.decode_tokens - 1) / (max(answer.end_s for answer in answers) - first_s))

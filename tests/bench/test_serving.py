@@ -1,4 +1,4 @@
-"""The serving benchmark: its workloads, that all engines do the same work, its figures, and (with a kit) all of it."""
+"""The serving benchmark: workloads, equal work for all engines, figures, and with a kit the whole benchmark."""
 
 import json
 from dataclasses import replace
@@ -83,17 +83,17 @@ def test_trace_is_scaled_to_rate_and_model():
     assert {ask.adapter for ask in asks} <= {0, 1}
 
 
-def test_ours_and_peft_give_the_same_answers(world: World):
+def test_our_engine_and_peft_give_the_same_answers(world: World):
     ours, peft = Ours(world, 6, small(world)), Peft(world, 6)
     asks = [*slora(6, 200, 0.1, LENGTHS, world.vocab_size), Ask(0.1, None, (5, 6, 7), 4)]
     found = compare({"ours": ours.replay, "mixed": peft.replay_mixed, "one": peft.replay_by_adapter}, asks, 1)
     assert [run["same_answers"] for run in found.values()] == [1.0, 1.0, 1.0]
     assert found["ours"]["first_token_p50_s"] > 0
     alone = {answer.tokens for answer in ours.replay(batch(range(6), 5, 6, world.vocab_size))}
-    assert len(alone) > 1, "the adapters change nothing"
+    assert len(alone) > 1, "the adapters change no answer"
 
 
-def test_live_clients_get_what_replayed_ones_get_and_packed_files_serve_a_tight_engine(world: World, tmp_path: Path):
+def test_live_clients_and_replayed_requests_get_the_same_answers(world: World, tmp_path: Path):
     asks = zipf(6, 20, 400.0, LENGTHS, world.vocab_size)
     with running(world, small(world), tmp_path) as loop:
         visit_all(loop, world)
@@ -101,8 +101,8 @@ def test_live_clients_get_what_replayed_ones_get_and_packed_files_serve_a_tight_
     assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, small(world)).replay(asks)]
 
 
-def test_a_client_that_finds_the_host_full_tries_again(world: World, tmp_path: Path):
-    """One adapter's worth of host memory, six adapters asked for at once: five clients are refused at first."""
+def test_clients_refused_by_a_full_host_try_again(world: World, tmp_path: Path):
+    """The host has room for one adapter and six are asked for at once, so five clients are refused at first."""
     asks = [Ask(0.0, number, (5, 6, 7), 8) for number in range(6)]
     one_adapter = replace(small(world), host_cache_bytes=3 * world.adapter_bytes // 2)
     with running(world, one_adapter, tmp_path) as loop:
@@ -110,7 +110,7 @@ def test_a_client_that_finds_the_host_full_tries_again(world: World, tmp_path: P
     assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, small(world)).replay(asks)]
 
 
-def test_summary_refuses_an_engine_that_did_less():
+def test_summary_refuses_an_engine_that_generated_too_little():
     asks = [Ask(0.5, None, (1,), 3)]
     done = summary(asks, [Answer(1.0, 2.0, (7, 8, 9))])
     assert (done["tokens_per_s"], done["latency_mean_s"], done["first_token_p50_s"]) == (2.0, 1.5, 0.5)
@@ -118,7 +118,7 @@ def test_summary_refuses_an_engine_that_did_less():
         summary(asks, [Answer(1.0, 2.0, (7,))])
 
 
-def test_missing_rivals_leave_null():
+def test_figures_of_missing_rivals_are_null():
     rate = {"tokens_per_s": 6.0}
     report = {
         "adapters": {
@@ -142,7 +142,7 @@ def test_missing_rivals_leave_null():
     assert found["decode_vs_llamacpp_single"] == 1.25
 
 
-def test_a_rival_that_comes_later_gets_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_rival_added_later_gets_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rate, runs = {"tokens_per_s": 6.0}, iter([None, {"ours": {"tokens_per_s": 6.0}, "vllm": {"tokens_per_s": 2.0}}])
     found = {
         "adapters": {"1": {"ours": rate}, "2": {"ours": rate, "same requests": PAIR}, "4": {"ours": rate}},
@@ -164,7 +164,7 @@ def test_a_rival_that_comes_later_gets_its_figure(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_random_shape_is_measured_by_the_same_parts(tmp_path: Path, dtype: Dtype):
+def test_a_random_model_is_measured_by_the_same_parts(tmp_path: Path, dtype: Dtype):
     out, console = tmp_path / "tiny.json", Console(quiet=True)
     parts = ("mixed", "adapters", "decode", "cold", "waste")
     subject = Subject(TINY, dtype=dtype)
@@ -181,15 +181,17 @@ def test_a_random_shape_is_measured_by_the_same_parts(tmp_path: Path, dtype: Dty
     made = tmp_path / "tiny.work" / subject.folder
     assert World(made, ()).dtype == dtype
     assert len(list((made.parent / f"{made.name}-rank-8-on-4-modules").iterdir())) == 3
-    if dtype == "float32":  # rounding to bfloat16 may turn a greedy choice
+    if dtype == "float32":  # rounding to bfloat16 may change a greedy choice
         assert report["mixed"]["peft mixed"]["same_answers"] == 1.0
     wider = replace(TINY, sizes={**TINY.sizes, "vocab_size": 72})
     found = run(tmp_path, out, Subject(wider, dtype=dtype), Rivals(), is_quick=True, only=["waste"], console=console)
-    assert "mixed" not in found, "the figures of another shape are not taken over"
-    assert World(made.with_name(Subject(wider, dtype=dtype).folder), ()).vocab_size == 72, "nor is its model"
+    assert "mixed" not in found, "figures of another shape are not reused"
+    assert World(made.with_name(Subject(wider, dtype=dtype).folder), ()).vocab_size == 72, (
+        "its model is not reused either"
+    )
 
 
-def test_adapters_that_share_files_are_each_their_own_to_the_engine(tmp_path: Path):
+def test_adapters_that_share_files_are_separate_in_the_engine(tmp_path: Path):
     write_random_model(TINY.sizes, tmp_path / "tiny", "float32", "cpu")
     world = make_world(tmp_path / "tiny", 5, num_files=2)
     assert [folder.name for folder in world.adapters] == ["00000", "00001", "00000", "00001", "00000"]
@@ -199,13 +201,13 @@ def test_adapters_that_share_files_are_each_their_own_to_the_engine(tmp_path: Pa
     assert len(answers) == 5
 
 
-def test_peft_computes_in_the_type_of_the_base(tmp_path: Path):
+def test_peft_computes_in_the_dtype_of_the_base(tmp_path: Path):
     write_random_model(TINY.sizes, tmp_path / "tiny", "bfloat16", "cpu")
     peft = Peft(make_world(tmp_path / "tiny", 2), 2)
     assert {parameter.dtype for parameter in peft.model.parameters()} == {torch.bfloat16}
 
 
-def test_shapes_are_what_they_are_called_and_their_memory_holds_what_runs():
+def test_shapes_have_their_advertised_size_and_enough_memory():
     millions = {}
     for shape in SHAPES.values():
         if shape.sizes is None:
@@ -223,7 +225,7 @@ def test_shapes_are_what_they_are_called_and_their_memory_holds_what_runs():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_told_before_anything_starts(tmp_path: Path):
+def test_a_missing_device_is_reported_before_anything_starts(tmp_path: Path):
     command = ["bench", "serving", "--kit", str(tmp_path), "--out", str(tmp_path / "o.json"), "--device", "cuda"]
     result = CliRunner().invoke(relora.app, command)
     assert result.exit_code == 2
@@ -231,11 +233,11 @@ def test_a_device_that_is_not_there_is_told_before_anything_starts(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_part_that_there_is_not_is_named(tmp_path: Path):
+def test_an_unknown_part_is_named(tmp_path: Path):
     command = ["bench", "serving", "--kit", str(tmp_path), "--out", str(tmp_path / "o.json"), "--parts", "mixt"]
     error = CliRunner().invoke(relora.app, command).exception
     assert isinstance(error, ConfigError)
-    assert "no mixt; there are mixed, adapters" in str(error)
+    assert "unknown part mixt; choose from mixed, adapters" in str(error)
 
 
 def test_quick_run_writes_every_figure(kit: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The fault run in small, and that it would see what it looks for."""
+"""A small fault run, and tests that it notices the faults it looks for."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def test_a_small_run_is_clean(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "chaos.json").read_text())["faults_injected"] == records["faults_injected"]
 
 
-def test_the_same_seed_decides_the_same(world: World) -> None:
+def test_the_same_seed_draws_the_same_events(world: World) -> None:
     wave = WAVES[1]
     events = list(draw_events(world, wave, 300, seed=5))
     assert events == list(draw_events(world, wave, 300, seed=5)) != list(draw_events(world, wave, 300, seed=6))
@@ -52,7 +52,7 @@ def test_the_same_seed_decides_the_same(world: World) -> None:
     assert kinds >= {"racing loads", "unload", "client leaves", "slow reader", "load of sound files"}
 
 
-def test_an_adapter_taken_for_another_one_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_adapters_are_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (content.key for content in world.by_fate("sound")[:2])
     swapped, fetch = {first: second, second: first}, Clients._fetch
     assert play(world, QUIET, 150).verdict()["wrong_adapter_tokens"] == 0
@@ -63,8 +63,8 @@ def test_an_adapter_taken_for_another_one_is_seen(world: World, monkeypatch: pyt
     assert found["wrong_answers_of_no_adapter"] == found["ties"] == 0
 
 
-def test_foreign_kv_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefixes cached without a word about the adapter: the fault that engines have had in production."""
+def test_kv_of_another_adapter_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefix keys that ignore the adapter: a bug that engines have had in production."""
     monkeypatch.setattr(
         "serving.engine.sequence.PrefixKeys", lambda owner, salt, page_tokens: PrefixKeys(None, salt, page_tokens)
     )
@@ -73,7 +73,7 @@ def test_foreign_kv_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     assert found["wrong_answers_of_no_adapter"] + found["wrong_answers_of_another_adapter"] > 0
 
 
-def test_ties_are_told_from_wrong_tokens(world: World) -> None:
+def test_ties_differ_from_wrong_tokens(world: World) -> None:
     key = world.by_fate("sound")[0].key
     right = world.expected[key][0]
     assert world.is_tie(key, 0, right)
@@ -101,8 +101,8 @@ def test_errors_need_a_cause(world: World) -> None:
 
 
 @pytest.mark.parametrize(("num_overtakes", "num_seen"), [(2, 0), (3, 0), (4, 1)])
-def test_the_watch_sees_who_waits_too_long(num_overtakes: int, num_seen: int) -> None:
-    """K = 2 and one other flow: the third admission of others is the last that may go before."""
+def test_the_watch_notices_requests_that_wait_too_long(num_overtakes: int, num_seen: int) -> None:
+    """With K = 2 and one other flow, at most three admissions of others may come first."""
     watch = BoundWatch(max_overtakes=2)
     patient = make_sequence(Request("patient", (1,), SamplingParams()), 2)
     watch.came((0, None), patient)
@@ -118,8 +118,8 @@ def test_the_watch_sees_who_waits_too_long(num_overtakes: int, num_seen: int) ->
 
 
 @pytest.mark.parametrize("how", Disk.HARMS)
-def test_every_harm_is_noticed_or_made_good(world: World, how: str) -> None:
-    """Whatever happens to the files, whoever fetches them gets the right ones or hears that they are not there."""
+def test_every_harm_is_noticed_or_repaired(world: World, how: str) -> None:
+    """A fetch of damaged files returns the right files, or fails."""
     disk, blobs, key = Disk(world), world.blobs(), world.by_fate("sound")[1].key
     before = {file.name: file.read_bytes() for file in blobs.fetch_folder(key).iterdir()}
     disk.hurt(key, how)

@@ -1,4 +1,4 @@
-"""The rivals with environments of their own: what goes to their processes and comes back, and the way into GGUF."""
+"""Rivals in their own environments: what their processes read and write, and the conversion to GGUF."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def vllm_answers(python: Path, world: World) -> list[list[Answer]]:
     return run_vllm(python, world, ASKS, max_rank=8, max_adapters=2, repeats=2, threads=1)
 
 
-def test_vllm_gets_the_requests_and_every_answer_ends_with_the_last(tmp_path: Path, world: World):
+def test_vllm_gets_all_requests_and_its_answers_end_together(tmp_path: Path, world: World):
     runs = [{"wall_s": wall_s, "tokens": [[7, 8], [9]]} for wall_s in (0.5, 0.25)]
     found = vllm_answers(answering(tmp_path, {"runs": runs}), world)
     assert found == [[Answer(None, s, (7, 8)), Answer(None, s, (9,))] for s in (0.5, 0.25)]
@@ -53,11 +53,11 @@ def test_vllm_gets_the_requests_and_every_answer_ends_with_the_last(tmp_path: Pa
     assert inputs["requests"][1] == {"prompt": [5], "adapter": None, "max_tokens": 1}
     assert (inputs["engine"]["max_loras"], inputs["engine"]["max_lora_rank"], inputs["repeats"]) == (2, 8, 2)
     isolated, script = (tmp_path / "call").read_text().split()
-    assert isolated == "-I", "modules of ours would be found before those of the environment"
+    assert isolated == "-I", "else our modules would hide those of the environment"
     assert Path(script).is_file()
 
 
-def test_llamacpp_gets_the_prompts_that_our_engine_gets(tmp_path: Path, world: World):
+def test_llamacpp_gets_the_same_prompts_as_our_engine(tmp_path: Path, world: World):
     record = {"setting": "x", "tokens_per_s": 2.0, "sampled_tokens_per_s": 1.0, "tokens": [[3, 4]]}
     found = run_llamacpp(
         answering(tmp_path, {"1": record}),
@@ -75,14 +75,14 @@ def test_llamacpp_gets_the_prompts_that_our_engine_gets(tmp_path: Path, world: W
     assert inputs["adapter"] == str(world.adapters[1])
 
 
-def test_a_process_that_fails_says_why(tmp_path: Path, world: World):
+def test_a_failed_process_is_reported_with_its_last_lines(tmp_path: Path, world: World):
     python = interpreter(tmp_path, "echo first line >&2; seq 20 >&2; echo no module named vllm >&2; exit 3")
     with pytest.raises(RivalError, match=r"(?s)ended with 3:\n.*no module named vllm") as caught:
         vllm_answers(python, world)
     assert "first line" not in str(caught.value)
 
 
-def test_a_process_that_answers_nothing_has_failed(tmp_path: Path, world: World):
+def test_a_process_without_output_has_failed(tmp_path: Path, world: World):
     with pytest.raises(RivalError, match="ended with 0"):
         vllm_answers(interpreter(tmp_path, "exit 0"), world)
 
@@ -93,13 +93,13 @@ def test_a_missing_interpreter_is_named(tmp_path: Path, world: World):
 
 
 def rotated_half_apart(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """RoPE of one head as Hugging Face turns it: element i with element i + half."""
+    """RoPE of one head as Hugging Face computes it: element i with element i + half."""
     low, high = rows.chunk(2)
     return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()])
 
 
 def rotated_neighbours(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """RoPE of one head as llama.cpp turns it: element 2i with element 2i + 1."""
+    """RoPE of one head as llama.cpp computes it: element 2i with element 2i + 1."""
     even, odd = rows[0::2], rows[1::2]
     return torch.stack(
         [even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()], 1
@@ -117,7 +117,7 @@ def test_reordered_rows_give_the_same_scores_under_the_other_rotation():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_only_queries_and_keys_are_reordered_each_by_its_number_of_heads():
+def test_only_queries_and_keys_are_reordered_by_their_heads():
     rows = np.arange(16.0).reshape(16, 1)
     assert reordered("model.layers.0.self_attn.q_proj", rows, SIZES)[:4, 0].tolist() == [0, 2, 1, 3]
     assert reordered("model.layers.0.self_attn.k_proj", rows, SIZES)[:4, 0].tolist() == [0, 4, 1, 5]

@@ -1,4 +1,4 @@
-"""An engine that is watched while it runs: its books, and the proven bound on waiting after every admission."""
+"""An engine under watch: its integrity is checked every few steps, and the bound on waiting at every admission."""
 
 from collections import OrderedDict
 from typing import Any
@@ -13,41 +13,42 @@ CHECK_EVERY_STEPS = 10
 
 
 class InjectedError(Exception):
-    """A step that was told to fail."""
+    """The error of a step that was told to fail."""
 
 
 class BoundWatch:
-    """Books of its own on who came and who was admitted, held against the bound of `serving.engine.waiting`.
+    """Counts arrivals and admissions on its own, and checks them against the bound of `serving.engine.waiting`.
 
-    A request with p before it in its flow may see (p + 1) (K + A) + p admissions of others, A the most other flows
-    that wait at once while it does. `longest_share` is the largest share of its bound that any request has waited.
+    A request with p requests before it in its flow may see at most (p + 1) (K + A) + p admissions of others. K is
+    `max_overtakes`, and A the most other flows that wait at once meanwhile. `longest_share` is the largest share of
+    its bound that a request has waited.
     """
 
     def __init__(self, max_overtakes: int):
         self._max_overtakes = max_overtakes
         self._flows: dict[FlowKey, OrderedDict[SequenceState, None]] = {}
         self._arrivals: dict[SequenceState, tuple[int, int]] = {}  # admissions before it, and requests of its flow
-        self._most_flows = [0]  # by number of admissions: the most flows that waited at once until the next one
+        self._most_flows = [0]  # after each number of admissions: the most flows waiting at once
         self.num_admitted = 0
         self.num_violations = 0
         self.longest_share = 0.0
 
     def came(self, flow: FlowKey, sequence: SequenceState) -> None:
-        """Book one that begins to wait."""
+        """Record a sequence that starts waiting."""
         waiting = self._flows.setdefault(flow, OrderedDict())
         self._arrivals[sequence] = (self.num_admitted, len(waiting))
         waiting[sequence] = None
         self._most_flows[-1] = max(self._most_flows[-1], len(self._flows))
 
     def left(self, flow: FlowKey, sequence: SequenceState) -> None:
-        """Book one that does not wait any more."""
+        """Record a sequence that stops waiting."""
         del self._arrivals[sequence]
         del self._flows[flow][sequence]
         if not self._flows[flow]:
             del self._flows[flow]
 
     def check(self, sequence: SequenceState) -> None:
-        """Hold one that is about to be admitted against its bound."""
+        """Check a sequence about to be admitted against its bound."""
         came_at, num_before = self._arrivals[sequence]
         num_waited = self.num_admitted - came_at
         most_others = max(self._most_flows[came_at:]) - 1
@@ -56,13 +57,13 @@ class BoundWatch:
         self.longest_share = max(self.longest_share, num_waited / bound)
 
     def count_admission(self) -> None:
-        """Book that one was admitted, which has left already."""
+        """Count an admission, after `left`."""
         self.num_admitted += 1
         self._most_flows.append(len(self._flows))
 
 
 class WatchedQueue(WaitingQueue):
-    """A waiting queue that tells a watch of all that happens."""
+    """A waiting queue that reports everything to a watch."""
 
     watch: BoundWatch
 
@@ -84,7 +85,7 @@ class WatchedQueue(WaitingQueue):
 
 
 class WatchedEngine(Engine):
-    """An engine whose books are checked every few steps, and which fails a step when it is told to."""
+    """An engine that checks its integrity every few steps, and fails a step when told to."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -93,7 +94,7 @@ class WatchedEngine(Engine):
         self.num_steps = 0
         self.should_fail = False
         queue = self._scheduler._waiting
-        queue.__class__ = WatchedQueue  # in place: who made it need not know that it is watched
+        queue.__class__ = WatchedQueue  # in place, so that the scheduler need not know of the watch
         assert isinstance(queue, WatchedQueue)
         queue.watch = self.watch
 
@@ -113,7 +114,7 @@ class WatchedEngine(Engine):
         self.num_checks += 1
 
     def residencies(self) -> list[Residency]:
-        """See `Engine.residencies`; the books are checked first, so that any thread can ask for it by way of a loop."""
+        """See `Engine.residencies`. Checks integrity first, so that other threads can ask for it through the loop."""
         self.check_integrity()
         return super().residencies()
 
