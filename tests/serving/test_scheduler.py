@@ -1,130 +1,13 @@
 """The scheduler: who runs, who waits, who gives way; and that everything is given back."""
 
 import random
-from collections import Counter
-from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config import ServingConfig
 from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError, TenantLimitError
-from serving.adapters.cache import AdapterCache
-from serving.adapters.packing import PackedAdapter, pack_adapter
-from serving.engine.request import AdapterRef, Request, SamplingParams, Terms
-from serving.engine.running import SchedulerOutput
-from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import SequenceState
 from serving.engine.waiting import CLUSTERING_TOKENS
-from serving.memory.eviction import EvictionQueue
-from serving.memory.pages import PageAllocator
-from serving.memory.prefixes import PrefixCache, PrefixKeys
-from serving.memory.swap import SwapSpace
-from tests.worlds.serving import make_sequence
-
-PAGE_TOKENS, PAGE_ELEMENTS = 4, 64
-
-
-def packed(num_pages: int) -> PackedAdapter:
-    """An adapter that takes exactly that many pages: rows of half a page."""
-    factors = LoraFactors(torch.ones(num_pages, 32), torch.ones(32, num_pages), 1.0)
-    return pack_adapter(Adapter({"m": factors}), ("m",), PAGE_ELEMENTS, torch.float32)
-
-
-class Chunk(NamedTuple):
-    """A sequence's share of a step."""
-
-    sequence: SequenceState
-    start: int
-    end: int
-    does_sample: bool
-
-
-def chunks_of(plan: SchedulerOutput) -> list[Chunk]:
-    columns = plan.starts_N.tolist(), plan.ends_N.tolist(), plan.does_sample_N.tolist()
-    return [Chunk(*chunk) for chunk in zip(plan.sequences, *columns, strict=True)]
-
-
-class CountingScheduler(Scheduler):
-    """A scheduler that counts the preemptions of each sequence."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.preemptions: Counter[SequenceState] = Counter()
-
-    def _preempt_last(self) -> None:
-        self.preemptions[self._running[-1]] += 1
-        super()._preempt_last()
-
-
-class World:
-    def __init__(self, num_pages: int = 100, is_cached: bool = False, swap_pages: int = 0, **limits: int):
-        settings = {"max_batch_tokens": 64, "max_sequences": 16, "max_queue": 100, **limits}
-        config = ServingConfig(page_tokens=PAGE_TOKENS, **settings)
-        self.max_batch_tokens = config.max_batch_tokens
-        self.allocator = PageAllocator(num_pages)
-        evictions = EvictionQueue(self.allocator)
-        self.arena_PE = arena_PE = torch.zeros(num_pages, PAGE_ELEMENTS)
-        self.adapters = AdapterCache(self.allocator, evictions, arena_PE, 1 << 30)
-        self.prefixes = PrefixCache(self.allocator, evictions, PAGE_TOKENS)
-        self.swaps = SwapSpace(arena_PE, swap_pages * PAGE_ELEMENTS * 4, PAGE_TOKENS)
-        self.scheduler = CountingScheduler(config, self.allocator, self.adapters, self.prefixes, evictions, self.swaps)
-        self.is_cached = is_cached
-        self.num_submitted = 0
-
-    def num_preemptions(self, sequence: SequenceState) -> int:
-        return self.scheduler.preemptions[sequence]
-
-    @property
-    def num_free(self) -> int:
-        """Pages that are free, or given up on demand."""
-        return self.allocator.num_free + self.prefixes.num_idle
-
-    def submit(
-        self,
-        num_prompt: int,
-        num_new: int = 1,
-        adapter: str | None = None,
-        *,
-        salt: str = "",
-        deadline_at: float | None = None,
-        **wishes: object,
-    ) -> SequenceState:
-        ref = AdapterRef(adapter, adapter, 1, adapter) if adapter else None
-        prompt = tuple(range(num_prompt))
-        request = Request(
-            str(self.num_submitted), prompt, SamplingParams(max_tokens=num_new), ref, terms=Terms(**wishes)
-        )
-        keys = PrefixKeys(adapter, (salt,), PAGE_TOKENS) if self.is_cached else None
-        sequence = make_sequence(request, limit_tokens=num_prompt + num_new, prefix_keys=keys, deadline_at=deadline_at)
-        self.scheduler.submit(sequence)
-        self.num_submitted += 1
-        return sequence
-
-    def step(self) -> list[Chunk]:
-        """One step in which each sequence's next token is its length."""
-        plan = self.scheduler.schedule()
-        chunks = chunks_of(plan)
-        self.scheduler.check_integrity()
-        assert sum(chunk.end - chunk.start for chunk in chunks) <= self.max_batch_tokens
-        self.scheduler.commit(plan, [len(chunk.sequence.tokens) for chunk in chunks if chunk.does_sample])
-        for chunk in chunks:
-            if is_full(chunk.sequence):
-                self.scheduler.finish(chunk.sequence)
-        self.scheduler.check_integrity()
-        return chunks
-
-    def drain(self, max_steps: int = 2000) -> None:
-        for _ in range(max_steps):
-            if not self.scheduler.num_running + self.scheduler.num_waiting:
-                return
-            assert self.step(), "a step without work while sequences are left"
-        raise AssertionError("the scheduler does not come to an end")
-
-
-def is_full(sequence: SequenceState) -> bool:
-    return len(sequence.tokens) >= sequence.limit_tokens
+from tests.worlds.scheduler import Chunk, TinyScheduler, chunks_of, is_full, packed_adapter
 
 
 def num_output(sequence: SequenceState) -> int:
@@ -136,13 +19,13 @@ def spans(chunks: list[Chunk]) -> list[tuple[str, int, int]]:
 
 
 def test_prefill_then_decode() -> None:
-    world = World()
+    world = TinyScheduler()
     world.submit(5, 3)
     assert [spans(world.step()) for _ in range(4)] == [[("0", 0, 5)], [("0", 5, 6)], [("0", 6, 7)], []]
 
 
 def test_newcomers_join_a_running_batch() -> None:
-    world = World()
+    world = TinyScheduler()
     world.submit(5, 9)
     world.step()
     world.submit(3, 9)
@@ -151,7 +34,7 @@ def test_newcomers_join_a_running_batch() -> None:
 
 
 def test_prefill_is_cut_by_the_budget_and_decodes_go_first() -> None:
-    world = World(max_batch_tokens=4)
+    world = TinyScheduler(max_batch_tokens=4)
     world.submit(2, 9)
     world.step()
     long = world.submit(8, 2)
@@ -162,14 +45,14 @@ def test_prefill_is_cut_by_the_budget_and_decodes_go_first() -> None:
 
 
 def test_one_step_admits_as_many_as_the_budget_holds() -> None:
-    world = World(max_batch_tokens=10)
+    world = TinyScheduler(max_batch_tokens=10)
     for _ in range(3):
         world.submit(4, 5)
     assert spans(world.step()) == [("0", 0, 4), ("1", 0, 4), ("2", 0, 2)]
 
 
 def test_no_more_sequences_than_allowed() -> None:
-    world = World(max_sequences=2)
+    world = TinyScheduler(max_sequences=2)
     for _ in range(3):
         world.submit(1, 3)
     assert len(world.step()) == 2
@@ -177,7 +60,7 @@ def test_no_more_sequences_than_allowed() -> None:
 
 
 def test_nobody_is_admitted_without_budget_for_a_first_chunk() -> None:
-    world = World(max_batch_tokens=4, max_sequences=8)
+    world = TinyScheduler(max_batch_tokens=4, max_sequences=8)
     world.submit(3, 3)
     world.submit(8, 3)
     world.submit(8, 3)
@@ -188,7 +71,7 @@ def test_nobody_is_admitted_without_budget_for_a_first_chunk() -> None:
 
 
 def test_every_running_sequence_is_sure_of_a_token() -> None:
-    world = World(max_batch_tokens=3)
+    world = TinyScheduler(max_batch_tokens=3)
     for _ in range(6):
         world.submit(1, 4)
     while world.scheduler.num_waiting:
@@ -196,9 +79,9 @@ def test_every_running_sequence_is_sure_of_a_token() -> None:
 
 
 def test_same_adapters_are_adjacent_and_the_base_comes_last() -> None:
-    world = World()
+    world = TinyScheduler()
     for key in "ab":
-        world.adapters.add(key, packed(1))
+        world.adapters.add(key, packed_adapter(1))
     for key in ("b", None, "a", "b", None, "a"):
         world.submit(2, 3, key)
     for _ in range(2):
@@ -207,15 +90,15 @@ def test_same_adapters_are_adjacent_and_the_base_comes_last() -> None:
 
 @pytest.mark.parametrize("num_prompt", [3, 200])
 def test_contexts_of_many_pages(num_prompt: int) -> None:
-    world = World(max_batch_tokens=1000)
+    world = TinyScheduler(max_batch_tokens=1000)
     sequence, short = world.submit(num_prompt, 390 - num_prompt), world.submit(2, 4)
     world.drain()
     assert (len(sequence.tokens), len(short.tokens)) == (390, 6)
 
 
 def test_a_plan_without_some_of_its_sequences() -> None:
-    world = World()
-    world.adapters.add("a", packed(1))
+    world = TinyScheduler()
+    world.adapters.add("a", packed_adapter(1))
     base, other, mine = world.submit(3, 3), world.submit(2, 3), world.submit(4, 3, "a")
     plan = world.scheduler.schedule()
     world.scheduler.finish(other)
@@ -228,8 +111,8 @@ def test_a_plan_without_some_of_its_sequences() -> None:
 
 
 def test_full_queue_refuses_and_disturbs_nobody() -> None:
-    world = World(max_queue=2)
-    world.adapters.add("a", packed(1))
+    world = TinyScheduler(max_queue=2)
+    world.adapters.add("a", packed_adapter(1))
     world.submit(1, 1, "a")
     world.submit(1)
     with pytest.raises(OverloadedError) as refusal:
@@ -242,8 +125,8 @@ def test_full_queue_refuses_and_disturbs_nobody() -> None:
     ("num_prompt", "num_new", "fits"), [(20, 1, True), (21, 1, False), (1, 20, True), (1, 21, False)]
 )
 def test_what_can_never_fit_is_refused_with_the_numbers(num_prompt: int, num_new: int, fits: bool) -> None:
-    world = World(num_pages=8)
-    world.adapters.add("a", packed(3))
+    world = TinyScheduler(num_pages=8)
+    world.adapters.add("a", packed_adapter(3))
     if fits:
         world.submit(num_prompt, num_new, "a")
         world.drain()
@@ -255,11 +138,11 @@ def test_what_can_never_fit_is_refused_with_the_numbers(num_prompt: int, num_new
 
 def test_unknown_adapter_is_refused() -> None:
     with pytest.raises(NotFoundError):
-        World().submit(1, 1, "a")
+        TinyScheduler().submit(1, 1, "a")
 
 
 def test_youngest_gives_way_and_comes_back() -> None:
-    world = World(num_pages=4)
+    world = TinyScheduler(num_pages=4)
     old, young = world.submit(7, 8), world.submit(7, 8)
     world.step()
     world.step()
@@ -272,7 +155,7 @@ def test_youngest_gives_way_and_comes_back() -> None:
 
 
 def test_preempted_are_served_before_later_arrivals() -> None:
-    world = World(num_pages=4)
+    world = TinyScheduler(num_pages=4)
     old, young = world.submit(7, 8), world.submit(7, 8)
     world.step()
     late = world.submit(1, 1)
@@ -285,9 +168,9 @@ def test_preempted_are_served_before_later_arrivals() -> None:
 
 
 def test_preemption_lets_go_of_the_adapter() -> None:
-    world = World(num_pages=6)
+    world = TinyScheduler(num_pages=6)
     for key in "ab":
-        world.adapters.add(key, packed(1))
+        world.adapters.add(key, packed_adapter(1))
     old, young = world.submit(7, 14, "a"), world.submit(7, 8, "b")
     while not world.num_preemptions(young):
         world.step()
@@ -299,8 +182,8 @@ def test_preemption_lets_go_of_the_adapter() -> None:
 
 
 def test_idle_adapter_gives_way_to_kv() -> None:
-    world = World(num_pages=5)
-    world.adapters.add("a", packed(2))
+    world = TinyScheduler(num_pages=5)
+    world.adapters.add("a", packed_adapter(2))
     world.submit(1, 1, "a")
     world.drain()
     assert world.adapters.num_resident == 1
@@ -310,8 +193,8 @@ def test_idle_adapter_gives_way_to_kv() -> None:
 
 
 def test_own_idle_adapter_is_not_evicted_for_own_kv() -> None:
-    world = World(num_pages=5)
-    world.adapters.add("a", packed(2))
+    world = TinyScheduler(num_pages=5)
+    world.adapters.add("a", packed_adapter(2))
     world.submit(1, 1, "a")
     world.drain()
     world.submit(12, 1, "a")
@@ -321,8 +204,8 @@ def test_own_idle_adapter_is_not_evicted_for_own_kv() -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_abort_gives_everything_back(num_steps: int) -> None:
-    world = World(max_batch_tokens=4)
-    world.adapters.add("a", packed(2))
+    world = TinyScheduler(max_batch_tokens=4)
+    world.adapters.add("a", packed_adapter(2))
     sequence = world.submit(6, 9, "a")
     for _ in range(num_steps):
         world.step()
@@ -336,14 +219,14 @@ def test_abort_gives_everything_back(num_steps: int) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_random_traffic_ends_with_all_memory_back(seed: int, is_cached: bool) -> None:
     draw = random.Random(seed)
-    world = World(
+    world = TinyScheduler(
         num_pages=draw.randint(8, 20),
         is_cached=is_cached,
         max_batch_tokens=draw.choice([2, 5, 16]),
         max_sequences=draw.choice([2, 8]),
     )
     for key, num_pages in zip("abcd", (1, 2, 3, 4), strict=True):
-        world.adapters.add(key, packed(num_pages))
+        world.adapters.add(key, packed_adapter(num_pages))
     alive: list[SequenceState] = []
     for _ in range(150):
         if draw.random() < 0.4:
@@ -366,7 +249,7 @@ def test_random_traffic_ends_with_all_memory_back(seed: int, is_cached: bool) ->
 
 
 def test_urgent_ones_go_first_and_give_way_last() -> None:
-    world = World(num_pages=4, max_sequences=2)
+    world = TinyScheduler(num_pages=4, max_sequences=2)
     late, soon = world.submit(7, 8, priority=1), world.submit(7, 8, priority=0)
     assert [chunk.sequence for chunk in world.step()] == [soon, late]
     while not world.num_preemptions(late):
@@ -376,9 +259,9 @@ def test_urgent_ones_go_first_and_give_way_last() -> None:
 
 
 def test_resident_adapters_go_first_unless_they_had_much_more() -> None:
-    world = World(num_pages=2, max_sequences=1)  # room for one adapter and one sequence
+    world = TinyScheduler(num_pages=2, max_sequences=1)  # room for one adapter and one sequence
     for key in "ab":
-        world.adapters.add(key, packed(1))
+        world.adapters.add(key, packed_adapter(1))
     world.submit(1, 1, "a")
     world.drain()
     order = [world.submit(2, 1, key) for key in "baa"]
@@ -392,9 +275,9 @@ def test_resident_adapters_go_first_unless_they_had_much_more() -> None:
 
 
 def test_adapters_of_those_who_are_next_come_in_while_the_batch_is_full() -> None:
-    world = World(num_pages=12, max_sequences=1)
+    world = TinyScheduler(num_pages=12, max_sequences=1)
     for key in "abc":
-        world.adapters.add(key, packed(3))
+        world.adapters.add(key, packed_adapter(3))
     world.submit(4, 6)
     for key in "abc":
         world.submit(4, 2, key)
@@ -406,9 +289,9 @@ def test_adapters_of_those_who_are_next_come_in_while_the_batch_is_full() -> Non
 
 
 def test_prefetching_does_not_undo_itself() -> None:
-    world = World(num_pages=10, max_sequences=1)
+    world = TinyScheduler(num_pages=10, max_sequences=1)
     for key in "abc":
-        world.adapters.add(key, packed(3))
+        world.adapters.add(key, packed_adapter(3))
     world.submit(4, 20)
     for key in "abc":
         world.submit(4, 2, key)
@@ -419,8 +302,8 @@ def test_prefetching_does_not_undo_itself() -> None:
 
 
 def test_a_newcomer_does_not_wait_behind_anothers_backlog() -> None:
-    world = World(max_sequences=1, max_overtakes=100)
-    world.adapters.add("a", packed(1))
+    world = TinyScheduler(max_sequences=1, max_overtakes=100)
+    world.adapters.add("a", packed_adapter(1))
     for _ in range(60):
         world.submit(50, 1)
     world.step()
@@ -429,7 +312,7 @@ def test_a_newcomer_does_not_wait_behind_anothers_backlog() -> None:
 
 
 def test_a_tenant_may_not_fill_the_queue() -> None:
-    world = World(max_queue=4, max_queue_per_tenant=2)
+    world = TinyScheduler(max_queue=4, max_queue_per_tenant=2)
     for _ in range(2):
         world.submit(1, 1, tenant="a")
     with pytest.raises(TenantLimitError):
@@ -441,7 +324,7 @@ def test_a_tenant_may_not_fill_the_queue() -> None:
 
 
 def test_only_those_who_wait_are_overdue() -> None:
-    world = World(max_sequences=1)
+    world = TinyScheduler(max_sequences=1)
     running, waiting, patient = (world.submit(2, 5, deadline_at=at) for at in (10.0, 11.0, 20.0))
     world.step()
     assert world.scheduler.overdue(9.0) == []
