@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from bench.serving.served import ServedModel
 from bench.serving.waste import MeasuredEngine
 from bench.serving.workloads import FIRST_TOKEN_ID, Answer, Ask
-from bench.serving.world import World
 from cluster.adapter_files import load_adapter
 from cluster.config import GIB, MIB, ServingConfig
 from cluster.errors import OverloadedError
@@ -24,15 +24,15 @@ RETRY_S = 0.01  # the pause of a client refused because adapters in use fill the
 
 
 def config(
-    world: World, memory_bytes: int = 512 * MIB, host_cache_bytes: int = 256 * GIB, max_batch_tokens: int = 512
+    served: ServedModel, memory_bytes: int = 512 * MIB, host_cache_bytes: int = 256 * GIB, max_batch_tokens: int = 512
 ) -> ServingConfig:
     """Return the benchmark's settings: batches of 32 like the rivals', a long queue, and no prefix cache.
 
     By default the host has room for all adapters.
     """
     return ServingConfig(
-        device=world.device,
-        dtype=cast(Any, world.dtype),
+        device=served.device,
+        dtype=cast(Any, served.dtype),
         memory_bytes=memory_bytes,
         host_cache_bytes=host_cache_bytes,
         max_batch_tokens=max_batch_tokens,
@@ -58,10 +58,10 @@ def ref_of(number: int) -> AdapterRef:
 class Ours:
     """An engine with the first `num_adapters` adapters on the host. Adapters of one folder share memory."""
 
-    def __init__(self, world: World, num_adapters: int, settings: ServingConfig | None = None):
-        self.engine = MeasuredEngine.open(world.model, settings or config(world))
-        packed = {folder: self._packed(folder) for folder in dict.fromkeys(world.adapters[:num_adapters])}
-        for number, folder in enumerate(world.adapters[:num_adapters]):
+    def __init__(self, served: ServedModel, num_adapters: int, settings: ServingConfig | None = None):
+        self.engine = MeasuredEngine.open(served.model, settings or config(served))
+        packed = {folder: self._packed(folder) for folder in dict.fromkeys(served.adapters[:num_adapters])}
+        for number, folder in enumerate(served.adapters[:num_adapters]):
             self.engine.add_packed(ref_of(number), packed[folder])
         self._num_asked = 0
 
@@ -121,9 +121,9 @@ class _Seen:
 
 
 @contextmanager
-def running(world: World, settings: ServingConfig, packed: Path | None) -> Iterator[EngineLoop]:
+def running(served: ServedModel, settings: ServingConfig, packed: Path | None) -> Iterator[EngineLoop]:
     """Run the engine on its own thread with loader threads, as a replica does."""
-    loop = EngineLoop(Engine.open(world.model, settings), packed_dir=packed)
+    loop = EngineLoop(Engine.open(served.model, settings), packed_dir=packed)
     loop.start()
     try:
         yield loop
@@ -131,39 +131,39 @@ def running(world: World, settings: ServingConfig, packed: Path | None) -> Itera
         loop.stop()
 
 
-def replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> list[Answer]:
+def replay_live(loop: EngineLoop, served: ServedModel, asks: Sequence[Ask]) -> list[Answer]:
     """Replay the requests with one client each, who arrives on time and makes the engine load its adapter."""
-    return asyncio.run(_replay_live(loop, world, asks))
+    return asyncio.run(_replay_live(loop, served, asks))
 
 
-def visit_all(loop: EngineLoop, world: World) -> None:
+def visit_all(loop: EngineLoop, served: ServedModel) -> None:
     """Ask for every adapter once, one after the other, so that each is loaded and written to disk."""
-    for number in range(len(world.adapters)):
-        replay_live(loop, world, [Ask(0.0, number, (FIRST_TOKEN_ID,), 1)])
+    for number in range(len(served.adapters)):
+        replay_live(loop, served, [Ask(0.0, number, (FIRST_TOKEN_ID,), 1)])
 
 
-async def _replay_live(loop: EngineLoop, world: World, asks: Sequence[Ask]) -> list[Answer]:
+async def _replay_live(loop: EngineLoop, served: ServedModel, asks: Sequence[Ask]) -> list[Answer]:
     start_s = time.perf_counter()
     tasks = []
     for number, ask in enumerate(asks):
         await asyncio.sleep(max(ask.arrival_s - (time.perf_counter() - start_s), 0.0))
-        tasks.append(asyncio.create_task(_client(loop, world, ask, f"live-{number}", start_s)))
+        tasks.append(asyncio.create_task(_client(loop, served, ask, f"live-{number}", start_s)))
     return list(await asyncio.gather(*tasks))
 
 
-async def _client(loop: EngineLoop, world: World, ask: Ask, request_id: str, start_s: float) -> Answer:
+async def _client(loop: EngineLoop, served: ServedModel, ask: Ask, request_id: str, start_s: float) -> Answer:
     """Return one client's answer. A refused client tries again, and its latency includes that wait."""
     while True:
         try:
-            return await _answer(loop, world, ask, request_id, start_s)
+            return await _answer(loop, served, ask, request_id, start_s)
         except OverloadedError:
             await asyncio.sleep(RETRY_S)
 
 
-async def _answer(loop: EngineLoop, world: World, ask: Ask, request_id: str, start_s: float) -> Answer:
+async def _answer(loop: EngineLoop, served: ServedModel, ask: Ask, request_id: str, start_s: float) -> Answer:
     seen = _Seen()
     if ask.adapter is not None:
-        await loop.ensure_adapter(ref_of(ask.adapter), world.adapters[ask.adapter])
+        await loop.ensure_adapter(ref_of(ask.adapter), served.adapters[ask.adapter])
     async for event in loop.generate(request_of(request_id, ask)):
         if event.error is not None:
             raise event.error

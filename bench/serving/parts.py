@@ -17,10 +17,10 @@ import numpy as np
 from bench.serving.ours import PAGE_TOKENS, Ours, config, replay_live, running, visit_all
 from bench.serving.overhead import overheads_ms
 from bench.serving.peft import Peft
+from bench.serving.served import ATTENTION, LINEARS, ServedModel, copy_model, make_adapters, write_random_model
 from bench.serving.shapes import Size, Subject
 from bench.serving.waste import MeasuredEngine
 from bench.serving.workloads import Answer, Ask, batch, read_trace, slora, zipf
-from bench.serving.world import ATTENTION, LINEARS, World, copy_model, make_world, write_random_model
 
 Replay = Callable[[Sequence[Ask]], list[Answer]]
 S1, S2 = (8,), (64, 32, 16, 8)  # S-LoRA's settings for its 7B model
@@ -37,7 +37,7 @@ class Bench:
     subject: Subject
     size: Size
 
-    def world(self, num_adapters: int, ranks: tuple[int, ...] = S1, modules: tuple[str, ...] = LINEARS) -> World:
+    def served(self, num_adapters: int, ranks: tuple[int, ...] = S1, modules: tuple[str, ...] = LINEARS) -> ServedModel:
         """Return the model with adapters. They are made unless an earlier run has made them."""
         shape, device = self.subject.shape, self.subject.device
         base = self.work / self.subject.folder
@@ -46,12 +46,12 @@ class Bench:
                 copy_model(self.kit / "models" / shape.name, base, self.subject.dtype)
             else:
                 write_random_model(shape.sizes, base, self.subject.dtype, device)
-        return make_world(base, num_adapters, ranks, modules, shape.num_files, device)
+        return make_adapters(base, num_adapters, ranks, modules, shape.num_files, device)
 
-    def ours(self, world: World, num_adapters: int, max_batch_tokens: int = 512) -> Ours:
+    def ours(self, served: ServedModel, num_adapters: int, max_batch_tokens: int = 512) -> Ours:
         """Return our engine with the shape's memory."""
         return Ours(
-            world, num_adapters, config(world, self.subject.shape.memory_bytes, max_batch_tokens=max_batch_tokens)
+            served, num_adapters, config(served, self.subject.shape.memory_bytes, max_batch_tokens=max_batch_tokens)
         )
 
 
@@ -100,19 +100,19 @@ def adapters(bench: Bench) -> dict[str, Any]:
     One engine has all adapters on the host. At a count of n, requests are for the first n adapters.
     """
     size = bench.size
-    world = bench.world(max(size.counts), S1, ATTENTION)
-    engine = bench.ours(world, max(size.counts))
-    asks = {n: slora(n, size.rate, size.duration_s, size.lengths, world.vocab_size) for n in size.counts}
+    served = bench.served(max(size.counts), S1, ATTENTION)
+    engine = bench.ours(served, max(size.counts))
+    asks = {n: slora(n, size.rate, size.duration_s, size.lengths, served.vocab_size) for n in size.counts}
     rounds: dict[int, list[dict[str, Any]]] = {count: [] for count in size.counts}
     for _ in range(size.rounds):
         for count in size.counts:
             rounds[count].append(summary(asks[count], engine.replay(asks[count])))
     found: dict[str, Any] = {str(count): {"ours": _median_round(many)} for count, many in rounds.items()}
     for count in size.peft_counts:
-        few = slora(count, size.rate, size.peft_duration_s, size.lengths, world.vocab_size)
+        few = slora(count, size.rate, size.peft_duration_s, size.lengths, served.vocab_size)
         pair: dict[str, Replay] = {
             "ours": engine.replay,
-            "peft one adapter at a time": Peft(world, count).replay_by_adapter,
+            "peft one adapter at a time": Peft(served, count).replay_by_adapter,
         }
         found[str(count)]["same requests"] = compare(pair, few, size.rounds)
     return found
@@ -120,28 +120,28 @@ def adapters(bench: Bench) -> dict[str, Any]:
 
 def mixed(bench: Bench) -> dict[str, Any]:
     """Measure a batch whose rows all have different adapters on all linears, and the base alone beside it."""
-    world, size = bench.world(MIXED), bench.size
-    engine, peft = bench.ours(world, MIXED), Peft(world, MIXED)
-    asks = mixed_asks(world, size)
+    served, size = bench.served(MIXED), bench.size
+    engine, peft = bench.ours(served, MIXED), Peft(served, MIXED)
+    asks = mixed_asks(served, size)
     replays: dict[str, Replay] = {"ours": engine.replay, "peft mixed": peft.replay_mixed}
     found: dict[str, Any] = compare(replays, asks, size.rounds)
-    bare = batch([None] * MIXED, 32, size.decode_tokens, world.vocab_size)
+    bare = batch([None] * MIXED, 32, size.decode_tokens, served.vocab_size)
     rounds = [(summary(asks, engine.replay(asks)), summary(bare, engine.replay(bare))) for _ in range(size.rounds)]
     found["ours beside base only"] = _median_round([distinct for distinct, _ in rounds])
     found["ours base only"] = _median_round([base for _, base in rounds])
     return found
 
 
-def mixed_asks(world: World, size: Size) -> list[Ask]:
+def mixed_asks(served: ServedModel, size: Size) -> list[Ask]:
     """Return one request for each of the first adapters, all at once."""
-    return batch(range(MIXED), 32, size.decode_tokens, world.vocab_size)
+    return batch(range(MIXED), 32, size.decode_tokens, served.vocab_size)
 
 
 def decode(bench: Bench) -> dict[str, dict[str, Any]]:
     """Measure pure decoding with one adapter and prompts of 32 tokens, for each number of rows at once."""
-    world, size = bench.world(1), bench.size
-    engine = bench.ours(world, 1, 32 * max(size.batches))
-    return {str(rows): _decode_run(engine, rows, world.vocab_size, size) for rows in size.batches}
+    served, size = bench.served(1), bench.size
+    engine = bench.ours(served, 1, 32 * max(size.batches))
+    return {str(rows): _decode_run(engine, rows, served.vocab_size, size) for rows in size.batches}
 
 
 def cold(bench: Bench) -> dict[str, Any]:
@@ -151,22 +151,22 @@ def cold(bench: Bench) -> dict[str, Any]:
     over all rounds. Cold adapters come from the disk tier, to which a first visit has written them.
     """
     size, shape = bench.size, bench.subject.shape
-    world = bench.world(size.zipf_adapters, S1, shape.many)
-    all_bytes = int(1.2 * world.adapter_bytes * size.zipf_adapters) + shape.kv_bytes
-    few_bytes = int(world.adapter_bytes * size.zipf_adapters * size.cold_share)
-    resident = config(world, all_bytes, all_bytes)
-    small = config(world, few_bytes + shape.kv_bytes, few_bytes)
+    served = bench.served(size.zipf_adapters, S1, shape.many)
+    all_bytes = int(1.2 * served.adapter_bytes * size.zipf_adapters) + shape.kv_bytes
+    few_bytes = int(served.adapter_bytes * size.zipf_adapters * size.cold_share)
+    resident = config(served, all_bytes, all_bytes)
+    small = config(served, few_bytes + shape.kv_bytes, few_bytes)
     packed_dir = bench.work / "packed"
     firsts: dict[str, list[float]] = {"resident": [], "cold": []}
     rounds = []
-    with running(world, resident, packed_dir) as warm, running(world, small, packed_dir) as tight:
+    with running(served, resident, packed_dir) as warm, running(served, small, packed_dir) as tight:
         for loop in (warm, tight):
-            visit_all(loop, world)
-        crowd = zipf(size.zipf_adapters, size.zipf_requests // 4, size.rate, size.lengths, world.vocab_size)
-        rate = summary(crowd, replay_live(warm, world, crowd))["requests_per_s"] / 2
-        asks = zipf(size.zipf_adapters, size.zipf_requests, rate, size.lengths, world.vocab_size)
+            visit_all(loop, served)
+        crowd = zipf(size.zipf_adapters, size.zipf_requests // 4, size.rate, size.lengths, served.vocab_size)
+        rate = summary(crowd, replay_live(warm, served, crowd))["requests_per_s"] / 2
+        asks = zipf(size.zipf_adapters, size.zipf_requests, rate, size.lengths, served.vocab_size)
         for _ in range(size.zipf_rounds):
-            answers = {"resident": replay_live(warm, world, asks), "cold": replay_live(tight, world, asks)}
+            answers = {"resident": replay_live(warm, served, asks), "cold": replay_live(tight, served, asks)}
             rounds.append({name: summary(asks, these) for name, these in answers.items()})
             for name, these in answers.items():
                 firsts[name] += first_tokens_s(asks, these)
@@ -186,12 +186,12 @@ def trace(bench: Bench) -> dict[str, Any]:
     """Measure the production trace at growing load: Azure's arrivals and shrunk lengths, Alibaba's adapter uses."""
     size, shape = bench.size, bench.subject.shape
     num_adapters = min(874, max(size.counts))
-    world = bench.world(num_adapters, S1, shape.many)
-    engine, requests = bench.ours(world, num_adapters), read_trace(bench.kit)
+    served = bench.served(num_adapters, S1, shape.many)
+    engine, requests = bench.ours(served, num_adapters), read_trace(bench.kit)
 
     def asks(rate: float) -> list[Ask]:
         shrunk = shape.trace_shrink, shape.trace_max_tokens
-        return requests.asks(size.trace_requests, num_adapters, rate, *shrunk, world.vocab_size)
+        return requests.asks(size.trace_requests, num_adapters, rate, *shrunk, served.vocab_size)
 
     flood = asks(1e4)
     most = summary(flood, engine.replay(flood))["requests_per_s"]
@@ -206,8 +206,8 @@ def waste(bench: Bench) -> dict[str, Any]:
     """Measure the empty share of the arena's pages in use, over all steps of S-LoRA's workload S2."""
     size = bench.size
     count = min(100, max(size.counts))
-    world = bench.world(count, S2, ATTENTION)
-    asks = slora(count, size.rate, size.duration_s, size.lengths, world.vocab_size)
+    served = bench.served(count, S2, ATTENTION)
+    asks = slora(count, size.rate, size.duration_s, size.lengths, served.vocab_size)
     held, empty = 0, 0.0
 
     def book(engine: MeasuredEngine) -> None:
@@ -215,7 +215,7 @@ def waste(bench: Bench) -> dict[str, Any]:
         pages, waste = engine.memory_waste()
         held, empty = held + pages, empty + waste
 
-    found = summary(asks, bench.ours(world, count).replay(asks, book))
+    found = summary(asks, bench.ours(served, count).replay(asks, book))
     return {"memory_waste_fraction": empty / held, "page_tokens": PAGE_TOKENS, "run": found}
 
 

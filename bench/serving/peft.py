@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.serving.served import ServedModel
 from bench.serving.workloads import Answer, Ask
-from bench.serving.world import World
 
 BATCH = 32
 _PAD = 0
@@ -26,13 +26,13 @@ Chooser = Callable[[Sequence[Ask]], list[Ask]]
 
 
 class Peft:
-    """The model with the first `num_adapters` adapters of a world loaded."""
+    """The model with the first `num_adapters` adapters of a served loaded."""
 
-    def __init__(self, world: World, num_adapters: int):
-        model: Any = AutoModelForCausalLM.from_pretrained(world.model, dtype=getattr(torch, world.dtype))
-        self.model: Any = model.to(world.device)
+    def __init__(self, served: ServedModel, num_adapters: int):
+        model: Any = AutoModelForCausalLM.from_pretrained(served.model, dtype=getattr(torch, served.dtype))
+        self.model: Any = model.to(served.device)
         self.model.generation_config.eos_token_id = None  # all requests run to their full length
-        self._load(world, num_adapters)
+        self._load(served, num_adapters)
 
     def replay_by_adapter(self, asks: Sequence[Ask]) -> list[Answer]:
         """Serve one adapter at a time: the oldest request's, with all requests that wait for it."""
@@ -42,14 +42,14 @@ class Peft:
         """Serve batches of the oldest requests, each row with its own adapter."""
         return self._replay(asks, lambda waiting: list(waiting[:BATCH]), is_mixed=True)
 
-    def _load(self, world: World, num_adapters: int) -> None:
+    def _load(self, served: ServedModel, num_adapters: int) -> None:
         from peft import PeftModel
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns about tied embeddings once for each adapter
-            self.model = PeftModel.from_pretrained(self.model, world.adapters[0], adapter_name="0", **_AS_THE_BASE)
+            self.model = PeftModel.from_pretrained(self.model, served.adapters[0], adapter_name="0", **_AS_THE_BASE)
             for number in range(1, num_adapters):
-                self.model.load_adapter(world.adapters[number], adapter_name=str(number), **_AS_THE_BASE)
+                self.model.load_adapter(served.adapters[number], adapter_name=str(number), **_AS_THE_BASE)
         self.model.eval()
 
     def _replay(self, asks: Sequence[Ask], choose: Chooser, *, is_mixed: bool) -> list[Answer]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.serving.parts import prompts
+from bench.serving.served import ServedModel
 from bench.serving.workloads import Answer, Ask
-from bench.serving.world import World
 
 _SCRIPTS = Path(__file__).parent
 _TIMEOUT_S = 1800.0
@@ -40,7 +40,7 @@ class Decode:
 
 def run_vllm(
     python: Path,
-    world: World,
+    served: ServedModel,
     asks: Sequence[Ask],
     *,
     max_rank: int,
@@ -54,14 +54,14 @@ def run_vllm(
     requests are done, so all answers have the same end. Raises RivalError.
     """
     env = {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if world.device == "cpu":
+    if served.device == "cpu":
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
     inputs = {
-        "model": str(world.model),
-        "adapters": [str(folder) for folder in world.adapters],
+        "model": str(served.model),
+        "adapters": [str(folder) for folder in served.adapters],
         "requests": [{"prompt": ask.prompt, "adapter": ask.adapter, "max_tokens": ask.max_tokens} for ask in asks],
         "repeats": repeats,
-        "engine": _vllm_engine(world, max_rank, max_adapters),
+        "engine": _vllm_engine(served, max_rank, max_adapters),
     }
     runs = _run(python, "vllm.py", inputs, env)["runs"]
     return [[Answer(None, run["wall_s"], tuple(tokens)) for tokens in run["tokens"]] for run in runs]
@@ -69,7 +69,7 @@ def run_vllm(
 
 def run_llamacpp(
     python: Path,
-    world: World,
+    served: ServedModel,
     *,
     adapter: int | None,
     batches: Sequence[int],
@@ -85,11 +85,11 @@ def run_llamacpp(
     attention and with float32 KV, whichever setting is the fastest. Raises RivalError.
     """
     inputs = {
-        "model": str(world.model),
-        "adapter": None if adapter is None else str(world.adapters[adapter]),
-        "weights": "f16" if world.dtype == "float16" else "f32",
-        "gpu_layers": 0 if world.device == "cpu" else _ALL_LAYERS,
-        "prompts": prompts(max(batches), prompt_tokens, world.vocab_size),
+        "model": str(served.model),
+        "adapter": None if adapter is None else str(served.adapters[adapter]),
+        "weights": "f16" if served.dtype == "float16" else "f32",
+        "gpu_layers": 0 if served.device == "cpu" else _ALL_LAYERS,
+        "prompts": prompts(max(batches), prompt_tokens, served.vocab_size),
         "batches": list(batches),
         "decode_tokens": decode_tokens,
         "repeats": repeats,
@@ -113,12 +113,12 @@ def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _vllm_engine(world: World, max_rank: int, max_adapters: int) -> dict[str, Any]:
+def _vllm_engine(served: ServedModel, max_rank: int, max_adapters: int) -> dict[str, Any]:
     """Return the arguments of `vllm.LLM`. On a CPU it refuses blocks of 16 tokens, and never compiles with LoRA."""
     on_cpu = {"enforce_eager": True, "block_size": 32}
     return {
-        **(on_cpu if world.device == "cpu" else {}),
-        "dtype": world.dtype,
+        **(on_cpu if served.device == "cpu" else {}),
+        "dtype": served.dtype,
         "max_num_seqs": _MAX_BATCH,
         "enable_prefix_caching": False,
         "enable_lora": True,

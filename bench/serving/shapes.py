@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bench.serving.served import ATTENTION, LINEARS
 from bench.serving.workloads import Lengths
-from bench.serving.world import ATTENTION, LINEARS
 from cluster.config import GIB, MIB
 
 Dtype = Literal["float32", "float16", "bfloat16"]

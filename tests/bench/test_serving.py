@@ -18,9 +18,9 @@ from bench.serving.ours import Ours, config, replay_live, running, visit_all
 from bench.serving.parts import compare, summary
 from bench.serving.peft import Peft
 from bench.serving.run import TARGETS, Rivals, headline, run
+from bench.serving.served import ATTENTION, ServedModel, make_adapters, write_random_model
 from bench.serving.shapes import QUICK, SHAPES, Dtype, Shape, Subject
 from bench.serving.workloads import Answer, Ask, Lengths, Trace, batch, slora, zipf
-from bench.serving.world import ATTENTION, World, make_world, write_random_model
 from cluster.config import MIB, ServingConfig
 from cluster.errors import ConfigError
 from tests.worlds.serving import make_checkpoint
@@ -47,13 +47,13 @@ TINY = Shape(
 )
 
 
-def small(world: World) -> ServingConfig:
-    return config(world, 4 * MIB, 4 * MIB)
+def small(served: ServedModel) -> ServingConfig:
+    return config(served, 4 * MIB, 4 * MIB)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(make_checkpoint(tmp_path_factory.mktemp("serving") / "base", std=0.08), 6, (4, 2), ATTENTION)
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return make_adapters(make_checkpoint(tmp_path_factory.mktemp("serving") / "base", std=0.08), 6, (4, 2), ATTENTION)
 
 
 def test_synthetic_workload_draws_what_slora_draws():
@@ -83,31 +83,31 @@ def test_trace_is_scaled_to_rate_and_model():
     assert {ask.adapter for ask in asks} <= {0, 1}
 
 
-def test_our_engine_and_peft_give_the_same_answers(world: World):
-    ours, peft = Ours(world, 6, small(world)), Peft(world, 6)
-    asks = [*slora(6, 200, 0.1, LENGTHS, world.vocab_size), Ask(0.1, None, (5, 6, 7), 4)]
+def test_our_engine_and_peft_give_the_same_answers(served: ServedModel):
+    ours, peft = Ours(served, 6, small(served)), Peft(served, 6)
+    asks = [*slora(6, 200, 0.1, LENGTHS, served.vocab_size), Ask(0.1, None, (5, 6, 7), 4)]
     found = compare({"ours": ours.replay, "mixed": peft.replay_mixed, "one": peft.replay_by_adapter}, asks, 1)
     assert [run["same_answers"] for run in found.values()] == [1.0, 1.0, 1.0]
     assert found["ours"]["first_token_p50_s"] > 0
-    alone = {answer.tokens for answer in ours.replay(batch(range(6), 5, 6, world.vocab_size))}
+    alone = {answer.tokens for answer in ours.replay(batch(range(6), 5, 6, served.vocab_size))}
     assert len(alone) > 1, "the adapters change no answer"
 
 
-def test_live_clients_and_replayed_requests_get_the_same_answers(world: World, tmp_path: Path):
-    asks = zipf(6, 20, 400.0, LENGTHS, world.vocab_size)
-    with running(world, small(world), tmp_path) as loop:
-        visit_all(loop, world)
-        answers = replay_live(loop, world, asks)
-    assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, small(world)).replay(asks)]
+def test_live_clients_and_replayed_requests_get_the_same_answers(served: ServedModel, tmp_path: Path):
+    asks = zipf(6, 20, 400.0, LENGTHS, served.vocab_size)
+    with running(served, small(served), tmp_path) as loop:
+        visit_all(loop, served)
+        answers = replay_live(loop, served, asks)
+    assert [a.tokens for a in answers] == [a.tokens for a in Ours(served, 6, small(served)).replay(asks)]
 
 
-def test_clients_refused_by_a_full_host_try_again(world: World, tmp_path: Path):
+def test_clients_refused_by_a_full_host_try_again(served: ServedModel, tmp_path: Path):
     """The host has room for one adapter and six are asked for at once, so five clients are refused at first."""
     asks = [Ask(0.0, number, (5, 6, 7), 8) for number in range(6)]
-    one_adapter = replace(small(world), host_cache_bytes=3 * world.adapter_bytes // 2)
-    with running(world, one_adapter, tmp_path) as loop:
-        answers = replay_live(loop, world, asks)
-    assert [a.tokens for a in answers] == [a.tokens for a in Ours(world, 6, small(world)).replay(asks)]
+    one_adapter = replace(small(served), host_cache_bytes=3 * served.adapter_bytes // 2)
+    with running(served, one_adapter, tmp_path) as loop:
+        answers = replay_live(loop, served, asks)
+    assert [a.tokens for a in answers] == [a.tokens for a in Ours(served, 6, small(served)).replay(asks)]
 
 
 def test_summary_refuses_an_engine_that_generated_too_little():
@@ -179,31 +179,31 @@ def test_a_random_model_is_measured_by_the_same_parts(tmp_path: Path, dtype: Dty
         "memory_waste_fraction",
     }
     made = tmp_path / "tiny.work" / subject.folder
-    assert World(made, ()).dtype == dtype
+    assert ServedModel(made, ()).dtype == dtype
     assert len(list((made.parent / f"{made.name}-rank-8-on-4-modules").iterdir())) == 3
     if dtype == "float32":  # rounding to bfloat16 may change a greedy choice
         assert report["mixed"]["peft mixed"]["same_answers"] == 1.0
     wider = replace(TINY, sizes={**TINY.sizes, "vocab_size": 72})
     found = run(tmp_path, out, Subject(wider, dtype=dtype), Rivals(), is_quick=True, only=["waste"], console=console)
     assert "mixed" not in found, "figures of another shape are not reused"
-    assert World(made.with_name(Subject(wider, dtype=dtype).folder), ()).vocab_size == 72, (
+    assert ServedModel(made.with_name(Subject(wider, dtype=dtype).folder), ()).vocab_size == 72, (
         "its model is not reused either"
     )
 
 
 def test_adapters_that_share_files_are_separate_in_the_engine(tmp_path: Path):
     write_random_model(TINY.sizes, tmp_path / "tiny", "float32", "cpu")
-    world = make_world(tmp_path / "tiny", 5, num_files=2)
-    assert [folder.name for folder in world.adapters] == ["00000", "00001", "00000", "00001", "00000"]
-    ours = Ours(world, 5, small(world))
-    answers = ours.replay(batch(range(5), 6, 5, world.vocab_size))
+    served = make_adapters(tmp_path / "tiny", 5, num_files=2)
+    assert [folder.name for folder in served.adapters] == ["00000", "00001", "00000", "00001", "00000"]
+    ours = Ours(served, 5, small(served))
+    answers = ours.replay(batch(range(5), 6, 5, served.vocab_size))
     assert ours.engine.stats()["adapters_resident"] == 5
     assert len(answers) == 5
 
 
 def test_peft_computes_in_the_dtype_of_the_base(tmp_path: Path):
     write_random_model(TINY.sizes, tmp_path / "tiny", "bfloat16", "cpu")
-    peft = Peft(make_world(tmp_path / "tiny", 2), 2)
+    peft = Peft(make_adapters(tmp_path / "tiny", 2), 2)
     assert {parameter.dtype for parameter in peft.model.parameters()} == {torch.bfloat16}
 
 

@@ -1,4 +1,4 @@
-"""Servers for tests: the whole of serving behind HTTP on 127.0.0.1, in threads of the test's process."""
+"""Servers for tests: gateway and engines behind HTTP on 127.0.0.1, in threads of the test's process."""
 
 import socket
 import threading
@@ -26,6 +26,8 @@ from tests.worlds.serving import make_adapter
 
 @dataclass
 class Server:
+    """A server and the parts behind it; `loops` are the engines by base."""
+
     url: str
     registry: Registry
     loops: dict[str, EngineLoop]
@@ -49,7 +51,7 @@ class Server:
 
 @contextmanager
 def serve(app) -> Iterator[str]:
-    """The application under uvicorn on a free port of 127.0.0.1, in a thread."""
+    """Run the application with uvicorn in a thread, on a free port of 127.0.0.1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,6 +68,7 @@ def serve(app) -> Iterator[str]:
 
 @contextmanager
 def serve_bases(files: Path, folder: Path, config: ServingConfig, bases: tuple[str, ...]) -> Iterator[Server]:
+    """Serve the bases in `files` with one engine each. Registry, blobs and caches are in `folder`."""
     registry = Registry(f"sqlite:///{folder}/registry.db")
     blobs = BlobStore(str(folder / "blobs"), folder / "cache")
     for name in bases:
@@ -86,7 +89,7 @@ def serve_bases(files: Path, folder: Path, config: ServingConfig, bases: tuple[s
 
 @dataclass
 class AdapterServer:
-    """A server of one base, called "base", with what makes, loads and asks for its adapters."""
+    """A server of one base, called "base", and helpers that make, load and use adapters of it."""
 
     server: Server
     folder: Path
@@ -103,7 +106,7 @@ class AdapterServer:
         return self.server.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(path))
 
     def register(self, name: str, path: Path) -> str:
-        """As another process would, past the checks at the door; returns the blob's key."""
+        """Register an adapter as another process would, without the gateway's checks; returns the blob's key."""
         registry = self.server.registry
         key = self.blobs.put_folder(path)
         registry.add_adapter(name)

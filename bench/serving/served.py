@@ -1,4 +1,4 @@
-"""The model and the adapters that all engines of the serving benchmark have: ordinary folders that anyone can load."""
+"""The model and the adapters that all engines of the serving benchmark load: ordinary folders."""
 
 import json
 import shutil
@@ -16,14 +16,14 @@ from bench.models import random_llama
 from cluster.adapter_files import Adapter, LoraFactors, save_adapter
 from cluster.checkpoints import open_checkpoint
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # what S-LoRA's adapters change
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # the modules of S-LoRA's adapters
 LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-_STRENGTH = 0.02  # of the random factors of B: enough to change what is generated
+_STRENGTH = 0.02  # spread of the random LoRA B: enough to change the output
 
 
 @dataclass(frozen=True)
-class World:
-    """A Hugging Face checkpoint, PEFT adapters for it (several may have one folder), and where engines compute."""
+class ServedModel:
+    """A Hugging Face checkpoint, PEFT adapters for it (several may share a folder), and the engines' device."""
 
     model: Path
     adapters: tuple[Path, ...]
@@ -31,17 +31,17 @@ class World:
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """The size of the vocabulary."""
         return int(self._config["vocab_size"])
 
     @property
     def dtype(self) -> str:
-        """The type that the checkpoint is in, and all engines compute in."""
+        """The dtype of the checkpoint, in which all engines compute."""
         return str(self._config["dtype"])
 
     @property
     def adapter_bytes(self) -> int:
-        """What the first adapter's matrices take in the model's type; its file has them in float32."""
+        """The size of the first adapter's matrices in the model's dtype; its file holds them in float32."""
         size = (self.adapters[0] / "adapter_model.safetensors").stat().st_size
         return size * getattr(torch, self.dtype).itemsize // torch.float32.itemsize
 
@@ -50,17 +50,17 @@ class World:
         return dict(json.loads((self.model / "config.json").read_text()))
 
 
-def make_world(
+def make_adapters(
     base: Path,
     num_adapters: int,
     ranks: tuple[int, ...] = (8,),
     modules: tuple[str, ...] = LINEARS,
     num_files: int | None = None,
     device: str = "cpu",
-) -> World:
-    """Random adapters of these ranks, in turn, beside a base; what a former run has made there is taken as it is.
+) -> ServedModel:
+    """Make random adapters beside a base, with these ranks in turn. Adapters of an earlier run are reused.
 
-    Adapters beyond `num_files` have the folders of the first ones, again in turn.
+    Adapters beyond `num_files` share the folders of the first ones.
     """
     place = base.parent / f"{base.name}-rank-{'-'.join(map(str, ranks))}-on-{len(modules)}-modules"
     shapes = {p: s for p, s in open_checkpoint(base).linear_shapes().items() if p.rsplit(".", 1)[-1] in modules}
@@ -68,11 +68,11 @@ def make_world(
     for number, folder in enumerate(folders):
         if not folder.exists():
             save_adapter(_random_adapter(shapes, ranks[number % len(ranks)], number), folder)
-    return World(base, tuple(folders[number % len(folders)] for number in range(num_adapters)), device)
+    return ServedModel(base, tuple(folders[number % len(folders)] for number in range(num_adapters)), device)
 
 
 def copy_model(model: Path, place: Path, dtype: str) -> None:
-    """A checkpoint's copy in one type, so that no engine has another than the others."""
+    """Copy a checkpoint in one dtype, so that all engines load the same values."""
     aside = place.with_name(f".{place.name}")
     shutil.copytree(model, aside, dirs_exist_ok=True)
     for file in aside.glob("*.safetensors"):
@@ -84,7 +84,7 @@ def copy_model(model: Path, place: Path, dtype: str) -> None:
 
 
 def write_random_model(sizes: Mapping[str, Any], place: Path, dtype: str, device: str) -> None:
-    """A Llama of these sizes (a LlamaConfig's) with random weights, made on `device`, and a tokenizer of its words."""
+    """Write a Llama of these LlamaConfig sizes with random weights, made on `device`, and a tokenizer."""
     aside = place.with_name(f".{place.name}")
     model = random_llama(sizes, dtype, device)
     model.save_pretrained(aside)
