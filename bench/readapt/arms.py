@@ -1,16 +1,16 @@
-"""The arms of the re-adaptation benchmark: each a configuration of one ladder, so that one code times them all.
+"""The arms of the re-adaptation benchmark. Each is a configuration of the ladder, so the same code times all of them.
 
     copy       the old adapter as it is
-    copy_ft    fine-tuning from there, nothing pulling back
+    copy_ft    fine-tuning from the copy, without a pull
     paper      alpha * T + beta * E by Bayesian search, then fine-tuning with two-phase scheduled regularisation
-    ours       the ladder as it comes
+    ours       the ladder with its default settings
     scratch    a new adapter
-    data_free  ours, without any label: the old service's answers to logged prompts take their place; no scratch rung,
-               which would double its budget
+    data_free  ours without labels: the old service's answers to logged prompts replace them. No scratch rung, which
+               would double its budget
 
-The clock starts with the bases, the old adapter and the rows on disk: loading them, extracting E where an arm needs it,
-search, closed forms, training and all evaluations on the gate's rows count; the start of the process does not, nor does
-what the gate itself is made from (the old service's and scratch's quality), which is the same for all.
+The clock starts with the bases, the old adapter and the rows on disk. It counts loading, extracting E if an arm needs
+it, search, closed forms, training and all evaluations on the gate's rows. It does not count the start of the process,
+nor measuring the old service and scratch for the gate, which is the same for all arms.
 """
 
 import hashlib
@@ -41,18 +41,18 @@ from readapt.training.lora import load_base
 from readapt.training.training_run import CurvePoint
 
 TOLERANCE_POINTS = 0.5
-# About the best for all arms: the time to readiness of a run of T steps that is evaluated every k steps, each at the
-# cost of c steps, is about T + 1.5 k + c T / k; in long runs k grows by itself (`RunSettings.is_due`).
+# About the best for all arms. A run of T steps, evaluated every k steps at the cost of c steps each, is ready after
+# about T + 1.5 k + c T / k. In long runs k grows by itself (`RunSettings.is_due`).
 EVAL_EVERY = 10
-MAX_TOKENS = 256  # the rows fit it whole
-PERFECT = 100.0  # agreement of the old service with itself
+MAX_TOKENS = 256  # enough for every row
+PERFECT = 100.0  # the old service's agreement with itself
 NEEDS_OLD_BASE = {"transplant"}
 DEFAULT_RUNGS = LadderConfig().rungs
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How an arm climbs: its rungs and the learning rates to try (the likely best first)."""
+class ArmSettings:
+    """An arm's rungs, and the learning rates to try, the likely best first."""
 
     rungs: tuple[str, ...]
     learning_rates: tuple[float, ...] = ()
@@ -60,24 +60,24 @@ class Plan:
     has_averaging: bool = False
 
 
-PLANS: dict[Arm, Plan] = {
-    "copy": Plan(("copy",)),
-    "copy_ft": Plan(("copy", "train"), (1e-3, 5e-4, 2e-3), has_pull=False),
-    "paper": Plan(("fused", "train"), (1e-3, 5e-4, 2e-3)),
-    "ours": Plan(DEFAULT_RUNGS, (5e-4, 2.5e-4, 1e-3), has_averaging=True),
-    "scratch": Plan(("scratch",), (3e-3, 1.5e-3, 6e-3)),
-    "data_free": Plan(("copy", "transplant", "train"), (5e-4, 2.5e-4, 1e-3), has_averaging=True),
+ARM_SETTINGS: dict[Arm, ArmSettings] = {
+    "copy": ArmSettings(("copy",)),
+    "copy_ft": ArmSettings(("copy", "train"), (1e-3, 5e-4, 2e-3), has_pull=False),
+    "paper": ArmSettings(("fused", "train"), (1e-3, 5e-4, 2e-3)),
+    "ours": ArmSettings(DEFAULT_RUNGS, (5e-4, 2.5e-4, 1e-3), has_averaging=True),
+    "scratch": ArmSettings(("scratch",), (3e-3, 1.5e-3, 6e-3)),
+    "data_free": ArmSettings(("copy", "transplant", "train"), (5e-4, 2.5e-4, 1e-3), has_averaging=True),
 }
 
 
 def search_config(task: BenchTask) -> SearchConfig:
-    """The search as it comes, on the task's number of rows; its seed also draws the split of the validation rows."""
+    """Return the default search on the task's number of rows. Its seed also splits the validation rows."""
     return TypeAdapter(SearchConfig).validate_python({"subset_rows": task.search_rows})
 
 
 def ladder_config(spec: RunSpec) -> ReadaptConfig:
-    """How the ladder climbs in this run: all that an arm does not set is as it comes."""
-    plan, task = PLANS[spec.arm], spec.task
+    """Return the ladder's configuration for this run. What the arm does not set keeps its default."""
+    arm, task = ARM_SETTINGS[spec.arm], spec.task
     train: dict[str, float] = {
         "full_steps": task.steps,
         "scratch_steps": task.steps,
@@ -90,32 +90,32 @@ def ladder_config(spec: RunSpec) -> ReadaptConfig:
         train["scratch_learning_rate" if spec.arm == "scratch" else "learning_rate"] = spec.learning_rate
     if spec.scratch_rate is not None:
         train["scratch_learning_rate"] = spec.scratch_rate
-    if not plan.has_pull:
+    if not arm.has_pull:
         train |= {"pull_strong": 0.0, "pull_weak": 0.0}
-    if not plan.has_averaging:  # no part of the methods that these arms stand for
+    if not arm.has_averaging:  # not part of the methods that these arms stand for
         train["averaging"] = 0.0
     settings = {
         "search": search_config(task),
         "train": train,
-        "ladder": {"rungs": plan.rungs, "stop": spec.stop},
+        "ladder": {"rungs": arm.rungs, "stop": spec.stop},
     }
     return TypeAdapter(ReadaptConfig).validate_python(settings)
 
 
 def digest(spec: RunSpec) -> str:
-    """A short hash of the arm's settings: what was measured with others is measured again."""
+    """Return a short hash of the arm's configuration. Runs with another configuration are measured again."""
     config = ladder_config(spec)
     used = asdict(config)
     used["workers"]["pack"] = used["workers"].pop("adapters_per_worker")  # its name when the records were measured
     used["transplant"]["rank"], used["transplant"]["wide_rank"] = config.transplant.ranks
-    if "transplant" not in PLANS[spec.arm].rungs:
-        del used["transplant"]  # it may be developed without measuring the other arms anew
+    if "transplant" not in ARM_SETTINGS[spec.arm].rungs:
+        del used["transplant"]  # changing it must not invalidate the records of the other arms
     return hashlib.sha256(json.dumps([used, TOLERANCE_POINTS], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Place:
-    """What an arm finds on disk: two bases, the old adapter, the task's rows."""
+    """What an arm finds on disk: two bases, the old adapter and the task's rows."""
 
     old_base: Path
     new_base: Path
@@ -125,7 +125,7 @@ class Place:
 
 @dataclass(frozen=True)
 class ReadyAdapter:
-    """The adapter with which the gate was passed, `seconds` after the start of the clock."""
+    """The adapter that passed the gate, `seconds` after the clock started."""
 
     rung: str
     step: int
@@ -134,8 +134,8 @@ class ReadyAdapter:
 
 
 @dataclass(frozen=True)
-class Climb:
-    """What came of one run: the adapter that was ready, if any, and the best one in the end."""
+class ArmResult:
+    """One run's result: the adapter that was ready, if any, and the best one at the end."""
 
     ready: ReadyAdapter | None
     rung: str
@@ -148,19 +148,19 @@ class Climb:
 
 
 class GivenUpError(TrainingError):
-    """The run took more steps than it was allowed to."""
+    """The run took more steps than allowed."""
 
 
-def climb(spec: RunSpec, place: Place, limit_steps: float) -> Climb:
-    """One run of one arm, timed.
+def climb(spec: RunSpec, place: Place, limit_steps: float) -> ArmResult:
+    """Run one arm once, timed.
 
-    GivenUpError at the first evaluation after `limit_steps` steps or more; another ReloraError where it breaks down.
+    Raises GivenUpError at the first evaluation after `limit_steps` steps, and the ladder's error if it fails.
     """
     clock = _Clock()
     ladder, points = _ladder(spec, place, clock, limit_steps)
     began_s = clock.seconds()
     outcome = ladder.climb_alone()
-    return Climb(
+    return ArmResult(
         None if outcome.ready is None else _timed(outcome.ready, points),
         outcome.rung,
         outcome.adapter,
@@ -173,13 +173,13 @@ def climb(spec: RunSpec, place: Place, limit_steps: float) -> Climb:
 
 
 def _timed(ready: Ready, points: Sequence[Point]) -> ReadyAdapter:
-    """By the one clock of this module: when the evaluation was reported with which the gate was passed."""
+    """Return the ready adapter with the time, by this module's clock, of the evaluation that passed the gate."""
     seconds = next(point.seconds for point in points if (point.rung, point.step) == (ready.rung, ready.step))
     return ReadyAdapter(ready.rung, ready.step, seconds, ready.adapter)
 
 
 class _Clock:
-    """Wall clock and CPU seconds since it was made, and the seconds of the stages that it was told of."""
+    """Measures wall clock and CPU seconds since its creation, and the seconds of named stages."""
 
     def __init__(self) -> None:
         self._started_s, self._cpu_started_s = time.perf_counter(), time.process_time()
@@ -226,7 +226,10 @@ def _ladder(spec: RunSpec, place: Place, clock: _Clock, limit_steps: float) -> t
 
 
 def _gate(spec: RunSpec, config: ReadaptConfig) -> Gate:
-    """Without labels it asks for agreement. It is not lowered: the reference is the lower of v1 and scratch already."""
+    """Return the gate. Without labels it asks for agreement.
+
+    It is never lowered, because the reference already is the lower of v1's and scratch's quality.
+    """
     if spec.arm == "data_free":
         return Gate(PERFECT, config.gate.agreement_points, floor=PERFECT)
     assert spec.reference is not None

@@ -1,21 +1,21 @@
-"""One update x task on one core: all seeds and arms, in the order in which each needs the other.
+"""Run one update x task on one core: all seeds and arms, in the order of their dependencies.
 
     v1         the old specialist on the old base: one half of the gate
     scratch    at the full budget, on the first seed at each learning rate: the other half of the gate
-    the rest   on the first seed at each learning rate up to readiness, and no further than the soonest so far went;
-               then at the best one: with the full budget on the first seed, later on up to readiness
-    ours       with the full budget on all seeds, for its quality; where it was not ready before training, it is run
-               again up to readiness to be timed, as a campaign would: only there is a run that trails dropped
+    the rest   on the first seed, each learning rate up to readiness, but for no more steps than the fastest so far.
+               Then the best rate: at the full budget on the first seed, up to readiness on later seeds
+    ours       at the full budget on all seeds, for its quality. If it was not ready before training, it runs again up
+               to readiness to be timed, as in a campaign: only there is a run that trails dropped
 
-The first run of a process is made twice and its first time is thrown away: it pays for imports and cold caches. The
-gate asks for the lower of v1's and fully trained scratch's quality, less the tolerance. Where scratch is the lower one,
-it is run a second time to be timed: the evaluations of its first run were made with v1's gate in mind.
+The first run of a process is repeated and its first time discarded, because it includes imports and cold caches. The
+gate asks for the lower of v1's and fully trained scratch's quality, less the tolerance. If scratch is the lower one, it
+runs a second time to be timed, because its first run was evaluated against v1's gate.
 
-An arm's learning rate is chosen once, on the first seed and on the gate's rows: the one that is ready after the fewest
-steps or, where none is, that of the highest quality. Scratch's is chosen among those within `EQUAL_POINTS` of its best
-quality. While the best one lies at the edge of those tried, the next one beyond is tried, at most `MAX_EXTRA_RATES`
-times. An arm that is ready before any training has nothing to choose: it gets the first. Nor has ours where it trains
-from scratch, which it does at the rate that was chosen for scratch.
+An arm's learning rate is chosen once, on the first seed and the gate's rows: the rate that is ready after the fewest
+steps, or the one with the highest quality if none is ready. Scratch's rate is chosen among those within `EQUAL_POINTS`
+of its best quality. If the best rate is the highest or lowest tried, the next one beyond is tried too, at most
+`MAX_EXTRA_RATES` times. An arm that is ready before any training gets the first rate. If ours trains from scratch, it
+uses the rate chosen for scratch.
 """
 
 import math
@@ -25,9 +25,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from bench.readapt.arms import PLANS, TOLERANCE_POINTS, Climb, Place, ReadyAdapter, digest, search_config
+from bench.readapt.arms import ARM_SETTINGS, TOLERANCE_POINTS, ArmResult, Place, ReadyAdapter, digest, search_config
 from bench.readapt.records import Arm, Journal, Point, Purpose, ReadyPoint, Record, RunSpec, Scored, Stop
 from bench.readapt.scoring import score
 from bench.readapt.updates import Update
@@ -35,19 +34,20 @@ from bench.specialists import BenchTask, make_specialist, write_bench_task
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import ReloraError
-from readapt.fusion.search import split_valid
-from readapt.training.data import encoder_for, load_task
+from readapt.ladder.inputs import TaskRows
+from readapt.training.causal_lm import CausalLM
+from readapt.training.data import Task, encoder_for, load_task
 from readapt.training.lora import load_base
 
 EQUAL_POINTS = 1.0
 MAX_EXTRA_RATES = 1
 TUNED: tuple[Arm, ...] = ("copy_ft", "paper", "ours", "data_free")
 
-FULL_BUDGET: tuple[Arm, ...] = ("ours", "scratch")  # on all seeds; the others on the first one alone
+FULL_BUDGET: tuple[Arm, ...] = ("ours", "scratch")  # on all seeds; the other arms on the first seed only
 
 STARTS = ("copy", "transplant", "wide", "fused")
 
-RunArm = Callable[[RunSpec, Place, float], Climb]
+RunArm = Callable[[RunSpec, Place, float], ArmResult]
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Unit:
 
     @property
     def journal(self) -> Path:
-        """Where its records are kept."""
+        """The file of its records."""
         return self.work / "records" / f"{self.update.name}-{self.task.name}.jsonl"
 
 
 def run_unit(unit: Unit, run_arm: RunArm, say: Callable[[str], None] = print) -> list[Record]:
-    """Runs what of the unit has not been run before, and returns all its records."""
+    """Run what is missing of the unit; return all its records."""
     rates: dict[Arm, float] = {}
     bench = _Bench(unit, run_arm, say)
     for seed in unit.seeds:
@@ -76,7 +76,7 @@ def run_unit(unit: Unit, run_arm: RunArm, say: Callable[[str], None] = print) ->
 
 
 class _Bench:
-    """What the cells of a unit share: models and rows for scoring (loaded when first needed), and the journal."""
+    """What the cells of a unit share: models and rows for scoring, loaded on first use, and the journal."""
 
     def __init__(self, unit: Unit, run_arm: RunArm, say: Callable[[str], None]):
         self.unit, self.run_arm, self.say = unit, run_arm, say
@@ -86,19 +86,19 @@ class _Bench:
         self.data = write_bench_task(unit.task, unit.kit, unit.update.old, unit.work)
 
     @cached_property
-    def _old_model(self) -> Any:
+    def _old_model(self) -> CausalLM:
         return load_base(self.unit.update.old)
 
     @cached_property
-    def _new_model(self) -> Any:
+    def _new_model(self) -> CausalLM:
         return load_base(self.unit.update.new)
 
     @cached_property
-    def _task(self) -> Any:
+    def _task(self) -> Task:
         return load_task(self.data)
 
-    def climb(self, spec: RunSpec, place: Place, limit_steps: float) -> Climb:
-        """One timed run."""
+    def climb(self, spec: RunSpec, place: Place, limit_steps: float) -> ArmResult:
+        """Run an arm, timed. The process's first call runs a short arm before it, to warm up."""
         if not self._is_warm:
             short = replace(spec, arm="copy_ft", task=replace(spec.task, steps=1), learning_rate=1e-6, stop="budget")
             self.run_arm(short, place, math.inf)
@@ -106,12 +106,12 @@ class _Bench:
         return self.run_arm(spec, place, limit_steps)
 
     def score(self, adapter: Adapter | None, *, on_old: bool = False, on_test: bool = True) -> Scored:
-        """An adapter's quality on gate and test rows; None: of the bare base."""
+        """Return the quality of an adapter (None: of the bare base) on gate and test rows."""
         task = self.unit.task
         model = self._old_model if on_old else self._new_model
         encoder = encoder_for(self.unit.update.old if on_old else self.unit.update.new, task.max_tokens)
-        gate_rows = split_valid(self._task.valid, search_config(task))[1]
-        gate, _ = score(model, adapter, encoder, gate_rows, task.metric)
+        rows = TaskRows.split(self._task, search_config(task))
+        gate, _ = score(model, adapter, encoder, rows.gate, task.metric)
         if not on_test:
             return Scored(gate)
         test, test_rows = score(model, adapter, encoder, self._task.test, task.metric)
@@ -119,7 +119,7 @@ class _Bench:
 
 
 class _Cell:
-    """One seed's runs. `rates` are the learning rates chosen by the first cell, which fills them in."""
+    """Runs one seed. `rates` are the learning rates per arm; the first cell chooses them and fills them in."""
 
     def __init__(self, bench: _Bench, seed: int, rates: dict[Arm, float]):
         unit = bench.unit
@@ -129,7 +129,7 @@ class _Cell:
         self._bare = RunSpec(unit.update.name, bench.base, unit.task, seed, "v1")
 
     def run(self) -> None:
-        """All arms."""
+        """Run all arms."""
         v1 = self._scored("v1")
         self._scored("zero_shot")
         scratch = self._scratch(v1.final.gate)
@@ -137,12 +137,12 @@ class _Cell:
         self._run("copy", scratch.reference)
         for arm in TUNED:
             if arm not in self._rates:
-                self._rates[arm] = _rate(self._tune(arm, scratch.reference, _soonest))
+                self._rates[arm] = _rate(self._tune(arm, scratch.reference, _fastest))
             run = self._ours if arm == "ours" else self._run
             run(arm, scratch.reference, self._rates[arm])
 
     def _scratch(self, v1_gate: float) -> Record:
-        """Scratch's reported run: what it reaches at the full budget, and when it passes the gate made from that."""
+        """Return scratch's reported run: its quality at the full budget, and when it passes the gate made from that."""
         if "scratch" not in self._rates:
             self._rates["scratch"] = _rate(self._tune("scratch", v1_gate, lambda runs: _scratch_choice(runs, v1_gate)))
         rate = self._rates["scratch"]
@@ -166,7 +166,7 @@ class _Cell:
         def run(rate: float) -> None:
             runs.append(self._run(arm, reference, rate, "tune", _limit_steps(arm, runs)))
 
-        for rate in PLANS[arm].learning_rates:
+        for rate in ARM_SETTINGS[arm].learning_rates:
             run(rate)
             if _has_nothing_to_tune(runs[0]):
                 return runs[0]
@@ -179,7 +179,7 @@ class _Cell:
     def _spec(self, arm: Arm, reference: float, rate: float | None, purpose: Purpose) -> RunSpec:
         is_full = arm == "scratch" if purpose == "tune" else purpose != "timed" and self._has_full_budget(arm)
         stop: Stop = "budget" if is_full else "ready"
-        may_end_at_scratch = arm != "scratch" and "scratch" in PLANS[arm].rungs
+        may_end_at_scratch = arm != "scratch" and "scratch" in ARM_SETTINGS[arm].rungs
         spec = replace(
             self._bare,
             arm=arm,
@@ -208,23 +208,23 @@ class _Cell:
     def _climb(self, spec: RunSpec, limit_steps: float) -> Record:
         started = time.perf_counter()
         try:
-            climb = self._bench.climb(spec, self._place, limit_steps)
+            result = self._bench.climb(spec, self._place, limit_steps)
         except ReloraError as error:
             seconds = time.perf_counter() - started
             bare = self._bench.score(None)
             return replace(_blank_record(spec, bare), seconds=seconds, error=f"{type(error).__name__}: {error}")
         on_test = spec.purpose != "tune" or spec.arm == "scratch"
-        final = self._bench.score(climb.final, on_test=on_test)
-        ready = climb.ready
+        final = self._bench.score(result.final, on_test=on_test)
+        ready = result.ready
         return replace(
             _blank_record(spec, final),
-            ready=None if ready is None else self._ready(ready, climb.final, final, on_test),
-            rung=climb.rung,
-            seconds=climb.seconds,
-            cpu_seconds=climb.cpu_seconds,
-            stages=climb.stages,
-            curve=climb.curve,
-            details=climb.details,
+            ready=None if ready is None else self._ready(ready, result.final, final, on_test),
+            rung=result.rung,
+            seconds=result.seconds,
+            cpu_seconds=result.cpu_seconds,
+            stages=result.stages,
+            curve=result.curve,
+            details=result.details,
         )
 
     def _ready(self, ready: ReadyAdapter, final: Adapter, final_score: Scored, on_test: bool) -> ReadyPoint:
@@ -233,12 +233,12 @@ class _Cell:
         return ReadyPoint(ready.rung, ready.step, ready.seconds, ready_score)
 
     def _scored(self, arm: Arm) -> Record:
-        """The old service, or the bare new base: nothing to be run."""
+        """Score the old service, or the bare new base, which need no run."""
         spec, adapter = replace(self._bare, arm=arm), load_adapter(self._place.adapter) if arm == "v1" else None
         return self._kept(spec, lambda: _blank_record(spec, self._bench.score(adapter, on_old=arm == "v1")))
 
     def _kept(self, spec: RunSpec, make: Callable[[], Record]) -> Record:
-        """The run's record, made where there is none yet."""
+        """Return the run's record; make it if there is none yet."""
         record = self._bench.journal.find(spec)
         if record is None:
             record = make()
@@ -276,30 +276,30 @@ def _has_nothing_to_tune(run: Record) -> bool:
 
 
 def _limit_steps(arm: Arm, runs: Sequence[Record]) -> float:
-    """When a run that only chooses a learning rate can no longer be the soonest; scratch's are run to their ends."""
+    """Return the steps after which a run can no longer be the fastest rate; scratch's rates run to their ends."""
     steps = [run.ready.step for run in runs if run.ready is not None and arm != "scratch"]
     return min(steps, default=math.inf)
 
 
-def _soonest(runs: Sequence[Record]) -> Record:
+def _fastest(runs: Sequence[Record]) -> Record:
     return min(runs, key=lambda run: (run.ready is None, run.ready.step if run.ready else -run.final.gate))
 
 
 def _scratch_choice(runs: Sequence[Record], v1_gate: float) -> Record:
     best = max(run.final.gate for run in runs)
-    asked = min(best, v1_gate) - TOLERANCE_POINTS
+    least = min(best, v1_gate) - TOLERANCE_POINTS
     close = [run for run in runs if run.final.gate >= best - EQUAL_POINTS]
-    return min(close, key=lambda run: (_second_pass(run.curve, asked), -run.final.gate))
+    return min(close, key=lambda run: (_second_pass(run.curve, least), -run.final.gate))
 
 
-def _second_pass(curve: Sequence[Point], asked: float) -> float:
-    """The step at which a curve is above `asked` for the second time in a row; inf for never."""
-    passes = (after.step for before, after in pairwise(curve) if min(before.quality, after.quality) >= asked)
+def _second_pass(curve: Sequence[Point], least: float) -> float:
+    """Return the step at which a curve reaches `least` for the second time in a row; inf if it never does."""
+    passes = (after.step for before, after in pairwise(curve) if min(before.quality, after.quality) >= least)
     return next(passes, float("inf"))
 
 
 def _beyond(best: float, tried: Sequence[float]) -> float | None:
-    """The next learning rate, by a factor of 2, where the best is the highest or the lowest of those tried."""
+    """Return the next learning rate, by a factor of 2, if the best is the highest or the lowest of those tried."""
     if best == max(tried):
         return 2 * best
     return best / 2 if best == min(tried) else None
@@ -311,4 +311,4 @@ def _line(record: Record) -> str:
     where = f"{record.update} {record.task} {record.seed} {record.arm} [{record.purpose}]{rate}"
     test = "" if record.final.test is None else f", test {record.final.test:.1f}"
     ends = f"gate {record.final.gate:.1f}{test}, {record.seconds:.1f} s {record.error}"
-    return f"{where}: asked {record.reference}, {state}; {ends}"
+    return f"{where}: reference {record.reference}, {state}; {ends}"

@@ -1,15 +1,16 @@
 """The figures of the re-adaptation benchmark, from its records.
 
-**Time-to-readiness** (TTR) is a record's `ready.seconds`. **Censored** runs, which were not ready within their budget:
-a baseline's counts with the seconds of its whole budget, so that the speed-up over it is a lower bound; ours counts
-with its own seconds plus the baseline's TTR (whoever waits for ours in vain turns to the baseline then), so that its
-speed-up is below 1. Fleet speed-ups are ratios of sums over all adapters, with the same rule. Figures over updates
-leave out the negative control, which has its own.
+**Time-to-readiness** (TTR) is a record's `ready.seconds`. **Censored** runs were not ready within their budget. A
+censored baseline counts with the seconds of its whole budget, so the speed-up over it is a lower bound. If ours is
+censored, it counts with its own seconds plus the baseline's TTR, because one would then turn to the baseline, so its
+speed-up is below 1. Fleet speed-ups are ratios of sums over all adapters, by the same rule. Figures over updates leave
+out the negative control, which has its own figure.
 
-**A regression shipped** is an adapter that the gate let pass and that is worse on the test rows than the gate's
-tolerance and chance allow: against the lower of v1's and scratch's test quality, by more than `TOLERANCE_POINTS` plus
-`NUM_STANDARD_ERRORS` standard errors of the mean difference, row by row (paired; of chrF the rows' own scores, where
-gate and tables have that of all rows as one text). How many are below the tolerance, be it by chance, is told beside.
+**A regression shipped** is an adapter that passed the gate and is worse on the test rows than the gate's tolerance and
+chance allow. It is compared with the lower of v1's and scratch's test quality. It counts if it is worse by more than
+`TOLERANCE_POINTS` plus `NUM_STANDARD_ERRORS` standard errors of the mean paired difference over the rows. For chrF
+these are the rows' own scores, while the gate and the tables use corpus chrF. The report also counts all adapters below
+the tolerance, by chance or not.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +35,7 @@ class Cell:
     task: str
     seed: int
     runs: dict[Arm, Record]
-    spared_share: float = 0.0  # of the time for extracting E, where others in the fleet bear it
+    spared_share: float = 0.0  # of the time for extracting E, if other adapters of the fleet share it
 
     @property
     def is_control(self) -> bool:
@@ -42,28 +43,28 @@ class Cell:
         return self.update == CONTROL
 
     def has(self, *arms: Arm) -> bool:
-        """Whether all of these were run."""
+        """Return whether all of these arms were run."""
         return all(arm in self.runs for arm in arms)
 
     def waited_s(self, arm: Arm) -> float:
-        """The TTR of an arm, or the time of its whole budget where it was not ready within."""
+        """Return an arm's TTR, or the time of its whole budget if it was not ready."""
         run = self.runs[arm]
         seconds = run.seconds if run.ready is None else run.ready.seconds
         return seconds - self.spared_share * run.stages.get("evolution", 0.0)
 
     def ours_s(self, baseline: Arm, arm: Arm = "ours") -> float:
-        """Our TTR; where we were not ready, our time and then the baseline's."""
+        """Return our TTR, or if ours was not ready, our time plus the baseline's."""
         is_ready = self.runs[arm].ready is not None
         return self.waited_s(arm) + (0.0 if is_ready else self.waited_s(baseline))
 
     def speedup(self, baseline: Arm, arm: Arm = "ours") -> float:
-        """How many times sooner ready than the baseline."""
+        """Return how many times sooner the arm was ready than the baseline."""
         return self.waited_s(baseline) / self.ours_s(baseline, arm)
 
 
 @dataclass(frozen=True)
 class Regression:
-    """A shipped adapter against the reference on the test rows: mean paired difference and its standard error."""
+    """A shipped adapter compared with the reference on the test rows: mean paired difference and standard error."""
 
     update: str
     task: str
@@ -75,24 +76,24 @@ class Regression:
 
     @property
     def is_established(self) -> bool:
-        """Worse by more than tolerance and chance allow."""
+        """Whether it is worse by more than tolerance and chance allow."""
         return self.difference < -TOLERANCE_POINTS - NUM_STANDARD_ERRORS * self.standard_error
 
     @property
     def is_below_tolerance(self) -> bool:
-        """Worse by more than the tolerance, be it by chance."""
+        """Whether it is worse by more than the tolerance, by chance or not."""
         return self.difference < -TOLERANCE_POINTS
 
 
 def cells_of(records: Iterable[Record]) -> list[Cell]:
-    """The reported runs, cell by cell."""
+    """Group the reported runs by cell."""
     final = sorted((r for r in records if r.purpose == "final"), key=lambda record: record.cell)
     groups = ((cell, list(runs)) for cell, runs in groupby(final, key=lambda record: record.cell))
     return [Cell(update, task, seed, {run.arm: run for run in runs}) for (update, task, seed), runs in groups]
 
 
 def all_figures(records: Sequence[Record], packed_training_speedup: float | None) -> dict[str, Any]:
-    """The figures by name; None where there is nothing to compute one from."""
+    """Return the figures by name; None for those without any data."""
     cells = cells_of(records)
     updated = [c for c in cells if not c.is_control and c.has("ours", *BASELINES, "v1")]
     control = [c for c in cells if c.is_control and c.has("ours", "scratch")]
@@ -112,7 +113,7 @@ def all_figures(records: Sequence[Record], packed_training_speedup: float | None
 
 
 def details(records: Sequence[Record]) -> dict[str, Any]:
-    """What stands behind the figures: all arms by update and by task, learning rates, the regressions one by one."""
+    """Return the details behind the figures: arms by update and by task, learning rates, and each regression."""
     cells = cells_of(records)
     updated = [c for c in cells if not c.is_control and c.has("ours", *BASELINES, "v1")]
     shipped = [r for c in cells for arm in ("ours", "paper", "data_free") if (r := compare_shipped(c, arm)) is not None]
@@ -136,7 +137,7 @@ def details(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _amortised(cells: list[Cell]) -> dict[str, float | None]:
-    """The speed-ups where the adapters of an update and a seed share one extraction of E, as a campaign's do."""
+    """Return the speed-ups if the adapters of an update and seed share one extraction of E, as in a campaign."""
     shared = []
     for cell in cells:
         num_adapters = sum((c.update, c.seed) == (cell.update, cell.seed) for c in cells)
@@ -207,19 +208,19 @@ def _gain(cells: list[Cell], arm: Arm, baseline: Arm) -> float | None:
 
 
 def _gain_when_ready(cells: list[Cell], arm: Arm, baseline: Arm) -> float | None:
-    """Test quality of the checkpoint that would be shipped, less the baseline's at the end of its budget."""
+    """Return the test quality of the shipped checkpoint minus the baseline's at the end of its budget."""
     both = [(ready, c.runs[baseline].final) for c in cells if c.has(arm, baseline) and (ready := c.runs[arm].ready)]
     return mean(tested(ready.score) - tested(final) for ready, final in both) if both else None
 
 
 def _overhead(control: list[Cell]) -> float | None:
-    """(our TTR - scratch's) / scratch's, of the sums over the control's cells."""
+    """Return (our TTR - scratch's) / scratch's, from the sums over the control's cells."""
     scratch_s = sum(c.waited_s("scratch") for c in control)
     return (sum(c.ours_s("scratch") for c in control) - scratch_s) / scratch_s if control else None
 
 
 def compare_shipped(cell: Cell, arm: Arm) -> Regression | None:
-    """The checkpoint that the arm would ship against the lower of v1 and scratch; None where it ships none."""
+    """Compare the checkpoint that the arm ships with the lower of v1 and scratch; None if it ships none."""
     run = cell.runs.get(arm)
     if run is None or run.ready is None or not cell.has("v1", "scratch"):
         return None
@@ -230,12 +231,12 @@ def compare_shipped(cell: Cell, arm: Arm) -> Regression | None:
 
 
 def tested(score: Scored) -> float:
-    """The quality on test rows, of a run that is reported."""
+    """Return the quality on test rows; reported runs have one."""
     assert score.test is not None
     return score.test
 
 
 def paired(new: Scored, old: Scored) -> tuple[float, float]:
-    """Mean difference row by row, in points, and its standard error."""
+    """Return the mean difference over the rows, in points, and its standard error."""
     differences = [a - b for a, b in zip(new.test_rows, old.test_rows, strict=True)]
     return mean(differences), stdev(differences) / len(differences) ** 0.5

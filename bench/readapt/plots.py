@@ -15,24 +15,24 @@ COLOURS: dict[Arm, str] = {
     "data_free": "#9467bd",
 }
 BASELINES: tuple[Arm, ...] = ("scratch", "copy_ft", "paper")
-FIRST_SECOND = 0.1  # where the logarithmic axis begins
+FIRST_SECOND = 0.1  # left end of the logarithmic axis
 
 
 def plot_all(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draws both plots as PNG files in `folder` and returns their paths."""
+    """Draw both plots as PNG files in `folder`; return their paths."""
     cells = cells_of(records)
     folder.mkdir(parents=True, exist_ok=True)
     return [_plot_curves(cells, folder / "curves.png"), _plot_speedups(cells, folder / "speedups.png")]
 
 
 def _plot_curves(cells: Sequence[Cell], path: Path) -> Path:
-    """One field per update (row) and task (column); a line per arm and seed; a dot where it was ready."""
+    """Draw one field per update (row) and task (column), a line per arm and seed, and a dot at readiness."""
     figure, axes = _grid(cells)
     for cell in cells:
         field = axes[cell.update, cell.task]
-        asked = max((run.reference for run in cell.runs.values() if run.reference is not None), default=None)
-        if asked is not None:
-            field.axhline(asked, color="black", linewidth=0.5, linestyle=":")
+        least = max((run.reference for run in cell.runs.values() if run.reference is not None), default=None)
+        if least is not None:
+            field.axhline(least, color="black", linewidth=0.5, linestyle=":")
         for arm, colour in COLOURS.items():
             if arm in cell.runs:
                 _draw(field, cell.runs[arm], colour)
@@ -84,7 +84,7 @@ def _finish(figure: Any, fields: list[Any], path: Path) -> None:
 
 
 def _plot_speedups(cells: Sequence[Cell], path: Path) -> Path:
-    """How many times sooner ready than each baseline, a dot per cell; hollow where a run was censored."""
+    """Draw how many times sooner ready than each baseline, one dot per cell; hollow if a run was censored."""
     import matplotlib as mpl
 
     mpl.use("agg")

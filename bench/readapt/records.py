@@ -1,4 +1,4 @@
-"""What the re-adaptation benchmark keeps of each run, and the files that let it go on where it was stopped."""
+"""The records of the re-adaptation benchmark's runs, and the files that let it go on where it stopped."""
 
 import hashlib
 import json
@@ -11,21 +11,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from bench.specialists import BenchTask
 
-# v1 is the old specialist on the old base: what the others are measured against.
+# v1 is the old specialist on the old base, which the others are compared with.
 Arm = Literal["v1", "zero_shot", "copy", "copy_ft", "paper", "ours", "scratch", "data_free"]
-# tune: chooses a learning rate. full: goes to the end of the budget, for its quality (and scratch's for the gate).
-# timed: the same up to readiness. final: is reported.
+# tune: chooses a learning rate. full: runs the whole budget, for the quality (scratch's also for the gate).
+# timed: runs up to readiness. final: is reported.
 Purpose = Literal["tune", "full", "timed", "final"]
 Stop = Literal["ready", "budget"]
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """All that a run depends on but the code; two equal ones are one run. `base` is the new base's fingerprint.
+    """Everything a run depends on except the code. `base` is the new base's fingerprint.
 
-    `reference` is the quality that the gate measures against, in points on the gate's rows; None where none is asked.
-    `scratch_rate` is the learning rate of a ladder that may end with training from scratch. `config` stands for how
-    the arm climbs (`arms.digest`); empty where nothing is climbed.
+    `reference` is the quality that the gate compares with, in points on the gate's rows; None if there is no gate.
+    `scratch_rate` is the learning rate of the scratch rung, for ladders that have one. `config` is the hash of the
+    arm's configuration (`arms.digest`); empty if no ladder is run.
     """
 
     update: str
@@ -42,15 +42,15 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """A short hash of the spec."""
+        """A short hash of the spec: equal runs have equal keys."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One adapter's quality in points: on the gate's rows, on the test rows, and of each test row.
+    """One adapter's quality in points, on the gate's rows, on the test rows, and on each test row.
 
-    Runs that only choose a learning rate are not scored on test rows.
+    Runs that only choose a learning rate have no test scores.
     """
 
     gate: float
@@ -60,9 +60,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation, `seconds` after the run's start: an estimate where it ended before all of the gate's rows.
+    """One evaluation on the gate's rows, `seconds` after the run's start; an estimate if the evaluation ended early.
 
-    On the gate's rows, but for the data-free arm, which has no true answers to judge by: its are agreement.
+    The data-free arm has no true answers, so its quality is agreement with the old service.
     """
 
     rung: str
@@ -73,7 +73,7 @@ class Point:
 
 @dataclass(frozen=True)
 class ReadyPoint:
-    """The checkpoint with which the gate was passed, `seconds` after the run's start, and how good it is."""
+    """The checkpoint that passed the gate, `seconds` after the run's start, and its score."""
 
     rung: str
     step: int
@@ -85,8 +85,8 @@ class ReadyPoint:
 class Record:
     """One run. `seconds` (wall clock) and `cpu_seconds` are of the whole run, `stages` of its parts.
 
-    `ready` is None where the gate was not passed within the budget. Scoring of finished adapters on the gate's and the
-    test rows is for the report and in no time.
+    `ready` is None if the gate was not passed within the budget. Times exclude the scoring of finished adapters, which
+    is done for the report only.
     """
 
     update: str
@@ -123,9 +123,9 @@ _LINES = TypeAdapter(_Line)
 
 
 class Journal:
-    """Owner of one append-only file of records; one process writes to it at a time.
+    """An append-only file of records. One process writes to it at a time.
 
-    A line that a killed process left unfinished is skipped.
+    Lines that a killed process left unfinished are skipped.
     """
 
     def __init__(self, path: Path):
@@ -137,18 +137,18 @@ class Journal:
         return len(self._records)
 
     def find(self, spec: RunSpec) -> Record | None:
-        """The run's record, if it has been run before."""
+        """Return the run's record, if there is one."""
         found = self._records.get(spec.key)
         if found is not None:
             self._used[spec.key] = found
         return found
 
     def records(self) -> list[Record]:
-        """All that was found or added: records of other settings, which may lie in the file too, are not among them."""
+        """Return the records that were found or added here. The file may hold others, of other settings."""
         return list(self._used.values())
 
     def add(self, spec: RunSpec, record: Record) -> None:
-        """Keeps a record; it is on disk when this returns."""
+        """Add a record; it is on disk when this returns."""
         self._records[spec.key] = self._used[spec.key] = record
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as lines:
@@ -168,12 +168,12 @@ def _read(path: Path) -> Iterator[tuple[str, Record]]:
         try:
             line = _LINES.validate_json(text)
         except ValidationError:
-            continue  # cut short by a kill
+            continue  # unfinished line of a killed process
         yield line.key, line.record
 
 
 def forget(folder: Path, arms: Iterable[str]) -> None:
-    """Drops the records of these arms from all journals in `folder`, so that they are run again."""
+    """Delete the records of these arms from all journals in `folder`, so that the arms run again."""
     dropped = set(arms)
     for path in sorted(folder.glob("*.jsonl")):
         kept = [(key, record) for key, record in _read(path) if record.arm not in dropped]

@@ -1,8 +1,8 @@
-"""`relora bench readapt`: how soon adapters are ready on a new base, and how good, by seven ways of getting there.
+"""`relora bench readapt`: how soon adapters are ready on a new base, and how good they are, for seven methods.
 
-Updates x tasks x seeds x arms on real rows (see `updates`, `specialists`, `arms`, `cells`), the figures of `figures`,
-and all records. All that is made (updates, specialists, records) is kept in a work folder: a second call goes on where
-the first one was stopped.
+Runs updates x tasks x seeds x arms on real rows (see `updates`, `specialists`, `arms`, `cells`) and writes the figures
+of `figures` and all records. Updates, specialists and records are kept in a work folder, so a second call goes on where
+the first one stopped.
 """
 
 import time
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench.facts import facts, write_report
 from bench.readapt import arms, cells, figures
-from bench.readapt.arms import PLANS, climb
+from bench.readapt.arms import ARM_SETTINGS, climb
 from bench.readapt.cells import TUNED, Unit, run_unit
 from bench.readapt.figures import all_figures, details
 from bench.readapt.plots import plot_all
@@ -28,14 +28,14 @@ from bench.readapt.workers import free_cores, run_on
 from bench.specialists import TASKS, BenchTask, make_specialist, write_bench_task
 
 PACKAGES = ("torch", "transformers", "hyperopt", "sacrebleu", "numpy")
-SECONDS_PER_CHAR = 1.2e-4  # of training, all in, on one core of the reference machine
-READY_SHARE = 0.4  # of the budget, until a run is ready
+SECONDS_PER_CHAR = 1.2e-4  # of training text, everything included, on one core of the reference machine
+READY_SHARE = 0.4  # of the budget; typical of a run that becomes ready
 TABLE_ARMS = ("zero_shot", "copy", "copy_ft", "paper", "ours", "data_free", "scratch")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What is run: names of updates (without the control), tasks, the control's tasks, and seeds."""
+    """What to run: updates (without the control), tasks, the control's tasks, and seeds."""
 
     updates: tuple[str, ...] = tuple(recipe.name for recipe in RECIPES)
     tasks: tuple[str, ...] = tuple(task.name for task in TASKS)
@@ -49,7 +49,7 @@ QUICK = Scope(("mild",), ("snips", "trec"), ("snips",), (0,))
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things are, how many workers (None: one a core), and whose earlier records are not to be used."""
+    """Folders, the number of workers (None: one per core), and the arms whose earlier records are dropped."""
 
     kit: Path
     out: Path
@@ -60,17 +60,17 @@ class Settings:
 
 
 def run_bench(settings: Settings, console: Console) -> dict[str, Any]:
-    """Runs what is missing, writes the JSON file and the plots beside it, prints the table, returns the figures."""
+    """Run what is missing, write the JSON file and the plots beside it, print the table; return the figures."""
     started = time.perf_counter()
     forget(settings.work / "records", settings.redo)
     on = free_cores(settings.jobs)
-    console.print(f"on {len(on)} cores; updates and specialists first, where they are missing")
+    console.print(f"on {len(on)} cores; making missing updates and specialists first")
     updates = _prepare(settings, on)
     units = sorted(_units(settings), key=_cost, reverse=True)
     console.print(f"{len(units)} update x task units of {len(settings.scope.seeds)} seeds; {_estimate(units, len(on))}")
     [(_, grouped)] = run_on(on[:1], [(_grouped, (old_base(settings.kit),))])
     found: dict[str, Any] = {}
-    for num_seeds in range(1, len(settings.scope.seeds) + 1):  # so that there is a whole report after each seed
+    for num_seeds in range(1, len(settings.scope.seeds) + 1):  # a complete report after each seed
         some = [replace(unit, seeds=unit.seeds[:num_seeds]) for unit in units]
         records = [record for _, made in run_on(on, [(_run, (unit,)) for unit in some]) for record in made]
         how = {"updates": [asdict(u) for u in updates], "training_group": grouped, "how": _how(settings, on, started)}
@@ -85,7 +85,7 @@ def write_figures(
     packed_training_speedup: float | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Writes the JSON file (the figures and `how` at the top, all records) and the plots; returns the figures."""
+    """Write the JSON file (figures, `how`, all records) and the plots; return the figures."""
     found = all_figures(records, packed_training_speedup)
     report = found | details(records) | how | {"records": [asdict(record) for record in records]}
     write_report(settings.out, report, indent=None)
@@ -94,7 +94,7 @@ def write_figures(
 
 
 def _prepare(settings: Settings, on: Sequence[int]) -> list[UpdateFacts]:
-    """Makes the updates and specialists that are not there yet; says what the updates did."""
+    """Make missing updates and specialists; return what the updates did."""
     kit, work, scope = settings.kit, settings.work, settings.scope
     recipes = [recipe for recipe in RECIPES if recipe.name in scope.updates]
     updates = [(make_update, (recipe, kit, _folder(work, recipe.name))) for recipe in reversed(recipes)]
@@ -137,20 +137,20 @@ def _folder(work: Path, update: str) -> Path:
 
 
 def _cost(unit: Unit) -> float:
-    """Characters that one arm trains on at its full budget: what the units' order goes by, longest first."""
+    """Return the characters that one arm trains on at its full budget. Units run in falling order of it."""
     rows = (unit.kit / "tasks" / unit.task.name / "valid.jsonl").read_text().splitlines()
     return unit.task.steps * unit.task.batch_rows * sum(map(len, rows)) / len(rows)
 
 
 def _estimate(units: Sequence[Unit], num_workers: int) -> str:
-    """A rough forecast from the numbers of runs, for this project's reference machine (see docs/results.md)."""
+    """Return a rough forecast from the number of runs, for the reference machine of docs/results.md."""
     seconds = sum(_cost(unit) * SECONDS_PER_CHAR * _budgets_left(unit) for unit in units)
-    return f"about {seconds / num_workers / 60:.0f} minutes if all goes evenly"
+    return f"about {seconds / num_workers / 60:.0f} minutes if the workers finish together"
 
 
 def _budgets_left(unit: Unit) -> float:
-    """How many runs at the full budget are still to be made; a run up to readiness counts as `READY_SHARE` of one."""
-    num_rates, num_more = len(PLANS["scratch"].learning_rates), len(unit.seeds) - 1
+    """Return how many full-budget runs are left; a run up to readiness counts as `READY_SHARE` of one."""
+    num_rates, num_more = len(ARM_SETTINGS["scratch"].learning_rates), len(unit.seeds) - 1
     scratch = num_rates + num_more + READY_SHARE * len(unit.seeds)
     tuned = len(TUNED) * (1 + READY_SHARE * (num_rates + num_more)) + num_more
     num_records = num_rates * (1 + len(TUNED)) + len(unit.seeds) * (5 + len(TUNED))  # about
@@ -158,14 +158,14 @@ def _budgets_left(unit: Unit) -> float:
 
 
 def _how(settings: Settings, on: Sequence[int], started: float) -> dict[str, Any]:
-    """With what, when and how all this was measured."""
+    """Return how this was measured: machine, scope, settings and definitions."""
     return {
         "facts": facts(PACKAGES, _device()),
         "workers_one_thread_each": len(on),
         "wall_clock_of_this_call_s": round(time.perf_counter() - started, 1),
         "scope": asdict(settings.scope),
         "tasks": [asdict(task) for task in TASKS if task.name in settings.scope.tasks],
-        "arms": {arm: asdict(plan) for arm, plan in PLANS.items()},
+        "arms": {arm: asdict(arm_settings) for arm, arm_settings in ARM_SETTINGS.items()},
         "definitions": {"time_to_readiness": arms.__doc__, "figures": figures.__doc__, "runs": cells.__doc__},
     }
 
@@ -173,7 +173,7 @@ def _how(settings: Settings, on: Sequence[int], started: float) -> dict[str, Any
 def _show(records: Sequence[Record], found: dict[str, Any], out: Path, console: Console) -> None:
     table = Table(*("update, task", *TABLE_ARMS), title="median seconds to readiness (ready/runs), test quality")
     for name, summary in details(records)["by_update_and_task"].items():
-        table.add_row(name, *(_told(summary["arms"].get(arm)) for arm in TABLE_ARMS))
+        table.add_row(name, *(_cell_text(summary["arms"].get(arm)) for arm in TABLE_ARMS))
     console.print(table)
     for name, figure in found.items():
         console.print(f"{name}: {figure if figure is None else round(figure, 3)}")
@@ -181,7 +181,7 @@ def _show(records: Sequence[Record], found: dict[str, Any], out: Path, console: 
         console.print(f"wrote {path}")
 
 
-def _told(arm: dict[str, Any] | None) -> str:
+def _cell_text(arm: dict[str, Any] | None) -> str:
     if arm is None:
         return ""
     seconds, quality = arm["ttr_s_median_of_ready"], f"{arm['test_quality_at_the_end']:.1f}"

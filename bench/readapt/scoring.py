@@ -1,16 +1,13 @@
-"""An adapter's quality row by row, for the report and for paired comparisons.
-
-Shape letters as in `readapt.training.evaluate`.
-"""
+"""An adapter's quality row by row, for the report and for paired comparisons."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from statistics import mean
-from typing import Any
 
 import torch
 
 from cluster.adapter_files import Adapter
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder, Row, collate
 from readapt.training.evaluate import SPARE_TOKENS, Metric, label_logits
 from readapt.training.greedy import greedy
@@ -20,30 +17,30 @@ BATCH_ROWS = 64
 
 
 def score(
-    model: Any, adapter: Adapter | None, encoder: Encoder, rows: Sequence[Row], metric: Metric
+    model: CausalLM, adapter: Adapter | None, encoder: Encoder, rows: Sequence[Row], metric: Metric
 ) -> tuple[float, list[float]]:
-    """Quality in points of an adapter (None: the bare base) on a bare model, and of each row in the order of `rows`.
+    """Return the quality in points of an adapter (None: of the bare base) on a bare model, in all and for each row.
 
-    Exact match: 0 or 100 a row, and their mean. chrF: sentence chrF a row, and corpus chrF for all.
+    Exact match: 0 or 100 per row, and their mean. chrF: sentence chrF per row, and corpus chrF in all.
     """
     with nullcontext() if adapter is None else attached(model, adapter):
         return _exact_match(model, encoder, rows) if metric == "exact_match" else _chrf(model, encoder, rows)
 
 
 @torch.no_grad()
-def _exact_match(model: Any, encoder: Encoder, rows: Sequence[Row]) -> tuple[float, list[float]]:
+def _exact_match(model: CausalLM, encoder: Encoder, rows: Sequence[Row]) -> tuple[float, list[float]]:
     encoded = encoder.encode_all(rows)
     order = sorted(range(len(rows)), key=lambda index: len(encoded[index].input_ids))
     points = [100.0] * len(rows)
     for start in range(0, len(rows), BATCH_ROWS):
         indices = order[start : start + BATCH_ROWS]
-        logits_LV, labels_L, rows_L = label_logits(model, collate([encoded[i] for i in indices]))
-        for missed in rows_L[logits_LV.argmax(-1) != labels_L].unique().tolist():
+        logits_YV, labels_Y, rows_Y = label_logits(model, collate([encoded[i] for i in indices]))
+        for missed in rows_Y[logits_YV.argmax(-1) != labels_Y].unique().tolist():
             points[indices[missed]] = 0.0
     return mean(points), points
 
 
-def _chrf(model: Any, encoder: Encoder, rows: Sequence[Row]) -> tuple[float, list[float]]:
+def _chrf(model: CausalLM, encoder: Encoder, rows: Sequence[Row]) -> tuple[float, list[float]]:
     from sacrebleu.metrics.chrf import CHRF
 
     encoded = encoder.encode_all(rows)

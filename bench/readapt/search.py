@@ -1,10 +1,10 @@
-"""The search for the fused start: candidates at once against one by one, and the ways to search against each other.
+"""Benchmark of the search for the fused start: scoring candidates at once or one by one, and ways to search.
 
     relora bench search --kit DIR [--tasks snips,trec] [--work DIR] [--threads 1] [--out FILE.json]
 
 Update: the kit's stories3m-v1 -> stories3m-v2-strong; specialists of rank 8. Held-out figures are of the gate's rows,
-which no search sees, with the adapter cut to its serving rank and uncut. What a search costs is also counted in rows
-forwarded (a backward pass as two forwards), which a busy machine does not change.
+which no search sees, for the adapter cut to its serving rank and uncut. The cost of a search is also given in forwarded
+rows (a backward pass counts as two forwards), which do not depend on how busy the machine is.
 """
 
 import time
@@ -31,7 +31,7 @@ from readapt.training.data import encoder_for
 from readapt.training.evaluate import Evaluator, judge
 from readapt.training.lora import attached, load_base
 
-T = TypeVar("T")
+ResultT = TypeVar("ResultT")
 OLD, NEW = "stories3m-v1", "stories3m-v2-strong"
 GATE_ROWS = 200
 CANDIDATES = (*CORNERS, *(Point(0.1 * i, -0.07 * i) for i in range(1, 14)))
@@ -56,7 +56,7 @@ def _config(**settings: Any) -> SearchConfig:
 
 @dataclass(frozen=True)
 class Found:
-    """What one way of searching cost and found; qualities in points, losses in nats a token, energy a mean share."""
+    """What one way of searching cost and found; quality in points, loss in nats per token, energy as a mean share."""
 
     way: str
     seconds: float
@@ -72,7 +72,7 @@ class Found:
 
 
 class _Case:
-    """One task's specialist on the new base, and the rows to search and to judge on."""
+    """One task's specialist on the new base, with the rows to search and to evaluate on."""
 
     def __init__(self, task: BenchTask, kit: Path, work: Path):
         old, new = (kit / "models" / name for name in (OLD, NEW))
@@ -94,7 +94,7 @@ class _Case:
 
 
 def scoring_seconds(case: _Case, config: SearchConfig) -> dict[str, float]:
-    """Seconds for `CANDIDATES`, at once and one adapter after the other; the largest relative difference of losses."""
+    """Time the scoring of `CANDIDATES`, at once and one by one; also return the largest relative loss difference."""
     objective = case.objective(config)
     evaluator = Evaluator(case.model, case.encoder, case.rows, "exact_match")
     rank: Rank = None if config.rank == "uncut" else "task"
@@ -114,7 +114,7 @@ def scoring_seconds(case: _Case, config: SearchConfig) -> dict[str, float]:
 
 
 def compare_ways(case: _Case) -> list[Found]:
-    """Every way to search, and the copy and the undone update for comparison."""
+    """Run every way to search; the copy and the undo come first, for comparison."""
     serving = case.objective(_config())
     known = [_found(case, name, point, serving.losses([point])[0]) for name, point in (("copy", COPY), ("undo", UNDO))]
     return known + [_search(case, way, _config(**settings)) for way, settings in WAYS.items()]
@@ -140,14 +140,14 @@ def _found(case: _Case, way: str, point: Point, search_loss: float) -> Found:
     return Found(way, 0.0, 0, point.alpha, point.beta, search_loss, *cut, *uncut, sum(lost) / len(lost))
 
 
-def _timed(work: Callable[[], T]) -> tuple[float, T]:
+def _timed(work: Callable[[], ResultT]) -> tuple[float, ResultT]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
 
 
 def run(kit: Path, work: Path, names: Sequence[str], console: Console) -> dict[str, Any]:
-    """All figures by task, shown as they come."""
+    """Return all figures by task, and print each task's as it finishes."""
     figures: dict[str, Any] = {}
     for task in (task for task in TASKS if task.name in names):
         case = _Case(task, kit, work)

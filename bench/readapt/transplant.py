@@ -1,11 +1,11 @@
-"""The functional transplant: what each part of it is worth, where it holds, and what it costs.
+"""Benchmark of the functional transplant: what each part contributes, where it holds, and what it costs.
 
     relora bench transplant --kit DIR [--tasks snips,trec,clinc150] [--work DIR] [--threads 1] [--out FILE.json]
 
-Update: the kit's stories3m-v1 -> stories3m-v2-strong; specialists of rank 8; no training step anywhere. Held-out
-figures are of validation rows. The two divergences are of the new service from the old one, in nats a token: on the
-task's own prompts, and on prompts of the other tasks, which the transplant was not fitted on. Costs are of single
-sites of a Llama-3-8B.
+Update: the kit's stories3m-v1 -> stories3m-v2-strong; specialists of rank 8; no training. Held-out figures are of
+validation rows. The two divergences are of the new service from the old one, in nats per token: on the task's own
+prompts, and on prompts of the other tasks, which the transplant was not fitted on. Costs are of single sites of a
+Llama-3-8B.
 """
 
 import time
@@ -78,7 +78,7 @@ class _Place:
         self.old = load_adapter(make_specialist(task, 0, kit / "models" / OLD, kit, work))
 
     def transplanted(self, config: TransplantConfig) -> tuple[Adapter, float]:
-        """The adapter, and the CPU seconds that it took."""
+        """Return the adapter, and the CPU seconds it took."""
         rows = self.encoder.encode_all(subset(self.rows.train, config.rows, seed=0))
         num_tokens = round(config.tokens_per_width * self.new_model.config.hidden_size)
         rows = calibration_rows(rows, self.old_model.config.vocab_size, num_tokens)
@@ -87,18 +87,18 @@ class _Place:
         return found.adapter, time.process_time() - started
 
     def kl(self, adapter: Adapter, rows: Sequence[Row]) -> float:
-        """Of the new base with this adapter from the old service, a token."""
+        """Return the divergence of the new base with this adapter from the old service, per token."""
         batch = collate(self.encoder.encode_all(rows))
         is_token_BT = batch.attention_mask_BT.bool()
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
         with torch.no_grad(), attached(self.old_model, self.old), attached(self.new_model, adapter):
             logits = [model(**inputs, use_cache=False).logits for model in (self.old_model, self.new_model)]
-        old_NV, new_NV = (log_softmax(logits_BTV[is_token_BT], dim=-1) for logits_BTV in logits)
-        return float(kl_div(new_NV, old_NV, log_target=True, reduction="batchmean"))
+        old_UV, new_UV = (log_softmax(logits_BTV[is_token_BT], dim=-1) for logits_BTV in logits)
+        return float(kl_div(new_UV, old_UV, log_target=True, reduction="batchmean"))
 
 
 def run(kit: Path, work: Path, tasks: Sequence[str], console: Console) -> dict[str, Any]:
-    """All figures, shown as a table once they are there."""
+    """Return all figures and print them as a table."""
     found = list(compare_variants(kit, work, tasks))
     console.print(_table(found))
     sites = site_seconds()
@@ -107,7 +107,7 @@ def run(kit: Path, work: Path, tasks: Sequence[str], console: Console) -> dict[s
 
 
 def compare_variants(kit: Path, work: Path, tasks: Sequence[str]) -> Iterator[Tried]:
-    """Every variant on every task, and the copy beside them."""
+    """Try the copy and every variant on every task."""
     places = {task.name: _Place(kit, work, task) for task in TASKS if task.name in tasks}
     for name, place in places.items():
         own = place.rows.valid[:PROMPT_ROWS]
@@ -124,14 +124,14 @@ def compare_variants(kit: Path, work: Path, tasks: Sequence[str]) -> Iterator[Tr
 
 
 def site_seconds() -> dict[str, dict[str, float]]:
-    """CPU seconds of one regression and one solve at the shapes of a Llama-3-8B, on random inputs."""
+    """Return the CPU seconds of one regression and one solve at the shapes of a Llama-3-8B, on random inputs."""
     costs = {}
     for name, (num_in, num_out) in SITES_8B.items():
-        x_ND, y_NF = torch.randn(SITE_TOKENS, num_in), torch.randn(SITE_TOKENS, num_out)
+        x_UD, y_UF = torch.randn(SITE_TOKENS, num_in), torch.randn(SITE_TOKENS, num_out)
         times = [time.process_time()]
-        regression = Regression(x_ND, 1e-2)
+        regression = Regression(x_UD, 1e-2)
         times.append(time.process_time())
-        regression.solve(y_NF, SITE_RANK)
+        regression.solve(y_UF, SITE_RANK)
         times.append(time.process_time())
         costs[name] = {"gram_s": times[1] - times[0], "solve_s": times[2] - times[1]}
     return costs

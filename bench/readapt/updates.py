@@ -1,11 +1,9 @@
 """The base updates of the re-adaptation benchmark: one small base, trained further on another mixture of text.
 
 An update is full-parameter continued training of the kit's `stories3m-v1` on books, programs and a few stories, with
-fixed seeds. How strong it is is told by the mean of |E| / |W| over the linears (Frobenius norms); the learning rates
-and lengths below were chosen for about 0.06, 0.15 and 0.3. The negative control is no update at all but a second,
-independent training of one architecture (`babyllama-a`, `babyllama-b`): the weights have nothing in common.
-
-Shape letters: B rows, T tokens.
+fixed seeds. Its strength is the mean of |E| / |W| over the linears (Frobenius norms). The learning rates and lengths
+below were chosen for about 0.06, 0.15 and 0.3. The negative control is not an update but a second, independent training
+of the same architecture (`babyllama-a`, `babyllama-b`), whose weights have nothing in common with the first's.
 """
 
 import json
@@ -36,7 +34,7 @@ MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True)
 class UpdateRecipe:
-    """One update. `rows` are the windows of `window_tokens` in each batch, by corpus in the order of `CORPORA`."""
+    """One update. `rows` is the number of windows of `window_tokens` per batch, for each corpus of `CORPORA`."""
 
     name: str
     steps: int
@@ -48,7 +46,7 @@ class UpdateRecipe:
 
 @dataclass(frozen=True)
 class Update:
-    """An old and a new base on disk. `is_control`: the two have nothing in common."""
+    """An old and a new base on disk. If `is_control`, the two have nothing in common."""
 
     name: str
     old: Path
@@ -58,7 +56,7 @@ class Update:
 
 @dataclass(frozen=True)
 class UpdateFacts:
-    """What an update did: mean |E| / |W| of the linears, held-out perplexity by corpus before and after, its cost."""
+    """What an update did: mean |E| / |W| of the linears, held-out perplexity by corpus before and after, and cost."""
 
     name: str
     relative_change: float
@@ -76,17 +74,17 @@ RECIPES = (
 
 
 def old_base(kit: Path) -> Path:
-    """The base that all updates start from."""
+    """Return the base that all updates start from."""
     return kit / "models" / "stories3m-v1"
 
 
 def control(kit: Path) -> Update:
-    """The negative control."""
+    """Return the negative control."""
     return Update("control", kit / "models" / "babyllama-a", kit / "models" / "babyllama-b", is_control=True)
 
 
 def make_update(recipe: UpdateRecipe, kit: Path, target: Path) -> tuple[Update, UpdateFacts]:
-    """Trains the update into `target` unless it is there already, and says what it did."""
+    """Train the update into `target`, unless it is already there; return it and what it did."""
     update = Update(recipe.name, old_base(kit), target)
     record = target / "facts.json"
     wanted = plain(asdict(recipe))
@@ -97,7 +95,7 @@ def make_update(recipe: UpdateRecipe, kit: Path, target: Path) -> tuple[Update, 
 
 
 def relative_change(old: Path, new: Path) -> float:
-    """Mean of |W2 - W1| / |W1| over the linears of two checkpoints of one shape."""
+    """Return the mean of |W2 - W1| / |W1| over the linears of two checkpoints of the same shape."""
     before, after = open_checkpoint(old), open_checkpoint(new)
     ratios = []
     for module in before.linear_shapes():
@@ -163,7 +161,7 @@ def _cut(tokens: Tensor) -> int:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, corpus: Path) -> Tensor:
-    """The first `CORPUS_CHARS` of a corpus as one row of tokens, each document begun as the tokenizer begins one."""
+    """Return the first `CORPUS_CHARS` of a corpus as one row of tokens. Each piece has the tokenizer's own start."""
     pieces = list(_pieces(_documents(corpus)))
     return torch.tensor([token for ids in tokenizer(pieces)["input_ids"] for token in ids])
 

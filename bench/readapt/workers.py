@@ -1,4 +1,4 @@
-"""Worker processes for timings: one thread each, each on a core of its own."""
+"""Worker processes for timings: one thread each, each pinned to its own core."""
 
 import multiprocessing
 import os
@@ -16,23 +16,23 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def free_cores(jobs: int | None) -> list[int]:
-    """Cores for so many workers (None: one for each physical core), of those that this process may use."""
+    """Return cores for `jobs` workers (None: one per physical core) among those that this process may use."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     wanted = jobs or min(psutil.cpu_count(logical=False) or 1, len(allowed))
     return allowed[:wanted]
 
 
 def run_on(cores: Sequence[int], calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-    """Runs the calls, in their order, each in the next free worker; yields (index of the call, result) as they end.
+    """Run the calls in order, each in the next free worker; yield (index of the call, result) as they finish.
 
-    The error of any one is raised once the others are done.
+    If some fail, the first error is raised once all are done.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
     free: Queue[int] = context.Queue()
     for core in cores:
         free.put(core)
     errors = []
-    with ProcessPoolExecutor(len(cores), mp_context=context, initializer=_settle, initargs=(free,)) as pool:
+    with ProcessPoolExecutor(len(cores), mp_context=context, initializer=_set_up, initargs=(free,)) as pool:
         futures = {pool.submit(function, *arguments): index for index, (function, arguments) in enumerate(calls)}
         for future in as_completed(futures):
             error = future.exception()
@@ -44,7 +44,7 @@ def run_on(cores: Sequence[int], calls: Sequence[Call]) -> Iterator[tuple[int, A
         raise errors[0]
 
 
-def _settle(free: "Queue[int]") -> None:
+def _set_up(free: "Queue[int]") -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     core = free.get()
     if hasattr(os, "sched_setaffinity"):
@@ -55,7 +55,7 @@ def _settle(free: "Queue[int]") -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed benchmark leaves no workers behind, who would go on writing records beside the next one's."""
+    """End this worker when the benchmark dies, or it would go on writing records beside the next benchmark's."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

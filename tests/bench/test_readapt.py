@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bench.readapt import cells
-from bench.readapt.arms import PLANS, Climb, GivenUpError, Place, ReadyAdapter, climb, digest
+from bench.readapt.arms import ARM_SETTINGS, ArmResult, GivenUpError, Place, ReadyAdapter, climb, digest
 from bench.readapt.cells import Unit, run_unit
 from bench.readapt.figures import Cell, all_figures, compare_shipped, details
 from bench.readapt.records import Arm, Journal, Point, ReadyPoint, Record, RunSpec, Scored, forget
@@ -175,19 +175,19 @@ class FakeArms:
     def __init__(self) -> None:
         self.specs: list[RunSpec] = []
 
-    def __call__(self, spec: RunSpec, place: Place, limit_steps: float) -> Climb:
+    def __call__(self, spec: RunSpec, place: Place, limit_steps: float) -> ArmResult:
         if spec.task.steps == 1:
             return self._climb(spec, place)  # the warm-up
         self.specs.append(spec)
         return self._climb(spec, place)
 
-    def _climb(self, spec: RunSpec, place: Place) -> Climb:
+    def _climb(self, spec: RunSpec, place: Place) -> ArmResult:
         adapter = load_adapter(place.adapter)
         rate = spec.learning_rate or 1.0
         seconds = 30.0 if spec.arm == "scratch" else 3.0 + abs(rate - 2e-3) * 1000
         ready = ReadyAdapter("train", round(10 * seconds), seconds, adapter)
         curve = [Point("train", step, 3.0 * step, 50.0) for step in (0, 10, 20)]
-        return Climb(ready, "train", adapter, 60.0, 59.0, {}, curve)
+        return ArmResult(ready, "train", adapter, 60.0, 59.0, {}, curve)
 
 
 def unit_of(kit: Path, update: Update, work: Path) -> Unit:
@@ -215,7 +215,7 @@ def test_a_unit_tunes_on_the_first_seed_and_runs_each_arm_once_a_seed(kit: Path,
 
 def test_ours_has_no_rate_to_choose_where_it_trains_from_scratch(kit: Path, update: Update, tmp_path: Path):
     class FromScratch(FakeArms):
-        def _climb(self, spec: RunSpec, place: Place) -> Climb:
+        def _climb(self, spec: RunSpec, place: Place) -> ArmResult:
             found = super()._climb(spec, place)
             return replace(found, curve=[Point("scratch", 10, 5.0, 50.0)]) if spec.arm == "ours" else found
 
@@ -258,7 +258,7 @@ def test_ours_is_timed_as_it_would_run_in_a_campaign_and_judged_after_its_whole_
     class Dropping(FakeArms):
         """Up to readiness a run that trails is dropped: here that costs 7 seconds."""
 
-        def _climb(self, spec: RunSpec, place: Place) -> Climb:
+        def _climb(self, spec: RunSpec, place: Place) -> ArmResult:
             found = super()._climb(spec, place)
             assert found.ready is not None
             is_dropped = spec.arm == "ours" and spec.stop == "ready"
@@ -276,11 +276,11 @@ def test_ours_is_timed_as_it_would_run_in_a_campaign_and_judged_after_its_whole_
 
 
 def test_what_an_arm_climbs_with_is_part_of_what_a_run_is(monkeypatch: pytest.MonkeyPatch):
-    spec = {arm: RunSpec("mild", "f00", TASK, 0, arm, reference=80.0) for arm in PLANS}
+    spec = {arm: RunSpec("mild", "f00", TASK, 0, arm, reference=80.0) for arm in ARM_SETTINGS}
     before = {arm: digest(one) for arm, one in spec.items()}
     assert digest(replace(spec["ours"], learning_rate=7e-3)) != before["ours"]
-    other = replace(PLANS["copy_ft"], has_averaging=True)
-    monkeypatch.setitem(PLANS, "copy_ft", other)
+    other = replace(ARM_SETTINGS["copy_ft"], has_averaging=True)
+    monkeypatch.setitem(ARM_SETTINGS, "copy_ft", other)
     assert [arm for arm, one in spec.items() if digest(one) != before[arm]] == ["copy_ft"]
     assert RunSpec("mild", "f00", TASK, 0, "ours", config="a").key != RunSpec("mild", "f00", TASK, 0, "ours").key
 
@@ -289,11 +289,11 @@ def test_every_arm_climbs_on_real_models_and_is_timed_from_the_disk(kit: Path, u
     records = run_unit(replace(unit_of(kit, update, tmp_path), seeds=(0,)), climb, say=lambda line: None)
     final = {r.arm: r for r in records if r.purpose == "final"}
     assert set(final) == {"v1", "zero_shot", "copy", "copy_ft", "paper", "ours", "scratch", "data_free"}
-    timed = [final[arm] for arm in PLANS]
+    timed = [final[arm] for arm in ARM_SETTINGS]
     assert all(r.error == "" and r.curve for r in timed)
     assert all(r.seconds >= r.curve[-1].seconds > r.stages["load"] for r in timed)
     assert all(r.ready is None or r.ready.seconds <= r.seconds for r in timed)
-    assert all(("evolution" in final[arm].stages) == ("fused" in PLANS[arm].rungs) for arm in PLANS)
+    assert all(("evolution" in final[arm].stages) == ("fused" in ARM_SETTINGS[arm].rungs) for arm in ARM_SETTINGS)
     assert final["data_free"].stages["relabel"] > 0
     assert len({r.learning_rate for r in records if r.arm == "scratch" and r.purpose == "tune"}) >= 3
     assert {run.reference for run in timed} == {min(final["v1"].final.gate, final["scratch"].final.gate)}
