@@ -14,7 +14,7 @@ class Stream:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
         self._events: list[TokenEvent] = []
-        self._has_news = asyncio.Event()
+        self._has_events = asyncio.Event()
         self._has_ended = asyncio.Event()
 
     @property
@@ -25,7 +25,7 @@ class Stream:
     def put(self, event: TokenEvent) -> None:
         """Add an event."""
         self._events.append(event)
-        self._has_news.set()
+        self._has_events.set()
         if event.finish_reason is not None:
             self._has_ended.set()
 
@@ -34,12 +34,12 @@ class Stream:
 
         Returns no earlier than `not_before`, a time of the event loop, unless the last event arrives first.
         """
-        await self._has_news.wait()
+        await self._has_events.wait()
         if self.loop.time() < not_before:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(not_before):
                     await self._has_ended.wait()
-        self._has_news.clear()
+        self._has_events.clear()
         events, self._events = self._events, []
         return _joined(events)
 

@@ -119,7 +119,7 @@ class Gateway:
                 await self._poller
 
     async def refresh(self) -> None:
-        """Take a snapshot that is newer than this call. Concurrent calls share one."""
+        """Make sure that the snapshot is no older than this call. Concurrent calls share one refresh."""
         asked_at = time.monotonic()
         before = None
         async with self._refreshing:

@@ -49,7 +49,7 @@ class Shape(Protocol):
         """Return the fields of the chunk that opens each choice of a stream, if the shape has such a chunk."""
         ...
 
-    def chunk(self, news: Choice, prompter: Prompter) -> dict[str, Any]:
+    def chunk(self, piece: Choice, prompter: Prompter) -> dict[str, Any]:
         """Return the fields of one piece of a choice in a stream."""
         ...
 
@@ -69,9 +69,9 @@ class CompletionShape:
         """Return None: completions start with their first text."""
         return
 
-    def chunk(self, news: Choice, prompter: Prompter) -> dict[str, Any]:
+    def chunk(self, piece: Choice, prompter: Prompter) -> dict[str, Any]:
         """See `Shape.chunk`."""
-        return self.whole(news, prompter)
+        return self.whole(piece, prompter)
 
 
 class ChatShape:
@@ -90,10 +90,10 @@ class ChatShape:
         """Return the role, with which every chat starts."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def chunk(self, news: Choice, prompter: Prompter) -> dict[str, Any]:
+    def chunk(self, piece: Choice, prompter: Prompter) -> dict[str, Any]:
         """See `Shape.chunk`."""
-        delta = {"content": news.text} if news.text else {}
-        return {"delta": delta, "logprobs": _chat_logprobs(news.logprobs, prompter)}
+        delta = {"content": piece.text} if piece.text else {}
+        return {"delta": delta, "logprobs": _chat_logprobs(piece.logprobs, prompter)}
 
 
 class Reply:
@@ -132,13 +132,13 @@ class Reply:
         opening = self._shape.opening()
         if index not in self._starts and opening is not None:
             yield self._chunk([self._choice(index, opening, None)])
-        news = Choice(start=self._starts.setdefault(index, 0))
-        news.add(event)
-        self._num_completion_tokens += news.num_tokens
-        self._starts[index] += sum(len(self._answer.prompter.token_text(one.token)) for one in news.logprobs)
-        if news.text or news.logprobs or news.finish_reason is not None:
-            chunk = self._shape.chunk(news, self._answer.prompter)
-            yield self._chunk([self._choice(index, chunk, news.finish_reason)])
+        piece = Choice(start=self._starts.setdefault(index, 0))
+        piece.add(event)
+        self._num_completion_tokens += piece.num_tokens
+        self._starts[index] += sum(len(self._answer.prompter.token_text(one.token)) for one in piece.logprobs)
+        if piece.text or piece.logprobs or piece.finish_reason is not None:
+            chunk = self._shape.chunk(piece, self._answer.prompter)
+            yield self._chunk([self._choice(index, chunk, piece.finish_reason)])
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """Yield the chunks after the last part: with `include_usage` one with the token counts and no choices."""

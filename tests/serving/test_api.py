@@ -1,4 +1,4 @@
-"""The HTTP interface with the real engine behind it, by the real `openai` client and plain HTTP."""
+"""Tests the HTTP interface over a real engine, with the `openai` client and with plain HTTP."""
 
 import asyncio
 import json
@@ -23,13 +23,13 @@ from tests.worlds.serving import make_adapter, make_checkpoint
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-TOO_LONG = "x" * 5000  # for a file name
+TOO_LONG = "x" * 5000  # longer than a file name may be
 CONFIG = ServingConfig(memory_bytes=8 * 2**20, max_model_tokens=400, max_rank=16)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base v1 with a chat template, base v2 without; adapters of both, and a few bad ones are made in the tests."""
+    """Make base v1 with a chat template, base v2 without one, and two adapters of v1."""
     folder = tmp_path_factory.mktemp("files")
     make_checkpoint(folder / "v1")
     make_checkpoint(folder / "v2", seed=1)
@@ -64,7 +64,7 @@ def test_models_are_listed_with_their_live_versions(server: Server):
 
 
 @pytest.mark.parametrize("model", ["v1", "v2", "intent", "summary@1"])
-def test_a_streamed_completion_equals_the_whole(server: Server, model: str):
+def test_a_streamed_completion_equals_a_whole_one(server: Server, model: str):
     asked = {"model": model, "prompt": "Where is my card?", "max_tokens": 24, "temperature": 0}
     whole = server.client.completions.create(**asked)
     chunks = list(server.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -79,7 +79,7 @@ def test_a_streamed_completion_equals_the_whole(server: Server, model: str):
     assert whole.choices[0].finish_reason in ("stop", "length")
 
 
-def test_the_stream_is_exactly_openais_format(server: Server):
+def test_streams_have_openais_format(server: Server):
     body = {"model": "intent", "prompt": "hi", "max_tokens": 5, "temperature": 0, "stream": True}
     response = server.post("/v1/completions", **body)
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -93,7 +93,7 @@ def test_the_stream_is_exactly_openais_format(server: Server):
 
 
 @pytest.mark.parametrize("model", ["v1", "intent"])
-def test_a_streamed_chat_equals_the_whole(server: Server, model: str):
+def test_a_streamed_chat_equals_a_whole_one(server: Server, model: str):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [_text("Hel"), _text("lo")]}]
     asked = {"model": model, "messages": messages, "max_tokens": 20, "temperature": 0}
     whole = server.client.chat.completions.create(**asked)
@@ -108,7 +108,7 @@ def test_a_streamed_chat_equals_the_whole(server: Server, model: str):
     assert plain.choices[0].text == whole.choices[0].message.content
 
 
-def test_chat_without_a_limit_ends_at_the_context(server: Server):
+def test_chat_without_a_limit_ends_at_the_context_length(server: Server):
     chat = server.client.chat.completions.create(
         model="v1", messages=[{"role": "user", "content": "x" * 350}], temperature=0, extra_body={"ignore_eos": True}
     )
@@ -122,7 +122,7 @@ def test_chat_needs_a_template(server: Server):
     assert "chat template" in response.json()["error"]["message"]
 
 
-def test_all_forms_of_prompts_give_the_same(server: Server):
+def test_all_prompt_forms_give_the_same_answers(server: Server):
     def texts(prompt) -> list[str]:
         done = server.client.completions.create(model="v1", prompt=prompt, max_tokens=8, temperature=0)
         assert [choice.index for choice in done.choices] == list(range(len(done.choices)))
@@ -185,7 +185,7 @@ def test_stop_strings_cut_the_answer(server: Server):
     assert "".join(chunk.choices[0].text for chunk in chunks) == cut.text
 
 
-async def test_many_at_once_get_their_own_answers(server: Server):
+async def test_concurrent_requests_get_their_own_answers(server: Server):
     client = server.async_client
     models = ["v1", "v2", "intent", "summary"]
 
@@ -203,7 +203,7 @@ async def test_many_at_once_get_their_own_answers(server: Server):
     await client.close()
 
 
-# Refusals.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ async def test_many_at_once_get_their_own_answers(server: Server):
         ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
     ],
 )
-def test_malformed_bodies_are_refused_by_field(server: Server, bad: dict, param: str):
+def test_invalid_completion_bodies_are_rejected_by_field(server: Server, bad: dict, param: str):
     body = {"model": "v1", "prompt": "hi", **bad}
     response = server.post("/v1/completions", **body)
     assert response.status_code == 400, response.text
@@ -256,7 +256,7 @@ def test_malformed_bodies_are_refused_by_field(server: Server, bad: dict, param:
         ({"best_of": 3}, "best_of"),
     ],
 )
-def test_malformed_chats_are_refused_by_field(server: Server, bad: dict, word: str):
+def test_invalid_chat_bodies_are_rejected_by_field(server: Server, bad: dict, word: str):
     body = {"model": "v1", "messages": [{"role": "user", "content": "hi"}], **bad}
     response = server.post("/v1/chat/completions", **body)
     assert response.status_code == 400, response.text
@@ -266,7 +266,7 @@ def test_malformed_chats_are_refused_by_field(server: Server, bad: dict, word: s
 @pytest.mark.parametrize(
     ("content", "kind"), [('{"model": "v1",', "application/json"), ('{"model": "v1", "prompt": "a"}', "text/plain")]
 )
-def test_what_is_no_json_is_told_so(server: Server, content: str, kind: str):
+def test_the_error_for_a_bad_body_or_content_type_names_json(server: Server, content: str, kind: str):
     response = httpx.post(f"{server.url}/v1/completions", content=content, headers={"content-type": kind})
     assert response.status_code == 400
     error = response.json()["error"]
@@ -275,14 +275,14 @@ def test_what_is_no_json_is_told_so(server: Server, content: str, kind: str):
     assert error["param"] is None
 
 
-def test_a_prompt_beyond_the_context_has_openais_code(server: Server):
+def test_a_prompt_beyond_the_context_length_has_openais_code(server: Server):
     response = server.post("/v1/completions", model="v1", prompt="x" * 5000, max_tokens=1)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("body", [{"prompt": "a\ud800"}, {"prompt": ["b", "\udc00"]}, {"messages": "a\ud800b"}])
-def test_half_a_surrogate_pair_is_no_prompt(server: Server, body: dict):
+def test_a_lone_surrogate_is_rejected(server: Server, body: dict):
     route = "/v1/completions"
     if "messages" in body:
         route, body = "/v1/chat/completions", {"messages": [{"role": "user", "content": body["messages"]}]}
@@ -292,21 +292,21 @@ def test_half_a_surrogate_pair_is_no_prompt(server: Server, body: dict):
     assert "Unicode" in response.json()["error"]["message"]
 
 
-def test_harmless_fields_are_tolerated(server: Server):
+def test_fields_that_change_nothing_are_accepted(server: Server):
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "echo": False}
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "seed": None}
     response = server.post("/v1/completions", model="v1", prompt="hi", max_tokens=2, **harmless, **neutral)
     assert response.status_code == 200, response.text
 
 
-def test_what_is_not_json_is_refused(server: Server):
+def test_a_body_that_is_not_json_is_rejected(server: Server):
     headers = {"content-type": "application/json"}
     response = httpx.post(f"{server.url}/v1/completions", content=b"{no", headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_what_is_not_there_is_404(server: Server):
+def test_unknown_models_versions_and_paths_are_404(server: Server):
     with pytest.raises(openai.NotFoundError, match="nobody"):
         server.client.completions.create(model="nobody", prompt="x")
     assert server.post("/v1/completions", model="intent@9", prompt="x").json()["error"]["code"] == "model_not_found"
@@ -314,13 +314,13 @@ def test_what_is_not_there_is_404(server: Server):
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
 
 
-def test_a_request_that_is_too_long_is_refused(server: Server):
+def test_a_request_that_is_too_long_is_rejected(server: Server):
     with pytest.raises(openai.BadRequestError, match="400"):
         server.client.completions.create(model="v1", prompt="x" * 401, max_tokens=1)
     assert server.num_running() == 0
 
 
-def test_every_error_has_its_place_in_the_table():
+def test_every_error_type_is_in_the_table():
     from cluster import errors as cluster_errors
 
     ours = {
@@ -333,10 +333,10 @@ def test_every_error_has_its_place_in_the_table():
     assert len(ours) > 10
     assert all(400 <= http.status < 600 and http.type and http.code for http in HTTP_ERRORS.values())
 
-    class OfAnotherRoomError(StorageError):
-        """Errors that other rooms derive are found by their ancestor."""
+    class DerivedError(StorageError):
+        """An error that another package derives from one in the table."""
 
-    assert http_error(OfAnotherRoomError("x")) == HTTP_ERRORS[StorageError]
+    assert http_error(DerivedError("x")) == HTTP_ERRORS[StorageError]
 
 
 def test_a_full_queue_is_503_with_retry_after(tmp_path: Path):
@@ -353,15 +353,15 @@ def test_a_full_queue_is_503_with_retry_after(tmp_path: Path):
             assert int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["code"] == "overloaded"
             wait_until(lambda: server.num_running("long") == 2)
-            assert "error" not in next(line for line in lines if line), "those who were there are not disturbed"
+            assert "error" not in next(line for line in lines if line), "running requests continue"
         wait_until(lambda: server.num_running("long") == 0)
         assert server.post("/v1/completions", model="long", prompt="x").status_code == 200
 
 
-# Clients that leave.
+# Clients that disconnect.
 
 
-def test_tokens_of_a_stream_that_was_left_count(server: Server):
+def test_tokens_of_an_interrupted_stream_are_counted(server: Server):
     line = 'relora_tokens_total{base="v1",kind="completion"}'
     before = _value(httpx.get(f"{server.url}/metrics").text, line)
     body = {"model": "v1", "prompt": "x", "max_tokens": 390, "ignore_eos": True, "stream": True}
@@ -372,12 +372,12 @@ def test_tokens_of_a_stream_that_was_left_count(server: Server):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_hanging_up_aborts_the_request(server: Server, stream: bool):
+def test_disconnecting_aborts_the_request(server: Server, stream: bool):
     body = {"model": "intent", "prompt": "x", "max_tokens": 390, "ignore_eos": True, "n": 8, "stream": stream}
     with httpx.Client(timeout=httpx.Timeout(30, read=0.3 if not stream else 30)) as client:
         if stream:
             with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-                lines = response.iter_lines()  # kept: the response closes when its iterator is collected
+                lines = response.iter_lines()  # keep it: the response closes when its iterator is collected
                 next(lines)
                 assert server.num_running() > 0
         else:
@@ -388,12 +388,12 @@ def test_hanging_up_aborts_the_request(server: Server, stream: bool):
     assert time.monotonic() - left_at < 2
 
 
-async def test_an_error_in_mid_stream_is_an_event(server: Server, monkeypatch: pytest.MonkeyPatch):
-    async def break_off(self, request):
+async def test_an_error_in_a_stream_is_an_event(server: Server, monkeypatch: pytest.MonkeyPatch):
+    async def fail(self, request):
         yield TokenEvent(request.id, tokens=(65,), text="A")
         yield TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=StorageError("the disk is full"))
 
-    monkeypatch.setattr(LocalBackend, "generate", break_off)
+    monkeypatch.setattr(LocalBackend, "generate", fail)
     response = server.post("/v1/completions", model="v1", prompt="x", stream=True)
     assert response.status_code == 200
     first, error, done = [line.removeprefix("data: ") for line in response.text.strip().split("\n\n")]
@@ -408,7 +408,7 @@ async def test_an_error_in_mid_stream_is_an_event(server: Server, monkeypatch: p
 # Adapters, health, metrics.
 
 
-def test_adapters_come_and_go_over_http(server: Server, tmp_path: Path):
+def test_adapters_are_loaded_and_unloaded_over_http(server: Server, tmp_path: Path):
     asked = {"model": "mine", "prompt": "hello", "max_tokens": 12, "temperature": 0}
     texts = []
     for seed in (3, 4):
@@ -424,7 +424,7 @@ def test_adapters_come_and_go_over_http(server: Server, tmp_path: Path):
     assert server.post("/v1/unload_lora_adapter", lora_name="mine").status_code == 404
 
 
-def test_adapters_are_listed_with_where_they_are(server: Server, tmp_path: Path):
+def test_adapters_are_listed_with_their_tiers(server: Server, tmp_path: Path):
     path = make_adapter(tmp_path / "new", server.files / "v1", rank=2, seed=17)
     server.post("/v1/load_lora_adapter", lora_name="listed", lora_path=str(path), base_model_name="v1")
     for _ in range(2):
@@ -440,13 +440,13 @@ def test_adapters_are_listed_with_where_they_are(server: Server, tmp_path: Path)
         "status": "live",
         "base": "v1",
         "tier": "device",
-        "hits": 3,  # the first token at the door, and two requests
+        "hits": 3,  # the token generated when it was loaded, and two requests
         "running": 0,
     }
     server.post("/v1/unload_lora_adapter", lora_name="listed")
 
 
-def test_a_salt_keeps_caches_apart_and_cache_false_uses_none(server: Server):
+def test_a_salt_separates_caches_and_cache_false_uses_none(server: Server):
     def hits() -> float:
         return server.loops["v1"].stats()["prefix_hit_tokens"]
 
@@ -485,7 +485,7 @@ def test_unloading_lets_running_requests_finish(server: Server, tmp_path: Path):
         ("intent", "huge", 400, "logits"),
     ],
 )
-def test_bad_adapters_are_refused_with_the_cause(server: Server, tmp_path: Path, name: str, spoil, status, word):
+def test_bad_adapters_are_rejected_with_the_cause(server: Server, tmp_path: Path, name: str, spoil, status, word):
     wide = make_checkpoint(tmp_path / "wide", num_hidden_layers=3) if spoil == "shape" else server.files / "v1"
     path = make_adapter(tmp_path / "adapter", wide, rank=99 if spoil == "rank" else 2)
     if spoil == "missing":
@@ -499,7 +499,7 @@ def test_bad_adapters_are_refused_with_the_cause(server: Server, tmp_path: Path,
     assert server.client.completions.create(model="intent", prompt="x", max_tokens=1).model == "intent@1"
 
 
-def test_metrics_count_by_base_route_and_status_but_not_by_adapter(server: Server):
+def test_metrics_have_labels_for_base_route_and_status_but_not_adapter(server: Server):
     before = httpx.get(f"{server.url}/metrics").text
     server.client.completions.create(model="intent", prompt="abc", max_tokens=2, extra_body={"ignore_eos": True})
     after = httpx.get(f"{server.url}/metrics").text
@@ -514,7 +514,7 @@ def test_metrics_count_by_base_route_and_status_but_not_by_adapter(server: Serve
     assert "intent" not in after
 
 
-def test_an_adapter_too_large_for_the_engine_does_not_replace_a_live_one(files: Path, tmp_path: Path):
+def test_an_adapter_that_is_too_large_does_not_replace_the_live_one(files: Path, tmp_path: Path):
     config = replace(CONFIG, host_cache_bytes=40_000, packed_bytes=0)
     with serve_bases(files, tmp_path, config, ("v1",)) as server:
         small = make_adapter(tmp_path / "small", files / "v1", rank=2)
@@ -527,9 +527,9 @@ def test_an_adapter_too_large_for_the_engine_does_not_replace_a_live_one(files: 
         assert server.client.completions.create(model="mine", prompt="x", max_tokens=1).model == "mine@1"
 
 
-def test_a_bug_counts_as_500(server: Server, monkeypatch: pytest.MonkeyPatch):
+def test_an_unexpected_error_counts_as_500(server: Server, monkeypatch: pytest.MonkeyPatch):
     def fail(self):
-        raise RuntimeError("a bug")
+        raise RuntimeError("unexpected")
 
     monkeypatch.setattr("serving.gateway.routing.Snapshot.models", fail)
     assert httpx.get(f"{server.url}/v1/models").status_code == 500

@@ -1,4 +1,4 @@
-"""What goes wrong in production, against the real engine behind real HTTP: it hurts whom it must, and nobody else."""
+"""Tests faults of production over HTTP with a real engine: each may affect only the requests that it concerns."""
 
 import errno
 import shutil
@@ -48,11 +48,11 @@ def world(base: Path, tmp_path: Path) -> Iterator[AdapterServer]:
         server.loops["base"]._engine.check_integrity()
 
 
-# Adapters that come, change and go.
+# Adapters that are loaded, replaced and unloaded.
 
 
-def test_same_name_new_weights(world: AdapterServer) -> None:
-    """Who began with the old weights ends with them; who comes later never sees their KV, nor the reverse."""
+def test_new_weights_under_the_same_name(world: AdapterServer) -> None:
+    """Running requests finish with the old weights. Old and new requests never share KV."""
     old, new = (world.make(name, seed=seed) for seed, name in enumerate(("old", "new"), start=3))
     world.load("mine", old)
     expected_old = world.text("mine", 200)
@@ -67,7 +67,7 @@ def test_same_name_new_weights(world: AdapterServer) -> None:
     assert world.text("alias", 200) == world.text("mine@1", 200, cache_salt="mine") == expected_old
 
 
-def test_unload_with_requests_in_flight_then_frees_the_memory(world: AdapterServer) -> None:
+def test_unloading_lets_requests_finish_and_then_frees_memory(world: AdapterServer) -> None:
     expected_base = world.text("base")
     world.load("mine", world.make("mine"))
     expected = world.text("mine", 300)
@@ -76,18 +76,18 @@ def test_unload_with_requests_in_flight_then_frees_the_memory(world: AdapterServ
         under_way = [pool.submit(world.text, "mine", 300) for _ in range(3)]
         wait_until(lambda: world.stats()["running"] == 3)
         assert world.server.post("/v1/unload_lora_adapter", lora_name="mine").status_code == 200
-        assert world.stats()["adapters_on_host"] == 1, "it is in use"
+        assert world.stats()["adapters_on_host"] == 1, "requests still use it"
         assert world.ask("mine").status_code == 404
         assert [future.result() for future in under_way] == [expected] * 3
     wait_until(lambda: world.stats()["adapters_on_host"] == 0)
     stats = world.stats()
     assert (stats["host_bytes"], stats["adapters_resident"], stats["pages_adapters"]) == (0, 0, 0)
     assert world.where() == {}
-    assert world.text("mine@1", 300) == expected, "a version that is asked for by number comes back"
+    assert world.text("mine@1", 300) == expected, "a version asked for by number is loaded again"
     assert world.text("base") == expected_base
 
 
-def test_more_adapters_than_fit(base: Path, tmp_path: Path) -> None:
+def test_more_adapters_than_fit_in_memory(base: Path, tmp_path: Path) -> None:
     small = ServingConfig(memory_bytes=2**18, max_model_tokens=200, max_rank=16, host_cache_bytes=2**18)
     with serve_bases(base.parent, tmp_path, small, ("base",)) as server:
         world = AdapterServer(server, tmp_path, base)
@@ -130,7 +130,7 @@ FAULTS = ["corrupt", "truncated", "empty", "of another base", "without its B", "
 
 
 @pytest.mark.parametrize("how", [*FAULTS, "rank above the limit"])
-def test_unusable_files_are_refused_under_load(world: AdapterServer, how: str) -> None:
+def test_unusable_files_are_rejected_under_load(world: AdapterServer, how: str) -> None:
     world.load("mine", world.make("mine"))
     expected = world.text("mine", 200)
     with ThreadPoolExecutor() as pool:
@@ -143,7 +143,7 @@ def test_unusable_files_are_refused_under_load(world: AdapterServer, how: str) -
 
 
 @pytest.mark.parametrize("name", ["../mine", "..", "a/../../b", "/etc/passwd", "a\\b", "a\x00b", "%2e%2e%2fmine", ""])
-def test_a_name_cannot_leave_its_folder(world: AdapterServer, name: str) -> None:
+def test_a_name_cannot_escape_its_folder(world: AdapterServer, name: str) -> None:
     before = set(world.folder.parent.rglob("*"))
     path = world.make("mine")
     assert world.load(name, path).status_code == 400
@@ -152,7 +152,7 @@ def test_a_name_cannot_leave_its_folder(world: AdapterServer, name: str) -> None
     assert [one for one in new if "made" not in one.parts] == []
 
 
-def test_deleted_on_disk_after_registration(world: AdapterServer) -> None:
+def test_an_adapter_deleted_on_disk_after_registration(world: AdapterServer) -> None:
     world.load("used", world.make("used"))
     expected = world.text("used")
     world.register("lost", world.make("lost", seed=5))
@@ -162,10 +162,10 @@ def test_deleted_on_disk_after_registration(world: AdapterServer) -> None:
     lost = world.ask("lost")
     assert (lost.status_code, lost.json()["error"]["code"]) == (503, "storage_unavailable")
     assert world.where()["lost@1"]["tier"] == "store"
-    assert world.text("used") == expected, "what the engine has it needs no disk for"
+    assert world.text("used") == expected, "the engine needs no disk for adapters it has"
 
 
-def test_loads_of_one_name_racing(world: AdapterServer) -> None:
+def test_concurrent_loads_under_one_name(world: AdapterServer) -> None:
     paths = [world.make(f"w{seed}", seed=seed) for seed in range(6)]
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda path: world.load("mine", path), paths))
@@ -179,10 +179,10 @@ def test_loads_of_one_name_racing(world: AdapterServer) -> None:
     assert len({world.text(version) for version in loaded}) == len(loaded)
 
 
-# Stores and disks.
+# Storage.
 
 
-def test_full_disk_in_the_blob_cache(world: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_the_blob_cache(world: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
     key = world.register("mine", world.make("mine"))
     cache = world.folder / "cache"
 
@@ -196,13 +196,13 @@ def test_full_disk_in_the_blob_cache(world: AdapterServer, monkeypatch: pytest.M
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "storage_unavailable")
         assert "No space left" in refused.json()["error"]["message"]
         assert world.text("base")
-    assert not list(cache.glob("*")), "no half of an adapter stays behind"
+    assert not list(cache.glob("*")), "no partial adapter is left"
     assert world.text("mine")
     assert [one.name for one in cache.glob("[!.]*")] == [key]
 
 
-def test_a_store_that_hangs_keeps_nobody_waiting(world: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More adapters hang than there are loader threads; the next one is served all the same."""
+def test_a_hanging_store_does_not_delay_other_adapters(world: AdapterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More adapters hang than there are loader threads, and another adapter is still served."""
     names = [f"slow{i}" for i in range(6)]
     keys = [world.register(name, world.make(name, seed=10 + i)) for i, name in enumerate(names)]
     world.load("quick", world.make("quick", seed=2))
@@ -226,11 +226,11 @@ def test_a_store_that_hangs_keeps_nobody_waiting(world: AdapterServer, monkeypat
     assert all(world.text(name) for name in names)
 
 
-# Clients and load.
+# Clients and overload.
 
 
-def test_a_client_that_stops_reading(world: AdapterServer) -> None:
-    """What waits for it is bounded by its own max_tokens, and everybody else goes on."""
+def test_a_client_that_stops_reading_does_not_affect_others(world: AdapterServer) -> None:
+    """Its max_tokens bound what waits for it, and the other requests continue."""
     body = (
         '{"model": "base", "prompt": "x", "max_tokens": 490, "ignore_eos": true, "stream": true, "n": 16, '
         '"logprobs": 20, "temperature": 1}'
@@ -248,7 +248,7 @@ def test_a_client_that_stops_reading(world: AdapterServer) -> None:
     assert world.text("base", 30)
 
 
-def test_a_request_longer_than_memory(base: Path, tmp_path: Path) -> None:
+def test_a_request_that_needs_more_than_all_memory_is_rejected(base: Path, tmp_path: Path) -> None:
     tiny = ServingConfig(memory_bytes=60 * 2**10, max_model_tokens=500, max_rank=16)
     with serve_bases(base.parent, tmp_path, tiny, ("base",)) as server:
         world = AdapterServer(server, tmp_path, base)
@@ -258,7 +258,7 @@ def test_a_request_longer_than_memory(base: Path, tmp_path: Path) -> None:
         assert world.text("base", 20)
 
 
-def test_a_first_token_deadline_is_a_refusal_in_time(world: AdapterServer) -> None:
+def test_a_request_that_cannot_meet_its_deadline_is_refused_in_time(world: AdapterServer) -> None:
     with ThreadPoolExecutor(40) as pool:
         busy = [pool.submit(world.ask, "base", 450, prompt=f"{i}") for i in range(32)]
         wait_until(lambda: world.stats()["waiting"] > 0)
@@ -299,24 +299,23 @@ def test_ten_thousand_queued_requests(base: Path) -> None:
     engine.check_integrity()
 
 
-# Weights that are poison.
+# Weights that give infinite logits.
 
 
-def test_a_poisoned_adapter_hurts_only_its_own_requests(world: AdapterServer) -> None:
+def test_an_adapter_with_huge_weights_fails_only_its_own_requests(world: AdapterServer) -> None:
     world.load("sound", world.make("sound"))
     expected = {name: world.text(name, 100) for name in ("sound", "base")}
-    path = world.make("poison", seed=9)
+    path = world.make("huge", seed=9)
     tensors = load_file(path / "adapter_model.safetensors")
     save_file({name: tensor * 1e18 for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
-    assert world.load("poison", path).status_code == 400, "the door sees it"
-    wait_until(
-        lambda: world.stats()["adapters_on_host"] == 1
-    )  # and keeps nothing of it; the gauges follow the next step
-    world.register("poison", path)
-    wait_until(lambda: world.ask("poison").status_code != 404)
+    assert world.load("huge", path).status_code == 400, "loading generates a token, which fails"
+    # The failed load leaves nothing behind; the gauges show it after the next step.
+    wait_until(lambda: world.stats()["adapters_on_host"] == 1)
+    world.register("huge", path)
+    wait_until(lambda: world.ask("huge").status_code != 404)
     with ThreadPoolExecutor(12) as pool:
-        answers = {name: [pool.submit(world.ask, name, 100) for _ in range(4)] for name in ("poison", "sound", "base")}
-    assert {future.result().status_code for future in answers["poison"]} == {500}
+        answers = {name: [pool.submit(world.ask, name, 100) for _ in range(4)] for name in ("huge", "sound", "base")}
+    assert {future.result().status_code for future in answers["huge"]} == {500}
     for name in ("sound", "base"):
         assert {future.result().json()["choices"][0]["text"] for future in answers[name]} == {expected[name]}
     assert {name: world.text(name, 100) for name in expected} == expected

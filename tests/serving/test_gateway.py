@@ -1,4 +1,4 @@
-"""The gateway: names to versions, canaries, resubmission, adapters that clients bring. With a fake engine behind it."""
+"""Tests the gateway against fake engines: names, canaries, resubmission, and adapters that clients load."""
 
 import asyncio
 import json
@@ -35,7 +35,10 @@ from tests.worlds.serving import make_adapter, make_checkpoint
 
 @dataclass
 class FakeBackend:
-    """Says who it is, one character per token; dies, or raises, after as many events as it is told, one per call."""
+    """Answers with its name, the adapter and the seed, one character per token.
+
+    `deaths` says for each of the next requests after how many events it raises `error`, or BackendDiedError.
+    """
 
     base: str
     deaths: list[int] = field(default_factory=list)
@@ -135,7 +138,7 @@ async def ask(gateway: Gateway, model: str, **more) -> str:
     return await text_of(await gateway.answer(call(model, **more), whole=True))
 
 
-async def test_names_lead_to_the_right_version_on_the_right_base(world: FakeFleet):
+async def test_names_are_answered_by_the_right_version_and_base(world: FakeFleet):
     world.add("intent", "v1", Status.RETIRED)
     world.add("intent", "v2", Status.LIVE)
     gateway = world.gateway()
@@ -150,7 +153,7 @@ async def test_names_lead_to_the_right_version_on_the_right_base(world: FakeFlee
 
 
 @pytest.mark.parametrize("model", ["nobody", "intent@7", "nobody@1", "intent@2", "elsewhere", "idle"])
-async def test_what_cannot_be_served_is_not_found(world: FakeFleet, model: str):
+async def test_unservable_models_are_not_found(world: FakeFleet, model: str):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.ADAPTING)
     world.add("elsewhere", "v1", Status.PLANNED)
@@ -162,12 +165,12 @@ async def test_what_cannot_be_served_is_not_found(world: FakeFleet, model: str):
 
 
 @pytest.mark.parametrize("model", ["../etc", "a/b", "intent@x", "intent@", ""])
-async def test_bad_names_are_refused(world: FakeFleet, model: str):
+async def test_invalid_names_are_rejected(world: FakeFleet, model: str):
     with pytest.raises(InvalidRequestError):
         await ask(world.gateway(), model)
 
 
-async def test_a_live_adapter_whose_engine_is_gone_is_unavailable_not_unknown(world: FakeFleet):
+async def test_a_live_adapter_without_an_engine_is_unavailable(world: FakeFleet):
     world.add("intent", "v2", Status.LIVE)
     del world.backends["v2"]
     gateway = world.gateway()
@@ -178,7 +181,7 @@ async def test_a_live_adapter_whose_engine_is_gone_is_unavailable_not_unknown(wo
         await gateway.check_health()
 
 
-async def test_a_name_unknown_to_the_snapshot_makes_it_look_again(world: FakeFleet):
+async def test_an_unknown_name_refreshes_the_snapshot(world: FakeFleet):
     gateway = world.gateway(poll_s=60)
     await gateway.start()
     world.add("fresh", "v1", Status.LIVE)
@@ -186,7 +189,7 @@ async def test_a_name_unknown_to_the_snapshot_makes_it_look_again(world: FakeFle
     await gateway.stop()
 
 
-async def test_routes_are_polled_and_trouble_shows_in_health(world: FakeFleet):
+async def test_routes_are_polled_and_failed_polls_show_in_health(world: FakeFleet):
     version = world.add("intent", "v1", Status.LIVE)
     gateway = world.gateway(poll_s=0.02)
     await gateway.start()
@@ -197,7 +200,7 @@ async def test_routes_are_polled_and_trouble_shows_in_health(world: FakeFleet):
     await _until(lambda: gateway._poll_error is not None)
     with pytest.raises(StorageError):
         await gateway.check_health()
-    assert (await ask(gateway, "v1")).startswith("v1/-"), "the old snapshot serves on"
+    assert (await ask(gateway, "v1")).startswith("v1/-"), "the old snapshot stays in use"
     gateway._list_backends = lambda: 1 / 0
     await _until(lambda: isinstance(gateway._poll_error, BackendFailedError))
     gateway._list_backends = list_backends
@@ -206,16 +209,16 @@ async def test_routes_are_polled_and_trouble_shows_in_health(world: FakeFleet):
     await gateway.stop()
 
 
-async def test_refreshes_that_come_together_share_one_look(world: FakeFleet):
+async def test_concurrent_refreshes_share_one_snapshot(world: FakeFleet):
     gateway = world.gateway()
-    looks = []
+    calls = []
     list_backends = gateway._list_backends
-    gateway._list_backends = lambda: looks.append(1) or list_backends()
+    gateway._list_backends = lambda: calls.append(1) or list_backends()
     await asyncio.gather(*(gateway.refresh() for _ in range(50)))
-    assert len(looks) <= 2
+    assert len(calls) <= 2
 
 
-async def test_a_canary_gets_its_share(world: FakeFleet):
+async def test_a_canary_gets_its_share_of_calls(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     gateway = world.gateway(canary_share=0.3)
@@ -228,7 +231,9 @@ async def test_a_canary_gets_its_share(world: FakeFleet):
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("error", [None, StorageError("no blob"), RuntimeError("a bug")])
-async def test_a_failing_canary_is_forgiven_and_logged(world: FakeFleet, whole: bool, error: Exception | None):
+async def test_the_live_version_answers_for_a_failing_canary_and_the_failure_is_logged(
+    world: FakeFleet, whole: bool, error: Exception | None
+):
     world.add("intent", "v1", Status.LIVE)
     canary = world.add("intent", "v2", Status.CANARY)
     world.backends["v2"] = FailingBackend("v2", error=error)
@@ -242,7 +247,7 @@ async def test_a_failing_canary_is_forgiven_and_logged(world: FakeFleet, whole: 
     assert events[0].details["reason"]
 
 
-async def test_a_busy_canary_is_forgiven_without_blame(world: FakeFleet):
+async def test_a_busy_canary_is_not_logged_as_a_failure(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     world.backends["v2"].deaths, world.backends["v2"].error = [0], OverloadedError("full")
@@ -252,7 +257,7 @@ async def test_a_busy_canary_is_forgiven_without_blame(world: FakeFleet):
     assert world.registry.events(kind="canary_failure") == []
 
 
-async def test_a_client_fault_on_a_canary_stays_the_clients(world: FakeFleet):
+async def test_an_invalid_request_to_a_canary_is_the_clients_error(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     world.backends["v2"].deaths, world.backends["v2"].error = [0], InvalidRequestError("too long")
@@ -263,13 +268,15 @@ async def test_a_client_fault_on_a_canary_stays_the_clients(world: FakeFleet):
     assert world.registry.events(kind="canary_failure") == []
 
 
-async def test_an_answer_that_was_not_shown_yet_can_still_change_its_version(world: FakeFleet):
+async def test_the_live_version_answers_only_if_the_client_has_seen_nothing(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     world.add("intent", "v2", Status.CANARY)
     world.backends["v2"].deaths, world.backends["v2"].error = [7], StorageError("disk full")
     gateway = world.gateway()
     await gateway.refresh()
-    assert (await ask(gateway, "intent")).startswith("v1/intent@1"), "whole: seven tokens came, none was shown"
+    assert (await ask(gateway, "intent")).startswith("v1/intent@1"), (
+        "whole: the client has seen none of the seven tokens"
+    )
     world.backends["v2"].deaths = [7]
     answer = await gateway.answer(call("intent"), whole=False)
     assert answer.target.label == "intent@2"
@@ -279,7 +286,7 @@ async def test_an_answer_that_was_not_shown_yet_can_still_change_its_version(wor
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("deaths", [[0], [5], [5, 0, 8], [19]])
-async def test_a_dead_replica_does_not_show_in_the_answer(world: FakeFleet, whole: bool, deaths: list[int]):
+async def test_a_dead_replica_does_not_change_the_answer(world: FakeFleet, whole: bool, deaths: list[int]):
     gateway = world.gateway()
     await gateway.refresh()
     expected = await ask(gateway, "v1")
@@ -293,7 +300,7 @@ async def test_a_dead_replica_does_not_show_in_the_answer(world: FakeFleet, whol
     assert backend.num_open == 0
 
 
-async def test_resubmission_ends(world: FakeFleet):
+async def test_the_number_of_resubmissions_is_limited(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     world.backends["v1"].deaths = [1] * 9
@@ -302,7 +309,7 @@ async def test_resubmission_ends(world: FakeFleet):
     assert len(world.backends["v1"].requests) == 4
 
 
-async def test_an_untyped_engine_error_is_typed_and_not_resubmitted(world: FakeFleet):
+async def test_an_unexpected_engine_error_is_not_resubmitted(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     world.backends["v1"] = FailingBackend("v1", error=RuntimeError("a bug"))
@@ -312,7 +319,7 @@ async def test_an_untyped_engine_error_is_typed_and_not_resubmitted(world: FakeF
     assert len(world.backends["v1"].requests) == 1
 
 
-async def test_choices_and_prompts_have_their_own_requests_and_seeds(world: FakeFleet):
+async def test_each_choice_of_each_prompt_is_a_request_and_each_choice_has_its_seed(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     many = Call("call", "v1", ("a", (1, 2, 3)), SamplingParams(max_tokens=4, seed=7), num_choices=3)
@@ -353,7 +360,7 @@ async def test_an_unlimited_answer_may_fill_the_context(world: FakeFleet):
     assert world.backends["v1"].requests[0].sampling.max_tokens == ServingConfig().max_model_tokens - 5
 
 
-async def test_an_unusable_prompt_is_the_clients_fault(world: FakeFleet):
+async def test_an_invalid_prompt_is_the_clients_error(world: FakeFleet):
     gateway = world.gateway()
     await gateway.refresh()
     for prompt in ("", (1, 999_999), (-1,)):
@@ -361,7 +368,7 @@ async def test_an_unusable_prompt_is_the_clients_fault(world: FakeFleet):
             await gateway.answer(Call("call", "v1", (prompt,), SamplingParams()), whole=True)
 
 
-# Adapters that clients bring.
+# Adapters that clients load.
 
 
 async def test_loading_a_name_again_makes_a_new_live_version(world: FakeFleet, tmp_path: Path):
@@ -377,7 +384,7 @@ async def test_loading_a_name_again_makes_a_new_live_version(world: FakeFleet, t
     assert (await ask(gateway, "mine")).startswith("v1/mine@2")
     assert (await ask(gateway, "mine@1")).startswith("v1/mine@1")
     assert world.backends["v1"].requests[-1].adapter.key != world.backends["v1"].requests[-2].adapter.key
-    assert world.registry.adapter("mine").metric == "chrf", "what was known of the adapter stays"
+    assert world.registry.adapter("mine").metric == "chrf", "the adapter keeps its settings"
     await gateway.unload_adapter("mine")
     with pytest.raises(NotFoundError):
         await ask(gateway, "mine")
@@ -386,7 +393,7 @@ async def test_loading_a_name_again_makes_a_new_live_version(world: FakeFleet, t
     await gateway.stop()
 
 
-async def test_an_adapter_without_a_base_goes_to_the_only_one_served(world: FakeFleet):
+async def test_an_adapter_without_a_base_gets_the_only_served_base(world: FakeFleet):
     gateway = world.gateway()
     del world.backends["v2"]
     assert (await gateway.load_adapter("mine", str(world.folder / "adapter"), None)).base == "v1"
@@ -394,7 +401,7 @@ async def test_an_adapter_without_a_base_goes_to_the_only_one_served(world: Fake
         await gateway.load_adapter("mine", str(world.folder / "adapter"), "v2")
 
 
-async def test_unloading_takes_the_canary_along(world: FakeFleet):
+async def test_unloading_rolls_back_the_canary(world: FakeFleet):
     world.add("intent", "v1", Status.LIVE)
     canary = world.add("intent", "v2", Status.CANARY)
     gateway = world.gateway()
@@ -403,7 +410,7 @@ async def test_unloading_takes_the_canary_along(world: FakeFleet):
     assert gateway.snapshot.routes == {}
 
 
-async def test_engines_are_told_of_adapters_that_no_name_leads_to(world: FakeFleet, tmp_path: Path):
+async def test_engines_release_adapters_that_no_name_leads_to(world: FakeFleet, tmp_path: Path):
     gateway = world.gateway()
     first = await gateway.load_adapter("mine", str(world.folder / "adapter"), "v1")
     alias = await gateway.load_adapter("alias", str(world.folder / "adapter"), "v1")
@@ -418,7 +425,7 @@ async def test_engines_are_told_of_adapters_that_no_name_leads_to(world: FakeFle
     assert backend.released == [first.content_hash, second.content_hash]
 
 
-async def test_adapters_are_listed_with_where_they_are(world: FakeFleet):
+async def test_adapters_are_listed_with_their_tiers(world: FakeFleet):
     live = world.add("intent", "v1", Status.LIVE)
     world.add("idle", "v2", Status.LIVE)
     gateway = world.gateway()
@@ -431,7 +438,7 @@ async def test_adapters_are_listed_with_where_they_are(world: FakeFleet):
     }
 
 
-async def test_a_deadline_of_the_configuration_is_for_those_who_bring_none(world: FakeFleet):
+async def test_the_configured_deadline_applies_to_calls_without_their_own(world: FakeFleet):
     gateway = world.gateway()
     gateway._serving = ServingConfig(first_token_deadline_s=7.0)
     await gateway.refresh()
@@ -479,7 +486,7 @@ def _other_kind(folder: Path, base: Path) -> None:
     "spoil",
     [_rank_above_limit, _for_another_base, _not_finite, _no_weights, _pickled_weights, _cut_short, _other_kind],
 )
-async def test_unusable_files_are_refused_and_disturb_nothing(world: FakeFleet, tmp_path: Path, spoil):
+async def test_unusable_files_are_rejected_and_change_nothing(world: FakeFleet, tmp_path: Path, spoil):
     spoil(tmp_path / "bad", world.folder / "v1")
     live = world.add("mine", "v1", Status.LIVE)
     gateway = world.gateway()
@@ -503,7 +510,7 @@ async def test_unusable_files_are_refused_and_disturb_nothing(world: FakeFleet, 
         ("v1", "adapter", "v1", ConflictError),
     ],
 )
-async def test_unusable_load_requests_are_refused(
+async def test_invalid_load_requests_are_rejected(
     world: FakeFleet, name: str, path: str, base: str | None, error: type
 ):
     folder = path if "://" in path else str(world.folder / path)
@@ -512,19 +519,19 @@ async def test_unusable_load_requests_are_refused(
     assert world.registry.adapters() == []
 
 
-# Readiness.
+# The readiness check.
 
 
 @dataclass
-class SayingBackend(FakeBackend):
-    """Says what it is told, in two events."""
+class ScriptedBackend(FakeBackend):
+    """Answers with a given text, in two events."""
 
-    said: str = ""
+    reply: str = ""
 
     async def generate(self, request: Request) -> TokenStream:
         self.requests.append(request)
-        yield TokenEvent(request.id, text=self.said[:2])
-        yield TokenEvent(request.id, text=self.said[2:], finish_reason=FinishReason.LENGTH)
+        yield TokenEvent(request.id, text=self.reply[:2])
+        yield TokenEvent(request.id, text=self.reply[2:], finish_reason=FinishReason.LENGTH)
 
 
 def _golden(world: FakeFleet, *completions: str) -> Version:
@@ -534,32 +541,32 @@ def _golden(world: FakeFleet, *completions: str) -> Version:
 
 
 @pytest.mark.parametrize("said", ["right", "right and on", "rig"])
-async def test_golden_answers_agree_as_far_as_both_go(world: FakeFleet, said: str):
-    backend = SayingBackend("v1", said=said)
+async def test_an_answer_matches_if_one_text_starts_with_the_other(world: FakeFleet, said: str):
+    backend = ScriptedBackend("v1", reply=said)
     await check_golden(_golden(world, "right"), Prompter(world.folder / "v1"), backend)
     [sent] = backend.requests
     assert (sent.sampling.max_tokens, sent.sampling.temperature, sent.adapter.label) == (5, 0, "intent@1")
 
 
 @pytest.mark.parametrize(("golden", "said"), [("right", "wrong"), ("right", ""), ("", "more"), ("right", "riGht")])
-async def test_a_golden_answer_that_differs_is_named(world: FakeFleet, golden: str, said: str):
+async def test_a_wrong_golden_answer_is_named(world: FakeFleet, golden: str, said: str):
     version = _golden(world, said, golden)
     with pytest.raises(ReloraError, match=r"intent@1 on v1: the answer to golden prompt 1 .*prompt 1"):
-        await check_golden(version, Prompter(world.folder / "v1"), SayingBackend("v1", said=said))
+        await check_golden(version, Prompter(world.folder / "v1"), ScriptedBackend("v1", reply=said))
 
 
-async def test_an_engine_that_fails_a_golden_prompt_is_named(world: FakeFleet):
+async def test_an_engine_error_in_the_readiness_check_is_raised(world: FakeFleet):
     backend = FailingBackend("v1", error=StorageError("adapter lost"))
     with pytest.raises(StorageError, match="adapter lost"):
         await check_golden(_golden(world, "right"), Prompter(world.folder / "v1"), backend)
 
 
-# The stream helpers.
+# Streams.
 
 
 @dataclass
 class SlowLoader:
-    """An engine loop whose adapters take a while to come."""
+    """An engine loop whose adapters take 0.05 s to load."""
 
     seen: list[Request] = field(default_factory=list)
 
@@ -571,7 +578,7 @@ class SlowLoader:
         yield TokenEvent(request.id, finish_reason=FinishReason.LENGTH)
 
 
-async def test_one_that_was_begun_elsewhere_is_not_held_to_its_first_token(tmp_path: Path):
+async def test_resumed_requests_ignore_the_first_token_deadline(tmp_path: Path):
     loop, terms = SlowLoader(), Terms(first_token_deadline_s=0.01)
     backend = LocalBackend(loop, BlobStore(str(tmp_path / "blobs"), tmp_path / "cache"))
     new = Request("r", (1,), SamplingParams(), AdapterRef("key", "tone", 1, "blob"), terms=terms)
@@ -582,7 +589,7 @@ async def test_one_that_was_begun_elsewhere_is_not_held_to_its_first_token(tmp_p
     assert loop.seen == [begun]
 
 
-async def test_an_error_in_one_stream_closes_the_others():
+async def test_an_error_in_one_merged_stream_closes_the_others():
     failing = FakeBackend("a", deaths=[2], error=StorageError("disk"))
     fine = FakeBackend("b")
     request = Request("r", (1,), SamplingParams(max_tokens=50))
@@ -592,7 +599,7 @@ async def test_an_error_in_one_stream_closes_the_others():
 
 
 class FailingBackend(FakeBackend):
-    """Fails every request: it is gone if no other error is given, which comes as the event's error."""
+    """Fails every request: with an event that carries `error`, or by raising BackendDiedError if it is None."""
 
     async def generate(self, request: Request) -> TokenStream:
         self.requests.append(request)
@@ -602,7 +609,7 @@ class FailingBackend(FakeBackend):
 
 
 class SleepingBackend(FakeBackend):
-    """Accepts every request and answers none."""
+    """Accepts requests and never answers."""
 
     async def generate(self, request: Request) -> TokenStream:
         self.num_open += 1

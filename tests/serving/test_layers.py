@@ -1,4 +1,4 @@
-"""The way of a token: which asynchronous generators hand it on, counted while a request runs."""
+"""Counts the async generators that a token passes, while a request runs."""
 
 import inspect
 import re
@@ -29,7 +29,7 @@ CONFIG = ServingConfig(memory_bytes=4 * 2**20, max_model_tokens=200)
 
 
 class Call:
-    """A streaming call of a Serve handle. It awaits the deployment directly, so that all layers share one stack."""
+    """A streaming call of a Serve handle that awaits the deployment directly, so all generators share one stack."""
 
     def __init__(self, events: TokenStream):
         self._events = events
@@ -41,7 +41,7 @@ class Call:
         return await anext(self._events)
 
     def cancel(self) -> None:
-        """Nothing is left to cancel: the events have ended."""
+        """Do nothing: the events have ended."""
 
 
 class Handle:
@@ -59,7 +59,7 @@ class Handle:
 
 
 def deployment_of(local: LocalBackend) -> EngineDeployment:
-    """A replica around a backend that is there already, without Ray and without a fleet."""
+    """Return a replica around a backend, without Ray and without a fleet."""
     deployment = EngineDeployment.__new__(EngineDeployment)
     deployment._backend = local
     return deployment
@@ -80,7 +80,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 
 
 async def generators_of(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, num_choices: int) -> list[str]:
-    """The asynchronous generators on the stack when the engine's stream is read last, the engine's first."""
+    """Return the async generators on the stack of the last read of the engine's stream, innermost first."""
     stacks = []
     get = Stream.get
 
@@ -98,11 +98,11 @@ async def generators_of(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, num_c
     return stacks[-1]
 
 
-async def test_the_generators_on_the_way_are_those_that_are_listed(gateway: Gateway, monkeypatch: pytest.MonkeyPatch):
+async def test_the_generators_on_the_stack_are_the_listed_ones(gateway: Gateway, monkeypatch: pytest.MonkeyPatch):
     listed = re.findall(r"^\d\. `(.+)`", backend.__doc__ or "", re.MULTILINE)
     assert len(listed) <= 7
     *others, merging, events = listed
     assert (merging, events) == ("merge", "_events")
     assert await generators_of(gateway, monkeypatch, num_choices=1) == [*others, events]
-    # `merge` reads each choice in a task, whose stack begins there.
+    # `merge` reads each choice in its own task, so the stack ends below `merge`.
     assert await generators_of(gateway, monkeypatch, num_choices=2) == others

@@ -1,4 +1,4 @@
-"""The engine's thread: streams, cancellation, adapter loads off the thread, and an end that leaves nobody waiting."""
+"""Tests the engine's thread: streams, cancellation, adapter loads, and how it ends."""
 
 import asyncio
 import gc
@@ -60,7 +60,7 @@ def tokens_of(events: list[TokenEvent]) -> list[int]:
 
 
 def alone(folders: tuple[Path, Path], wanted: Request) -> list[TokenEvent]:
-    """The same request on an engine of its own, without a loop."""
+    """Run a request on a separate engine without a loop."""
     engine = Engine.open(folders[0], ServingConfig(memory_bytes=4 << 20))
     engine.add_adapter(REF, load_adapter(folders[1]))
     engine.submit(wanted)
@@ -78,7 +78,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @dataclass
 class Source:
-    """A folder to fetch that counts and may be slow or fail."""
+    """A function that fetches a folder. It waits for `is_open`, raises `errors` first, and records its threads."""
 
     folder: Path
     is_open: threading.Event = field(default_factory=threading.Event)
@@ -96,20 +96,20 @@ class Source:
 # Streams.
 
 
-async def test_stream_is_what_the_engine_says(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
+async def test_a_stream_yields_the_engines_events(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
     events, expected = await drain(loop.generate(request())), alone(folders, request())
     assert tokens_of(events) == tokens_of(expected)
     assert "".join(event.text for event in events) == "".join(event.text for event in expected)
     assert [event.finish_reason for event in events if event.finish_reason] == [FinishReason.LENGTH]
 
 
-async def test_streams_run_side_by_side(loop: EngineLoop) -> None:
+async def test_streams_share_steps(loop: EngineLoop) -> None:
     answers = await asyncio.gather(*(drain(loop.generate(request(str(i)))) for i in range(4)))
     assert len({tuple(tokens_of(events)) for events in answers}) == 1
     assert loop.stats()["steps"] < 2 * SHORT.max_tokens
 
 
-async def test_slow_reader_gets_all_in_few_events(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
+async def test_a_slow_reader_gets_all_tokens_in_few_events(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
     wanted = request(sampling=replace(LONG, num_logprobs=1))
     stream = loop.generate(wanted)
     events = [await anext(stream)]
@@ -120,7 +120,7 @@ async def test_slow_reader_gets_all_in_few_events(loop: EngineLoop, folders: tup
     assert len(events) < 50
 
 
-async def test_an_interval_holds_back_neither_the_first_event_nor_the_last() -> None:
+async def test_an_interval_delays_neither_the_first_nor_the_last_event() -> None:
     loop = asyncio.get_running_loop()
     stream = Stream(loop)
     stream.put(TokenEvent("a", tokens=(0,), text="0"))
@@ -147,7 +147,7 @@ async def test_events_of_a_stream_are_an_interval_apart(loop: EngineLoop, folder
     assert min(after - before for before, after in pairwise(times[:-1])) >= 0.019
 
 
-async def test_two_event_loops_are_served(loop: EngineLoop) -> None:
+async def test_two_event_loops_can_use_one_engine(loop: EngineLoop) -> None:
     here, there = await asyncio.gather(
         drain(loop.generate(request("here"))),
         asyncio.to_thread(lambda: asyncio.run(drain(loop.generate(request("there"))))),
@@ -155,7 +155,7 @@ async def test_two_event_loops_are_served(loop: EngineLoop) -> None:
     assert tokens_of(here) == tokens_of(there)
 
 
-async def test_idle_engine_does_not_step(loop: EngineLoop) -> None:
+async def test_an_idle_engine_does_not_step(loop: EngineLoop) -> None:
     await drain(loop.generate(request()))
     await asyncio.sleep(0.05)
     steps = loop.stats()["steps"]
@@ -166,7 +166,7 @@ async def test_idle_engine_does_not_step(loop: EngineLoop) -> None:
 # Cancellation.
 
 
-async def test_closing_the_stream_aborts(loop: EngineLoop) -> None:
+async def test_closing_the_stream_aborts_the_request(loop: EngineLoop) -> None:
     free = loop.stats()["pages_free"]
     stream = loop.generate(request(sampling=LONG))
     await anext(stream)
@@ -175,7 +175,7 @@ async def test_closing_the_stream_aborts(loop: EngineLoop) -> None:
     assert loop.stats()["tokens_generated"] < 400
 
 
-async def test_cancelled_reader_aborts(loop: EngineLoop) -> None:
+async def test_cancelling_the_reader_aborts_the_request(loop: EngineLoop) -> None:
     reader = asyncio.create_task(drain(loop.generate(request(sampling=LONG))))
     await until(lambda: loop.stats()["running"] == 1)
     reader.cancel()
@@ -183,35 +183,37 @@ async def test_cancelled_reader_aborts(loop: EngineLoop) -> None:
     assert loop.is_healthy
 
 
-async def test_aborted_id_may_come_again_at_once(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
+async def test_the_id_of_an_aborted_request_can_be_used_again_at_once(
+    loop: EngineLoop, folders: tuple[Path, Path]
+) -> None:
     stream = loop.generate(request(sampling=LONG))
     await anext(stream)
     await stream.aclose()
     assert tokens_of(await drain(loop.generate(request()))) == tokens_of(alone(folders, request()))
 
 
-async def test_refused_twin_leaves_the_first_alone(loop: EngineLoop) -> None:
+async def test_a_second_request_with_the_same_id_is_rejected_and_the_first_continues(loop: EngineLoop) -> None:
     stream = loop.generate(request(sampling=LONG))
-    first = await anext(stream)  # one token, or some: what has come meanwhile comes together
+    first = await anext(stream)  # one token or more: tokens that arrive together are one event
     with pytest.raises(InvalidRequestError):
         await drain(loop.generate(request()))
     assert len(tokens_of([first, *await drain(stream)])) == 400
 
 
-def test_readers_whose_event_loop_is_gone_are_aborted(loop: EngineLoop) -> None:
-    theirs = asyncio.new_event_loop()
+def test_requests_of_a_closed_event_loop_are_aborted(loop: EngineLoop) -> None:
+    other = asyncio.new_event_loop()
     stream = loop.generate(request(sampling=LONG))
-    theirs.run_until_complete(anext(stream))
-    theirs.close()
+    other.run_until_complete(anext(stream))
+    other.close()
     asyncio.run(until(lambda: loop.stats()["running"] == 0))
     assert loop.is_healthy
     asyncio.run(stream.aclose())
 
 
-# Refusals reach the caller.
+# Rejections.
 
 
-async def test_refusals_are_raised(loop: EngineLoop) -> None:
+async def test_rejections_are_raised(loop: EngineLoop) -> None:
     with pytest.raises(NotFoundError):
         await drain(loop.generate(request(adapter=REF)))
     with pytest.raises(InvalidRequestError):
@@ -219,7 +221,7 @@ async def test_refusals_are_raised(loop: EngineLoop) -> None:
     assert loop.is_healthy
 
 
-async def test_full_queue_is_raised_and_the_others_are_served(loop: EngineLoop) -> None:
+async def test_a_full_queue_is_raised_and_the_other_requests_are_served(loop: EngineLoop) -> None:
     answers = await asyncio.gather(*(drain(loop.generate(request(str(i)))) for i in range(30)), return_exceptions=True)
     refused = [answer for answer in answers if isinstance(answer, OverloadedError)]
     served = [answer for answer in answers if isinstance(answer, list)]
@@ -232,7 +234,7 @@ async def test_full_queue_is_raised_and_the_others_are_served(loop: EngineLoop) 
 # Adapters.
 
 
-async def test_adapter_is_loaded_and_removed(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
+async def test_an_adapter_is_loaded_and_removed(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
     await loop.ensure_adapter(REF, folders[1])
     wanted = request(adapter=REF)
     assert tokens_of(await drain(loop.generate(wanted))) == tokens_of(alone(folders, wanted))
@@ -241,12 +243,14 @@ async def test_adapter_is_loaded_and_removed(loop: EngineLoop, folders: tuple[Pa
     assert not loop.has_adapter(REF.key)
 
 
-async def test_racing_loads_are_one_load_off_the_engine_thread(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
+async def test_concurrent_loads_of_an_adapter_are_one_load_on_a_loader_thread(
+    loop: EngineLoop, folders: tuple[Path, Path]
+) -> None:
     source = Source(folders[1])
     loads = [asyncio.create_task(loop.ensure_adapter(REF, source)) for _ in range(5)]
     await until(lambda: bool(source.threads))
     loads.pop().cancel()
-    # The base goes on while the adapter is on its way.
+    # The engine continues while the adapter is loading.
     assert len(tokens_of(await drain(loop.generate(request())))) == 20
     source.is_open.set()
     await asyncio.gather(*loads)
@@ -255,7 +259,9 @@ async def test_racing_loads_are_one_load_off_the_engine_thread(loop: EngineLoop,
     assert source.threads[0].startswith("adapter-loader")
 
 
-async def test_failed_load_is_told_to_all_and_tried_again(loop: EngineLoop, folders: tuple[Path, Path]) -> None:
+async def test_a_failed_load_is_raised_to_all_callers_and_tried_again(
+    loop: EngineLoop, folders: tuple[Path, Path]
+) -> None:
     source = Source(folders[1], errors=[StorageError("the store is down")])
     loads = [asyncio.create_task(loop.ensure_adapter(REF, source)) for _ in range(2)]
     await until(lambda: bool(source.threads))
@@ -265,7 +271,7 @@ async def test_failed_load_is_told_to_all_and_tried_again(loop: EngineLoop, fold
     assert [residency.key for residency in await loop.residencies()] == [REF.key]
 
 
-async def test_a_failed_load_that_nobody_waits_for_any_more_is_no_news(
+async def test_a_failed_load_without_callers_logs_nothing(
     loop: EngineLoop, folders: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Source(folders[1], errors=[StorageError("down")])
@@ -273,7 +279,7 @@ async def test_a_failed_load_that_nobody_waits_for_any_more_is_no_news(
     await until(lambda: bool(source.threads))
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    del waiting  # its traceback keeps the future alive, which complains as it goes
+    del waiting  # its traceback keeps the future alive, which logs its error when it is collected
     source.is_open.set()
     await until(lambda: not source.errors)
     await asyncio.sleep(0.05)
@@ -281,7 +287,7 @@ async def test_a_failed_load_that_nobody_waits_for_any_more_is_no_news(
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
-async def test_hung_load_is_given_up_for_all_and_begun_anew(folders: tuple[Path, Path]) -> None:
+async def test_a_hung_load_fails_for_all_callers_and_the_next_call_starts_another(folders: tuple[Path, Path]) -> None:
     config = ServingConfig(memory_bytes=4 << 20, adapter_load_timeout_s=0.3)
     loop = EngineLoop(Engine.open(folders[0], config), num_loaders=1)
     loop.start()
@@ -299,7 +305,7 @@ async def test_hung_load_is_given_up_for_all_and_begun_anew(folders: tuple[Path,
     loop.stop()
 
 
-async def test_unusable_files_are_refused(loop: EngineLoop, folders: tuple[Path, Path], tmp_path: Path) -> None:
+async def test_unusable_files_are_rejected(loop: EngineLoop, folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapterError):
         await loop.ensure_adapter(REF, tmp_path)
     big = make_adapter(tmp_path / "big", folders[0], rank=17)
@@ -308,7 +314,7 @@ async def test_unusable_files_are_refused(loop: EngineLoop, folders: tuple[Path,
     assert not loop.has_adapter(REF.key)
 
 
-async def test_no_room_on_the_host_is_told_to_the_request(folders: tuple[Path, Path]) -> None:
+async def test_a_full_host_cache_fails_the_request(folders: tuple[Path, Path]) -> None:
     config = ServingConfig(memory_bytes=4 << 20, host_cache_bytes=100_000, max_rank=16)
     loop = EngineLoop(Engine.open(folders[0], config))
     loop.start()
@@ -327,10 +333,10 @@ async def test_no_room_on_the_host_is_told_to_the_request(folders: tuple[Path, P
 
 
 @pytest.mark.parametrize("how", ["at once", "too late", "removed"])
-async def test_an_adapter_is_kept_from_its_load_to_its_request(
+async def test_a_loaded_adapter_is_kept_for_its_request(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """On a host with room for one, another that comes in between evicts it."""
+    """The host cache has room for one adapter, so loading another evicts the first."""
     monkeypatch.setattr("serving.engine.loop._HANDOVER_S", 0.0 if how == "too late" else 60.0)
     config = ServingConfig(memory_bytes=4 << 20, host_cache_bytes=100_000, max_rank=16)
     loop = EngineLoop(Engine.open(folders[0], config))
@@ -338,7 +344,7 @@ async def test_an_adapter_is_kept_from_its_load_to_its_request(
     first, second = (replace(REF, key=key) for key in ("first", "second"))
     for ref in (first, second):
         await loop.ensure_adapter(ref, folders[1])
-    await loop.residencies()  # both have been added by then
+    await loop.residencies()  # after this, both have been added
     assert (loop.has_adapter("first"), loop.has_adapter("second")) == (False, True)
     if how == "removed":
         await loop.remove_adapter("first")
@@ -355,7 +361,7 @@ async def test_an_adapter_is_kept_from_its_load_to_its_request(
 # The end.
 
 
-async def test_stop_ends_every_stream(loop: EngineLoop) -> None:
+async def test_stopping_ends_every_stream(loop: EngineLoop) -> None:
     stream = loop.generate(request(sampling=LONG))
     await anext(stream)
     await asyncio.to_thread(loop.stop)
@@ -368,7 +374,7 @@ async def test_stop_ends_every_stream(loop: EngineLoop) -> None:
         await loop.ensure_adapter(REF, Path("anywhere"))
 
 
-async def test_failed_step_fails_every_stream(
+async def test_a_failed_step_fails_every_stream(
     loop: EngineLoop, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams = [loop.generate(request(id, LONG)) for id in "ab"]
@@ -389,7 +395,7 @@ async def test_failed_step_fails_every_stream(
         await drain(loop.generate(request()))
 
 
-async def test_failed_command_is_told_and_ends_the_loop(
+async def test_a_failed_command_is_raised_and_ends_the_loop(
     loop: EngineLoop, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "remove_adapter", lambda key: 1 / 0)

@@ -1,4 +1,4 @@
-"""Serving on a real local Ray: bases come and go, versions are probed, a killed replica goes unnoticed."""
+"""Tests serving on a local Ray cluster: adding and removing bases, probing versions, killing a replica."""
 
 import os
 import signal
@@ -74,7 +74,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """v1 with two replicas and one adapter behind the gateway; at the end nothing may be left of it."""
+    """Serve v1 with two replicas and one adapter. At the end, none of the processes may be left."""
     folder = tmp_path_factory.mktemp("fleet")
     fleet = _make_fleet(folder)
     registry = open_registry(fleet)
@@ -96,7 +96,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert left == []
 
 
-def test_the_base_and_its_adapter_answer(served: Served):
+def test_a_base_and_its_adapter_answer(served: Served):
     assert httpx.get(f"{served.url}/health").status_code == 200
     assert {model.id for model in served.client.models.list()} == {"v1", "intent"}
     chunks = list(
@@ -108,7 +108,7 @@ def test_the_base_and_its_adapter_answer(served: Served):
     assert 'relora_engine{base="v1",gauge="tokens_generated"}' in metrics
 
 
-def test_errors_of_the_engine_keep_their_type(served: Served):
+def test_engine_errors_keep_their_type(served: Served):
     with pytest.raises(openai.BadRequestError, match="tokens"):
         served.text("v1", prompt="x" * 1501)
     with pytest.raises(openai.NotFoundError):
@@ -116,13 +116,13 @@ def test_errors_of_the_engine_keep_their_type(served: Served):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_hanging_up_reaches_the_engine(served: Served, stream: bool):
+def test_disconnecting_aborts_the_request_in_the_engine(served: Served, stream: bool):
     body = {"model": "intent", "prompt": "x", "max_tokens": 1400, "ignore_eos": True, "n": 8, "stream": stream}
     with httpx.Client(timeout=30) as client:
         if stream:
             with client.stream("POST", f"{served.url}/v1/completions", json=body) as response:
                 lines = response.iter_lines()
-                next(lines)  # of one answer; the others may still be on their way to a replica
+                next(lines)  # of one choice; the others may not have reached a replica yet
                 _wait_until(lambda: _gauge(served, "v1", "running") == 8, timeout_s=2)
         else:
             with pytest.raises(httpx.ReadTimeout):
@@ -130,7 +130,7 @@ def test_hanging_up_reaches_the_engine(served: Served, stream: bool):
     _wait_until(lambda: _gauge(served, "v1", "running") == 0, timeout_s=2)
 
 
-def test_another_fleet_does_not_take_the_place_of_the_one_that_is_served(served: Served, tmp_path: Path):
+def test_another_fleet_cannot_replace_the_one_that_is_served(served: Served, tmp_path: Path):
     other = replace(served.fleet, registry=f"sqlite:///{tmp_path}/other.db")
     for attempt in (lambda: on_ray.deploy(other, ["v1"]), lambda: on_ray.check_gateway(other)):
         with pytest.raises(ConflictError, match=r"registry\.db at 127\.0\.0\.1"):
@@ -142,15 +142,15 @@ def test_another_fleet_does_not_take_the_place_of_the_one_that_is_served(served:
     assert served.text("intent") != served.text("v1")
 
 
-def test_a_base_that_cannot_start_is_one_sentence(served: Served, tmp_path: Path):
+def test_a_base_that_cannot_start_raises_one_error(served: Served, tmp_path: Path):
     broken = replace(served.fleet, bases=(BaseSpec(name="v9", path=tmp_path / "nothing"),))
     with pytest.raises(ReloraError, match="could not start the engine of v9"):
         on_ray.deploy_base(broken, "v9")
-    assert served.text("v1")  # nobody else is disturbed
+    assert served.text("v1")  # the other base is still served
     serve.delete(f"{on_ray.ENGINE_PREFIX}v9")
 
 
-def test_a_second_base_comes_and_its_versions_are_probed(served: Served):
+def test_a_second_base_is_added_and_its_versions_are_probed(served: Served):
     register_base(served.fleet, served.registry, "v2")
     on_ray.deploy_base(served.fleet, "v2")
     assert httpx.get(f"{served.url}/v1/models/v2").status_code == 200
@@ -163,7 +163,7 @@ def test_a_second_base_comes_and_its_versions_are_probed(served: Served):
         on_ray.probe(served.fleet, wrong)
 
 
-def test_a_killed_replica_does_not_show_in_any_answer(served: Served):
+def test_a_killed_replica_changes_no_answer(served: Served):
     prompts = [f"tell me story {i}" for i in range(6)]
     expected = [_stream(served, prompt) for prompt in prompts]
     answers: dict[str, str] = {}
@@ -181,9 +181,9 @@ def test_a_killed_replica_does_not_show_in_any_answer(served: Served):
     assert second in _replica_pids("v1")
 
 
-def test_a_base_goes(served: Served):
+def test_a_base_is_removed(served: Served):
     serve.delete(f"{on_ray.ENGINE_PREFIX}v2")
-    _wait_until(lambda: httpx.get(f"{served.url}/v1/models/v2").status_code == 404)  # the gateway polls
+    _wait_until(lambda: httpx.get(f"{served.url}/v1/models/v2").status_code == 404)  # when the gateway polls
     with pytest.raises(openai.NotFoundError):
         served.text("v2")
     assert served.text("v1")
