@@ -85,7 +85,7 @@ class _Timer:
         out_TF = x_TD @ weight_DF
         copies = [self._adapters(num_tokens, num_adapters, width, num_modules) for _ in range(NUM_COPIES)]
 
-        def both(ops: Any, copy: tuple[Tensor, LoraGroup]) -> Tensor:
+        def both(ops: Ops, copy: tuple[Tensor, LoraGroup]) -> Tensor:
             out_TF.zero_()
             ops.lora_expand(ops.lora_shrink(x_TD, *copy), *copy, out_TF)
             return out_TF
@@ -105,7 +105,7 @@ class _Timer:
         tables = [self._int32(order).view(len(lens), num_blocks) for order in orders]
         copies = [AttentionMetadata(starts, lens, table, max(query_lens), max(context_lens)) for table in tables]
 
-        def attend(ops: Any, metadata: AttentionMetadata) -> Tensor:
+        def attend(ops: Ops, metadata: AttentionMetadata) -> Tensor:
             return ops.paged_attention(q_TNH, kv_pages, 1, metadata, scale=0.125, window=None)
 
         name = f"attention N={len(lens)} query<={max(query_lens)} context={min(context_lens)}..{max(context_lens)}"
@@ -117,7 +117,7 @@ class _Timer:
         kv_pages = self._randn(64, 2, 2, 16, 4, 64)
         slots = [torch.randperm(64 * 16)[:32].to(self.device) for _ in range(NUM_COPIES)]
 
-        def store(ops: Any, slots_T: Tensor) -> Tensor:
+        def store(ops: Ops, slots_T: Tensor) -> Tensor:
             ops.store_kv(k_TKH, v_TKH, kv_pages, 1, slots_T)
             return kv_pages
 
@@ -135,7 +135,7 @@ class _Timer:
         xs = [self._randn(num_tokens, 16, 64) for _ in range(NUM_COPIES)]
         cos_TJ = sin_TJ = torch.full((num_tokens, 32), 0.5**0.5, device=self.device, dtype=self.dtype)
 
-        def rotate(ops: Any, x_TNH: Tensor) -> Tensor:
+        def rotate(ops: Ops, x_TNH: Tensor) -> Tensor:
             ops.rotate(x_TNH, cos_TJ, sin_TJ)
             return x_TNH
 
@@ -166,7 +166,7 @@ class _Timer:
         arena = self._randn(2 * num_rows * num_modules * width) * width**-0.5
         return arena, LoraGroup.of(modules, [width] * num_modules)
 
-    def _compare(self, function: Callable[[Any, Any], Tensor], copies: list[Any]) -> tuple[float, float]:
+    def _compare(self, function: Callable[[Ops, Any], Tensor], copies: list[Any]) -> tuple[float, float]:
         for copy in copies:
             if isinstance(copy, Tensor):  # some operations change it
                 expected, actual = function(reference, copy.clone()), function(self.ops, copy.clone())

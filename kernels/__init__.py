@@ -1,24 +1,29 @@
-"""Tensor operations of serving: segmented LoRA, paged attention, KV store. The shop window; everything loads lazily.
+"""Tensor operations of serving: segmented LoRA, paged attention, KV store.
 
-Light on purpose: Hugging Face has an optional package of the same import name, and transformers looks for it.
+Every public name loads lazily, so that importing the package stays cheap: Hugging Face has an optional package of the
+same name, and transformers looks for it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kernels.ops import ops_for
+    from kernels.attention import AttentionMetadata
+    from kernels.ops import Ops, ops_for
     from kernels.segments import LoraGroup, LoraSegments
 
-__all__ = ["LoraGroup", "LoraSegments", "ops_for"]
+__all__ = ["AttentionMetadata", "LoraGroup", "LoraSegments", "Ops", "ops_for"]
+
+_MODULES = {
+    "AttentionMetadata": "kernels.attention",
+    "LoraGroup": "kernels.segments",
+    "LoraSegments": "kernels.segments",
+    "Ops": "kernels.ops",
+    "ops_for": "kernels.ops",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name == "ops_for":
-        from kernels.ops import ops_for
-
-        return ops_for
-    if name in ("LoraGroup", "LoraSegments"):
-        from kernels import segments
-
-        return getattr(segments, name)
-    raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -19,7 +19,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.attention import AttentionMetadata
+from kernels.pointwise import rms_norm, rotate, silu_mul
 from kernels.segments import LoraGroup, LoraSegments
+
+__all__ = [
+    "dora_scale",
+    "lora_expand",
+    "lora_lookup",
+    "lora_shrink",
+    "paged_attention",
+    "rms_norm",
+    "rotate",
+    "silu_mul",
+    "store_kv",
+]
 
 
 class _Way(Enum):

@@ -79,15 +79,16 @@ def _compile(library: Path) -> None:
 
 
 class NativeOps:
-    """The operations, on the threads of torch (`torch.set_num_threads`)."""
+    """The operations, on as many threads as `torch.get_num_threads` says."""
+
+    lora_lookup = staticmethod(cpu.lora_lookup)
+    dora_scale = staticmethod(cpu.dora_scale)
 
     def __init__(self, library: ctypes.CDLL):
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         self._c = library
-        self.lora_lookup = cpu.lora_lookup
-        self.dora_scale = cpu.dora_scale
 
     def lora_shrink(self, x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
         """Project each token onto its adapter's rows of `lora_a`; see `kernels.reference.lora_shrink`."""

@@ -1,68 +1,70 @@
-"""Which implementation of the operations serves a device."""
+"""The interface of the operations, and which implementation each device gets."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.attention import AttentionMetadata
+from kernels.segments import LoraGroup, LoraSegments
 
-@dataclass(frozen=True)
-class Ops:
-    """The operations of `kernels.reference`, same signatures and meaning, for one kind of device."""
 
-    lora_shrink: Callable[..., Tensor]
-    lora_lookup: Callable[..., Tensor]
-    lora_expand: Callable[..., None]
-    dora_scale: Callable[..., None]
-    store_kv: Callable[..., None]
-    paged_attention: Callable[..., Tensor]
-    rms_norm: Callable[..., Tensor]
-    rotate: Callable[..., None]
-    silu_mul: Callable[..., Tensor]
+class Ops(Protocol):
+    """The operations of `kernels.reference`, which defines them, for one kind of device. Modules implement it too."""
+
+    def lora_shrink(self, x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
+        """Multiply each token with its adapter's `lora_a` in each module, and scale."""
+
+    def lora_lookup(self, ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) -> Tensor:
+        """Read the column of its adapter's `lora_a` that each token id names, and scale it."""
+
+    def lora_expand(self, h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
+        """Add `h @ lora_b^T` of each token's adapter to the modules' outputs, in place."""
+
+    def dora_scale(self, arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor | None) -> None:
+        """Scale the base model's outputs as DoRA adapters do, in place."""
+
+    def store_kv(self, k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
+        """Write the keys and values of new tokens to their pages, in place."""
+
+    def paged_attention(
+        self,
+        q_TNH: Tensor,
+        kv_pages: Tensor,
+        layer: int,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attend causally from each sequence's new tokens to all its tokens."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Normalise each row by its root mean square."""
+
+    def rotate(self, x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
+        """Apply rotary position embedding, in place."""
+
+    def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
+        """Return `silu(gate) * up` of each row."""
 
 
 def ops_for(device: str | torch.device, *, is_compiled: bool = False) -> Ops:
-    """The fastest implementation for a device: Triton on CUDA, batched torch on a CPU, the twins anywhere else.
+    """Return the fastest operations for a device: Triton on CUDA, torch on a CPU, the twins elsewhere.
 
-    With `is_compiled` a CPU gets the C++ ones instead, where there is a compiler for them (see `kernels.native`).
-    Triton is imported only when a CUDA device asks for it.
+    With `is_compiled` a CPU gets the C++ operations if this machine can run and compile them (see `kernels.native`).
+    Triton is imported only for a CUDA device.
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        return _triton_ops()
-    return _cpu_ops(is_compiled) if kind == "cpu" else _reference_ops()
+        from kernels import triton_ops
 
+        return triton_ops
+    if kind == "cpu":
+        from kernels import cpu, native
 
-def _cpu_ops(is_compiled: bool) -> Ops:
-    from kernels import cpu, native, pointwise
-
-    compiled = native.load_native() if is_compiled else None
-    return _ops_of(cpu, cpu, pointwise) if compiled is None else _ops_of(compiled, compiled, compiled)
-
-
-def _reference_ops() -> Ops:
+        compiled = native.load_native() if is_compiled else None
+        return cpu if compiled is None else compiled
     from kernels import reference
 
-    return _ops_of(reference, reference, reference)
-
-
-def _triton_ops() -> Ops:
-    from kernels import pointwise, triton_attention, triton_lora
-
-    return _ops_of(triton_lora, triton_attention, pointwise)
-
-
-def _ops_of(lora: Any, attention: Any, pointwise: Any) -> Ops:
-    return Ops(
-        lora.lora_shrink,
-        lora.lora_lookup,
-        lora.lora_expand,
-        lora.dora_scale,
-        attention.store_kv,
-        attention.paged_attention,
-        pointwise.rms_norm,
-        pointwise.rotate,
-        pointwise.silu_mul,
-    )
+    return reference

@@ -222,8 +222,8 @@ def test_other_kinds_cost_nothing_where_no_request_is_theirs(
     llama: BaseWithReference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llama.engine()
-    ops = engine._model._ops
-    monkeypatch.setattr(engine._model, "_ops", replace(ops, dora_scale=None, lora_lookup=None))
+    for name in ("dora_scale", "lora_lookup"):
+        monkeypatch.setattr(engine._model._ops, name, None)
     plain = [request_of(name, 6) for name in ("base", "r4", "rslora", "pattern")]
     assert len(run(engine, plain)) == len(plain)
     with pytest.raises(TypeError):

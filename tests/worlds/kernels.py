@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import AttentionMetadata
+from kernels.ops import Ops
 from kernels.segments import LoraGroup, LoraSegments
 
 
@@ -107,7 +108,7 @@ def dense_lora(case: LoraCase) -> Tensor:
     return torch.cat(parts, 1).to(case.base_TF.dtype)
 
 
-def run_lora(ops: Any, case: LoraCase, out_TF: Tensor) -> None:
+def run_lora(ops: Ops, case: LoraCase, out_TF: Tensor) -> None:
     """All operations of a group, as the model calls them."""
     if case.group.has_gains:
         ops.dora_scale(case.arena, case.group, out_TF, case.bias_F)
