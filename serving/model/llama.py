@@ -18,8 +18,7 @@ from kernels.segments import LoraGroup
 from serving.adapters.packing import piece_width
 from serving.model.batch import Batch, LoraLayout
 from serving.model.config import ModelConfig
-from serving.model.layers import MODULE_KINDS, PARENTS, PROJECTIONS, Layer, Norm, Step
-from serving.model.rope import rope_tables
+from serving.model.layers import MODULE_KINDS, PARENTS, PROJECTIONS, Layer, Norm, Step, rope_tables
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -47,7 +46,7 @@ class CausalLM:
         vocab, hidden = config.vocab_size, config.hidden_size
         self.target_shapes = {**self.linear_shapes, EMBEDDING: (hidden, vocab), HEAD: (vocab, hidden)}
         self._cos_PJ, self._sin_PJ = rope_tables(config, dtype, device)
-        self._packed_head_VD = self.head_VD
+        self._blocked_head_VD = self.head_VD
         self._ops = ops_for(device, is_compiled=is_compiled)
 
     def to_blocked(self) -> None:
@@ -55,9 +54,9 @@ class CausalLM:
         for layer in self.layers:
             for projection in layer.projections:
                 projection.to_blocked()
-        self._packed_head_VD = to_blocked(self.head_VD)
+        self._blocked_head_VD = to_blocked(self.head_VD)
         if not self.config.is_tied:
-            self.head_VD = self._packed_head_VD
+            self.head_VD = self._blocked_head_VD
 
     def parameters(self) -> dict[str, Tensor]:
         """All weights under their names in a checkpoint; those of fused GEMMs are views of their slice.
@@ -117,7 +116,7 @@ class CausalLM:
         return x_TD
 
     def _logits(self, x_OD: Tensor, step: Step) -> Tensor:
-        logits_OV, lora = linear(x_OD, self._packed_head_VD).float(), step.batch.lora
+        logits_OV, lora = linear(x_OD, self._blocked_head_VD).float(), step.batch.lora
         if lora is not None and lora.head is not None:
             lora.wait_for(lora.layout.head)
             if lora.head.has_gains:

@@ -1,4 +1,4 @@
-"""Operations on each row, with torch and compiled, against the twins; products with packed weights."""
+"""Operations on each row, with torch and compiled, against the twins; products with blocked weights."""
 
 import pytest
 import torch
@@ -74,14 +74,14 @@ def test_silu_mul_of_numbers_at_the_edges(ops, value):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_products_with_a_packed_weight(dtype, has_bias):
+def test_products_with_a_blocked_weight(dtype, has_bias):
     weight_FD, x_TD = randn(0, 70, 50, dtype=dtype), randn(1, 40, 50, dtype=dtype)
     bias_F = randn(2, 70, dtype=dtype) if has_bias else None
-    packed = to_blocked(weight_FD)
-    assert torch.equal(from_blocked(packed), weight_FD)
+    blocked = to_blocked(weight_FD)
+    assert torch.equal(from_blocked(blocked), weight_FD)
     exact_TF = x_TD.double() @ weight_FD.double().T + (0 if bias_F is None else bias_F.double())
     for num_tokens in (0, 1, 3, 8, 40):
-        actual = linear(x_TD[:num_tokens], packed, bias_F)
+        actual = linear(x_TD[:num_tokens], blocked, bias_F)
         assert actual.dtype == dtype
         tolerance = 10 * TOLERANCE[dtype]
         torch.testing.assert_close(actual.double(), exact_TF[:num_tokens], rtol=tolerance, atol=tolerance)

@@ -21,9 +21,8 @@ from cluster.errors import InvalidCheckpointError
 from kernels.attention import AttentionMetadata
 from serving.model.batch import Batch, LoraBatch
 from serving.model.config import read_model_config
-from serving.model.layers import MODULE_KINDS
+from serving.model.layers import MODULE_KINDS, rope_tables
 from serving.model.llama import CausalLM
-from serving.model.rope import rope_tables
 from serving.model.weights import load_model
 from tests.worlds.serving import make_adapter, make_checkpoint
 
