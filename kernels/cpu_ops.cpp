@@ -1,9 +1,7 @@
-// The operations of kernels/reference.py for CPUs with AVX-512, compiled on first use by kernels/native.py.
+// The operations of kernels/reference.py for CPUs with AVX-512. kernels/native.py compiles this file on first use.
 //
-// Letters: T tokens, S segments, M modules, D in, F out, R rank, N sequences, K key/value heads, H head dim.
-//
-// Adapter rows, keys and values are read where they lie in the arena: nothing is gathered. Every sum is taken in the
-// same order whatever else is in the batch, so that a token's numbers do not depend on its company.
+// Adapter rows, keys and values are read in place in the arena and never gathered. The order of every sum is fixed, so
+// a token's results do not depend on the rest of the batch.
 
 #include <immintrin.h>
 
@@ -28,13 +26,13 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-// Loads and stores of LANES numbers, and of fewer at the end of a row (the rest being zero).
+// Load and store LANES numbers, or `count` numbers at the end of a row. A short load fills the other lanes with zero.
 
 inline Vec widened(ShortVec x) { return (Vec)(__builtin_convertvector(x, BitVec) << 16); }
 
 inline ShortVec rounded(Vec x) {
     BitVec bits = (BitVec)x;
-    BitVec even = bits + 0x7FFF + ((bits >> 16) & 1);  // to the nearest, ties to even
+    BitVec even = bits + 0x7FFF + ((bits >> 16) & 1);  // round to nearest, ties to even
     return __builtin_convertvector((x == x ? even : bits | 0x400000) >> 16, ShortVec);
 }
 
@@ -55,7 +53,7 @@ inline void store(BFloat16* to, Vec x, int count) {
 inline Vec as_stored(const float*, Vec x) { return x; }
 inline Vec as_stored(const BFloat16*, Vec x) { return widened(rounded(x)); }
 
-// Calls body(first, count) for each LANES numbers of a row; count is a constant but for the last.
+// Calls body(first, count) for each LANES numbers of a row. `count` is the constant LANES except in the last call.
 template <class Body>
 inline void each_vector(int64_t size, Body body) {
     int64_t first = 0;
@@ -63,7 +61,7 @@ inline void each_vector(int64_t size, Body body) {
     if (first < size) body(first, int(size - first));
 }
 
-// Sums of lanes. A sum of one vector and a sum of LANES vectors at once add in the same order.
+// Sums over lanes. `sum_of` (one vector) and `sums_of` (LANES vectors at once) add in the same order.
 
 inline float sum_of(Vec x) {
     for (int half = LANES / 2; half > 0; half /= 2)
@@ -72,7 +70,7 @@ inline float sum_of(Vec x) {
 }
 
 template <int WIDTH>
-inline Vec folded(Vec a, Vec b) {  // the two halves of each WIDTH lanes added: a's sums, then b's
+inline Vec folded(Vec a, Vec b) {  // adds the two halves of every WIDTH lanes: first a's sums, then b's
     IntVec low, high;
     for (int i = 0; i < LANES; ++i) {
         low[i] = i / (WIDTH / 2) * WIDTH + i % (WIDTH / 2);
@@ -81,21 +79,22 @@ inline Vec folded(Vec a, Vec b) {  // the two halves of each WIDTH lanes added: 
     return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 }
 
-constexpr int PLACE[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};  // where sums_of has which sum
+// Lane i of sums_of(x) is the sum of x[PLACE[i]].
+constexpr int PLACE[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 
-inline Vec sums_of(const Vec* x) {  // lane i: the sum of x[PLACE[i]]
+inline Vec sums_of(const Vec* x) {
     Vec a[8], b[4];
     for (int i = 0; i < 8; ++i) a[i] = folded<16>(x[i], x[i + 8]);
     for (int i = 0; i < 4; ++i) b[i] = folded<8>(a[i], a[i + 4]);
     return folded<2>(folded<4>(b[0], b[2]), folded<4>(b[1], b[3]));
 }
 
-// e^x to 2 units in the last place: 2^n by the exponent bits, the rest by its Taylor series. 0 below e^-87, infinity
-// above e^88.
+// e^x to 2 units in the last place: 2^n through the exponent bits, the rest by its Taylor series. Returns 0 for
+// x < -87 and infinity for x > 88.
 inline Vec exp_of(Vec x) {
     Vec bounded = x > 88.0f ? Vec{} : x;
-    Vec n = bounded * 1.44269504f + 12582912.0f - 12582912.0f;   // to the nearest whole number
-    Vec rest = bounded - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first one exact
+    Vec n = bounded * 1.44269504f + 12582912.0f - 12582912.0f;   // round to the nearest integer
+    Vec rest = bounded - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts; the first is exact
     Vec series = Vec{} + 1.0f / 5040;
     for (float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
         series = series * rest + factor;
@@ -107,7 +106,7 @@ inline Vec exp_of(Vec x) {
 
 // Segmented LoRA.
 
-struct Module {  // as `LoraGroup.addresses` writes them
+struct Module {  // `LoraGroup.addresses` writes these structs
     const int32_t* ranks;
     int64_t ranks_stride;
     const float* scalings;
@@ -134,10 +133,10 @@ inline const int64_t* entries(const int64_t* table, const Module& module, int64_
 
 inline int64_t rank_of(const Module& module, int64_t segment) { return module.ranks[segment * module.ranks_stride]; }
 
-constexpr int64_t TOKENS = 32;  // of a segment that one task does
+constexpr int64_t TOKENS = 32;  // tokens per task, all of one segment
 
-// Calls body(module, segment, first token, end, the next call's module and segment) for each few tokens of each segment
-// of each module that has a rank.
+// Splits each segment into tasks of at most TOKENS tokens and calls body(module, segment, first token, end token, next
+// task's module, next task's segment) for every module in which the segment has a rank.
 template <class Body>
 void each_task(const Group& group, int threads, Body body) {
     struct Task {
@@ -159,8 +158,8 @@ void each_task(const Group& group, int threads, Body body) {
     }
 }
 
-// Where the rows of one matrix are, and those of the next task's, which are asked for while these are read: they lie
-// anywhere, and the CPU does not foresee them.
+// The rows of one matrix, and those of the next task. Reading a row prefetches the next task's row, because rows are
+// scattered over the arena and the CPU cannot predict them.
 template <class T>
 struct Rows {
     const T* arena;
@@ -190,7 +189,7 @@ Rows<T> rows_of(const T* arena, const int64_t* Module::*table, const Module& mod
     return {arena, own, is_enough ? entries(later.*table, later, later_segment) : own};
 }
 
-// h[t][r] = scaling * x[t] . a[r] of NUM_T tokens and NUM_R rows.
+// h[t][r] = scaling * x[t] . a[r] for NUM_T tokens and NUM_R rows.
 template <int NUM_T, int NUM_R, class T>
 inline void shrink_tile(const T* x, int64_t x_stride, int64_t size, Rows<T> rows, float scaling, float* h,
                         int64_t h_stride) {
@@ -232,7 +231,7 @@ void shrink(const Group& group, const T* x, int64_t x_stride, int64_t size, cons
     });
 }
 
-// out[t] += h[t] @ b of NUM_T tokens.
+// out[t] += h[t] @ b for NUM_T tokens.
 template <int NUM_T, class T, class O>
 inline void expand_tokens(const float* h, int64_t h_stride, int64_t rank, Rows<T> rows, O* out,
                           int64_t out_stride, int64_t width) {
@@ -284,7 +283,7 @@ void expand(const Group& group, const float* h, int64_t h_stride, const T* arena
 
 // Paged attention.
 
-struct Pages {  // where one layer's keys and values lie; strides in elements
+struct Pages {  // one layer's keys and values; strides in elements
     const void* keys;
     const void* values;
     int64_t page_stride;
@@ -294,7 +293,7 @@ struct Pages {  // where one layer's keys and values lie; strides in elements
     int64_t head_dim;
 };
 
-// Goes through a sequence's tokens in order.
+// Walks through a sequence's tokens in order.
 template <class T>
 struct Cursor {
     const T* base;
@@ -312,7 +311,7 @@ struct Cursor {
     }
 };
 
-// Asks for a head that is read soon: pages lie anywhere, and the CPU does not foresee them.
+// Prefetches a head that is read soon: pages are scattered over the arena, and the CPU cannot predict them.
 template <int NUM_VECS, class T>
 inline void fetch(const T* head) {
     constexpr int LINE = 64 / sizeof(T);
@@ -321,7 +320,7 @@ inline void fetch(const T* head) {
 
 constexpr int MOST_ROWS = 4;
 
-// NUM_ROWS (query, head) pairs that read the same keys: row i sees the keys first[i] <= key < end[i].
+// Attention of NUM_ROWS (query, head) pairs that read the same keys. Row i sees the keys first[i] <= key < end[i].
 template <int NUM_ROWS, int NUM_VECS, class T>
 void attend(const T* const* q, T* const* out, const int64_t* first, const int64_t* end, const int32_t* table,
             const Pages& pages, int64_t head, float scale, std::vector<float>& scratch) {
@@ -341,7 +340,7 @@ void attend(const T* const* q, T* const* out, const int64_t* first, const int64_
         Vec parts[NUM_ROWS][LANES];
         const T* key = nullptr;
         for (int c = 0; c < LANES; ++c) {
-            if (at + c < stop) key = keys.next();  // what is beyond belongs to nobody: the last one again
+            if (at + c < stop) key = keys.next();  // beyond the end, repeat the last key
             if (at + c + LANES < stop) fetch<NUM_VECS>(ahead.next());
             fetch<NUM_VECS>(key + to_value);
             for (int i = 0; i < NUM_ROWS; ++i) parts[i][PLACE[c]] = own_q[i][0] * load(key);
@@ -392,9 +391,9 @@ struct Sequences {
     const int32_t* tables;
     int64_t table_stride;
     int64_t count;
-    int64_t window;  // 0: none
+    int64_t window;  // 0 means none
     int64_t num_heads;
-    int64_t q_stride;  // of a token
+    int64_t q_stride;  // from token to token
 };
 
 template <int NUM_VECS, class T>
@@ -448,7 +447,7 @@ void attention(const Sequences& all, const Pages& pages, const T* q, T* out, flo
     }
 }
 
-// Row by row.
+// Operations on single rows.
 
 template <class T>
 void norm(const T* x, int64_t x_stride, const T* weight, T* out, int64_t num_rows, int64_t size, float eps) {
@@ -488,36 +487,48 @@ void gate(const T* x, int64_t x_stride, T* out, int64_t num_rows, int64_t size) 
         });
 }
 
+enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1 };  // the codes of `Dtype` in kernels/native.py
+
+// Calls body with a number of the C++ type that the code stands for.
+template <class Body>
+inline void with_type(Dtype dtype, Body body) {
+    if (dtype == BFLOAT16)
+        body(BFloat16{});
+    else
+        body(0.0f);
+}
+
 }  // namespace
 
-// What Python calls. `is_half` says whether numbers are bfloat16 or float32.
+// The functions that Python calls. `dtype` is the type behind the untyped pointers.
 
 extern "C" {
 
-void lora_shrink(int is_half, const Group* group, const void* x, int64_t x_stride, int64_t size, const void* arena,
+void lora_shrink(Dtype dtype, const Group* group, const void* x, int64_t x_stride, int64_t size, const void* arena,
                  float* h, int64_t h_stride, int threads) {
-    if (is_half)
-        shrink(*group, (const BFloat16*)x, x_stride, size, (const BFloat16*)arena, h, h_stride, threads);
-    else
-        shrink(*group, (const float*)x, x_stride, size, (const float*)arena, h, h_stride, threads);
+    with_type(dtype, [&](auto number) {
+        using T = decltype(number);
+        shrink(*group, (const T*)x, x_stride, size, (const T*)arena, h, h_stride, threads);
+    });
 }
 
-void lora_expand(int is_half, int is_out_half, const Group* group, const float* h, int64_t h_stride, const void* arena,
+// A bfloat16 arena adds to bfloat16 or float32 outputs, a float32 arena only to float32.
+void lora_expand(Dtype dtype, Dtype out_dtype, const Group* group, const float* h, int64_t h_stride, const void* arena,
                  void* out, int64_t out_stride, int threads) {
-    if (!is_half)
+    if (dtype == FLOAT32)
         expand(*group, h, h_stride, (const float*)arena, (float*)out, out_stride, threads);
-    else if (is_out_half)
-        expand(*group, h, h_stride, (const BFloat16*)arena, (BFloat16*)out, out_stride, threads);
     else
-        expand(*group, h, h_stride, (const BFloat16*)arena, (float*)out, out_stride, threads);
+        with_type(out_dtype, [&](auto number) {
+            expand(*group, h, h_stride, (const BFloat16*)arena, (decltype(number)*)out, out_stride, threads);
+        });
 }
 
-void paged_attention(int is_half, const Sequences* all, const Pages* pages, const void* q, void* out, float scale,
+void paged_attention(Dtype dtype, const Sequences* all, const Pages* pages, const void* q, void* out, float scale,
                      int threads) {
-    if (is_half)
-        attention(*all, *pages, (const BFloat16*)q, (BFloat16*)out, scale, threads);
-    else
-        attention(*all, *pages, (const float*)q, (float*)out, scale, threads);
+    with_type(dtype, [&](auto number) {
+        using T = decltype(number);
+        attention(*all, *pages, (const T*)q, (T*)out, scale, threads);
+    });
 }
 
 void store_kv(int64_t token_bytes, const char* k, int64_t k_bytes, const char* v, int64_t v_bytes, char* keys,
@@ -529,26 +540,26 @@ void store_kv(int64_t token_bytes, const char* k, int64_t k_bytes, const char* v
     }
 }
 
-void rms_norm(int is_half, const void* x, int64_t x_stride, const void* weight, void* out, int64_t num_rows,
+void rms_norm(Dtype dtype, const void* x, int64_t x_stride, const void* weight, void* out, int64_t num_rows,
               int64_t size, float eps) {
-    if (is_half)
-        norm((const BFloat16*)x, x_stride, (const BFloat16*)weight, (BFloat16*)out, num_rows, size, eps);
-    else
-        norm((const float*)x, x_stride, (const float*)weight, (float*)out, num_rows, size, eps);
+    with_type(dtype, [&](auto number) {
+        using T = decltype(number);
+        norm((const T*)x, x_stride, (const T*)weight, (T*)out, num_rows, size, eps);
+    });
 }
 
-void rotate(int is_half, void* x, int64_t x_stride, const void* cos, const void* sin, int64_t num_tokens,
+void rotate(Dtype dtype, void* x, int64_t x_stride, const void* cos, const void* sin, int64_t num_tokens,
             int64_t num_heads, int64_t half) {
-    if (is_half)
-        turn((BFloat16*)x, x_stride, (const BFloat16*)cos, (const BFloat16*)sin, num_tokens, num_heads, half);
-    else
-        turn((float*)x, x_stride, (const float*)cos, (const float*)sin, num_tokens, num_heads, half);
+    with_type(dtype, [&](auto number) {
+        using T = decltype(number);
+        turn((T*)x, x_stride, (const T*)cos, (const T*)sin, num_tokens, num_heads, half);
+    });
 }
 
-void silu_mul(int is_half, const void* x, int64_t x_stride, void* out, int64_t num_rows, int64_t size) {
-    if (is_half)
-        gate((const BFloat16*)x, x_stride, (BFloat16*)out, num_rows, size);
-    else
-        gate((const float*)x, x_stride, (float*)out, num_rows, size);
+void silu_mul(Dtype dtype, const void* x, int64_t x_stride, void* out, int64_t num_rows, int64_t size) {
+    with_type(dtype, [&](auto number) {
+        using T = decltype(number);
+        gate((const T*)x, x_stride, (T*)out, num_rows, size);
+    });
 }
 }
