@@ -78,8 +78,9 @@ class AdapterCache:
         self.num_evictions = 0
 
     def add(self, key: str, packed: PackedAdapter, load_s: float = 0.0) -> None:
-        """Put an adapter on the host unless it is there. Idle adapters are forgotten until it fits.
+        """Put an adapter on the host unless it is there.
 
+        Adapters without requests leave the host, least recently used first, until it fits.
         Raises InvalidAdapterError if it can never fit, and OverloadedError if the adapters in use leave no room.
         """
         if key not in self._entries:

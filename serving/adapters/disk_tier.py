@@ -35,7 +35,7 @@ _SUFFIX = ".safetensors"
 _TENSORS = ("pages_PE", "a_rows_I", "b_rows_I")
 _FIELDS = ("ranks", "scalings", "is_dora", "table_starts", "page_ends")
 _STALE_S = 3600.0  # a temporary file this old was left by a process that died
-_SCANS_PER_BUDGET = 16  # the folder is measured after each 1/16 of its budget was written
+_SCANS_PER_BUDGET = 16  # the folder is measured each time 1/16 of its budget is written
 
 
 def packing_id(weights: Mapping[str, Tensor], page_elements: int, dtype: torch.dtype, max_rank: int) -> str:

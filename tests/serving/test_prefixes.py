@@ -24,8 +24,8 @@ KIB = 1024
 # The eviction order.
 
 
-class Things:
-    """Idle things of some pages each, and a queue that evicts them."""
+class IdleItems:
+    """Idle items of some pages each, and a queue that evicts them."""
 
     def __init__(self, num_pages: int):
         self.allocator = PageAllocator(num_pages)
@@ -35,9 +35,9 @@ class Things:
     def add(self, name: str, num_pages: int, value: float) -> None:
         pages = self.allocator.allocate(num_pages)
 
-        def evict(thing: str) -> None:
+        def evict(item: str) -> None:
             self.allocator.free(pages)
-            self.evicted.append(thing)
+            self.evicted.append(item)
 
         self.queue.add(name, num_pages, value, evict)
         self.queue.check_integrity()
@@ -51,42 +51,42 @@ class Things:
 
 
 def test_least_useful_goes_first_then_the_oldest() -> None:
-    things = Things(6)
+    items = IdleItems(6)
     for name, value in {"a": 2.0, "b": 1.0, "c": 1.0}.items():
-        things.add(name, 2, value)
-    assert things.make_room(3) == ["b", "c"]
+        items.add(name, 2, value)
+    assert items.make_room(3) == ["b", "c"]
 
 
 def test_old_uses_lose_weight() -> None:
-    things = Things(4)
-    things.add("old", 2, 5.0)
+    items = IdleItems(4)
+    items.add("old", 2, 5.0)
     for name in "abcdef":
-        things.add(name, 2, 2.0)
-        if things.make_room(2) == ["old"]:
+        items.add(name, 2, 2.0)
+        if items.make_room(2) == ["old"]:
             return
     raise AssertionError("uses of long ago count for ever")
 
 
 def test_evicting_a_kept_thing_later_does_not_lower_the_floor() -> None:
-    things = Things(6)
+    items = IdleItems(6)
     for name, value in {"kept": 1.0, "useful": 9.0}.items():
-        things.add(name, 2, value)
-    assert things.make_room(4, keep=("kept",)) == ["useful"]
-    things.add("earlier", 2, 0.0)
-    assert things.make_room(4) == ["kept"]
-    things.add("later", 2, 0.0)
-    assert things.make_room(4) == ["earlier"]
+        items.add(name, 2, value)
+    assert items.make_room(4, keep=("kept",)) == ["useful"]
+    items.add("earlier", 2, 0.0)
+    assert items.make_room(4) == ["kept"]
+    items.add("later", 2, 0.0)
+    assert items.make_room(4) == ["earlier"]
 
 
 def test_used_and_kept_things_are_not_evicted() -> None:
-    things = Things(6)
+    items = IdleItems(6)
     for name in "abc":
-        things.add(name, 2, 1.0)
-    things.queue.discard("a")
-    assert not things.queue.make_room(4, keep=("b",))
-    assert things.evicted == []
-    assert things.make_room(2, keep=("b",)) == ["c"]
-    assert things.queue.has("b")
+        items.add(name, 2, 1.0)
+    items.queue.discard("a")
+    assert not items.queue.make_room(4, keep=("b",))
+    assert items.evicted == []
+    assert items.make_room(2, keep=("b",)) == ["c"]
+    assert items.queue.has("b")
 
 
 # The cache without an engine.

@@ -39,7 +39,7 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def make_checkpoint(
     folder: Path, architecture: str = "LlamaForCausalLM", *, seed: int = 0, std: float = 0.12, **overrides: Any
 ) -> Path:
-    """Writes a random checkpoint with its tokenizer and returns its folder."""
+    """Write a random checkpoint with its tokenizer and return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(folder)
     settings: dict[str, Any] = {
@@ -79,7 +79,7 @@ def make_adapter(
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
 ) -> Path:
-    """Writes a random PEFT adapter, strong enough to change greedy outputs, and returns its folder.
+    """Write a random PEFT adapter, strong enough to change greedy outputs, and return its folder.
 
     Written by hand in PEFT's file format, so that tests of our own reader and writer do not depend on themselves.
     `rank_pattern` keys are module kinds here ("q_proj"), which PEFT matches as suffixes. `modules` may have
@@ -124,7 +124,7 @@ def make_adapter(
 
 
 def weight_of(checkpoint: Checkpoint, module: str) -> torch.Tensor:
-    """The weight (out, in) of an adaptable module: an embedding's table transposed, a tied head's embedding."""
+    """Return the weight (out, in) of a module: an embedding is transposed, and a tied head is the embedding."""
     name = "model.embed_tokens" if module == "lm_head" and "lm_head.weight" not in checkpoint.names() else module
     weight = checkpoint.load(f"{name}.weight").float()
     return weight.T if module.endswith("embed_tokens") else weight
