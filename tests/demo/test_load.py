@@ -1,4 +1,4 @@
-"""The load has to count what fails, or "0 failed" proves nothing."""
+"""The load must count failures, or "0 failed" would prove nothing."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ CHUNK = b'data: {"id": "1", "object": "text_completion", "created": 1, "model": 
 
 
 class BreaksOff(BaseHTTPRequestHandler):
-    """Begins a stream, and hangs up in the middle of it."""
+    """Begins a stream and closes the connection in the middle."""
 
     protocol_version = "HTTP/1.1"
 
@@ -48,7 +48,7 @@ def failures(url: str, seconds: float) -> tuple[int, list[str]]:
     return load.num_sent, [answer.error for answer in answers]
 
 
-def test_a_server_that_is_not_there_fails_every_request():
+def test_without_a_server_every_request_fails():
     num_sent, errors = failures("http://127.0.0.1:9/v1", 0.5)
     assert 3 <= num_sent == len(errors)
     assert all("APIConnectionError" in error for error in errors)
@@ -60,9 +60,11 @@ def test_streams_that_break_off_are_failures_with_a_cause(address: str):
     assert all(errors)
 
 
-def test_a_load_that_died_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("threading.excepthook", lambda died: None)  # prints the traceback, which is expected here
-    load = SteadyLoad("http://127.0.0.1:9/v1", {}, rate=20.0, max_tokens=4)  # nothing to send: its thread falls
+def test_a_load_whose_thread_ended_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("threading.excepthook", lambda died: None)  # it would print the expected traceback
+    load = SteadyLoad(
+        "http://127.0.0.1:9/v1", {}, rate=20.0, max_tokens=4
+    )  # nothing to send, so its thread ends with an error
     load.start()
     load._thread.join()
     with pytest.raises(AssertionError, match="until it is stopped"):

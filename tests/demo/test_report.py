@@ -1,4 +1,4 @@
-"""The report shows what the run's records say, and marks what was missed."""
+"""The report shows the records of the run and marks adapters that were not restored."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_restored_means_within_a_point_of_v1():
     assert not MISSED.is_restored
 
 
-def test_scratch_lowers_the_bar_only_where_its_whole_budget_missed_the_gate():
+def test_scratch_lowers_the_bar_only_if_its_whole_budget_missed_the_gate():
     below = replace(RESTORED, quality_v2=95.5, quality_scratch=96.0)
     assert not below.is_restored
     assert replace(below, scratch_s=None).is_restored
@@ -81,7 +81,7 @@ def test_an_empty_run_still_has_a_report(tmp_path: Path):
     assert (tmp_path / "report.html").stat().st_size > 1000
 
 
-def test_a_rung_that_did_not_go_live_is_not_shown_as_if_it_had():
+def test_a_rung_that_did_not_go_live_shows_its_status():
     fallen = replace(RESTORED, status="rolled_back", quality_v2=None)
     assert rows(replace(OUTCOME, adapters=[RESTORED, fallen]))[0][4] == "short"
     assert rows(replace(OUTCOME, adapters=[fallen]))[0][4] == "short rolled_back"

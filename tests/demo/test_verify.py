@@ -1,4 +1,4 @@
-"""The check of the load's answers has to catch a wrong version and a wrong text, or it proves nothing."""
+"""The check of the answers must catch a wrong version and a wrong text, or it would prove nothing."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demo's world, made small: what it consists of, that it is the same each time, and that it is cached."""
+"""A small version of the demo's world: its parts, that it is reproducible, and that it is cached."""
 
 import json
 import random
@@ -61,7 +61,7 @@ def test_prompts_are_unique_and_in_one_split_only(task):
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_one_prompt_has_one_answer_and_no_answer_takes_the_upper_hand(task):
+def test_one_prompt_has_one_answer_and_no_answer_dominates(task):
     rng = random.Random(0)
     answers: dict[str, set[str]] = {}
     for _ in range(4000):
@@ -78,7 +78,7 @@ def test_rows_depend_on_the_seed_alone():
     assert make_rows(task, MICRO.rows, seed=3) != make_rows(task, MICRO.rows, seed=4)
 
 
-def test_the_recipes_tasks_meet_the_demos_promises():
+def test_the_tasks_of_the_recipes_differ_as_the_demo_promises():
     chosen = [task for task in TASKS if task.name in FULL.tasks]
     assert len(chosen) == len(FULL.tasks) >= 6
     assert len({task.rank for task in chosen}) >= 3
@@ -135,14 +135,14 @@ def test_documents_and_answers_end_with_the_same_token(world):
     row = load_task(world.data / "describe").test[0]
     encoded = encoder.encode(row)
     assert encoder.eos_id == encoded.input_ids[-1] == END_ID
-    assert encoded.input_ids.count(END_ID) == 1, "only the end is an end"
+    assert encoded.input_ids.count(END_ID) == 1, "eos occurs only at the end"
     assert encoder.decode(encoded.input_ids) == row.prompt + row.completion
     assert load_base(world.bases[OLD]).generation_config.eos_token_id == END_ID
     tokenizer = AutoTokenizer.from_pretrained(world.bases[OLD])
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
 
 
-def test_progress_tells_each_stage_to_its_end(world, progress):
+def test_progress_reports_each_stage_to_its_end(world, progress):
     last = dict(progress)
     assert last == {"base v1": 1.0, "base v2": 1.0, "adapters": 1.0}
     for stage in last:
@@ -150,18 +150,18 @@ def test_progress_tells_each_stage_to_its_end(world, progress):
         assert shares == sorted(shares)
 
 
-def test_a_finished_world_is_reused_and_another_recipe_is_not_mistaken_for_it(world, tmp_path):
+def test_a_finished_world_is_reused_only_for_the_same_recipe(world, tmp_path):
     again = build(world.folder, MICRO, _no_progress)
     assert again == replace(world, is_reused=True)
     record = tmp_path / "world.json"
     record.write_text((world.folder / "world.json").read_text())
     with pytest.raises(AssertionError, match="base v1 was made again"):
         build(tmp_path, replace(MICRO, seed=1), _no_progress)
-    assert not record.exists(), "a half-made world is not taken for a finished one"
+    assert not record.exists(), "a half-made world does not count as finished"
 
 
 def test_bases_and_specialists_are_the_same_each_time(world, tmp_path):
-    """Bit for bit, with and without processes of their own."""
+    """Bit for bit, in separate processes and in one."""
     with single_threaded():
         texts = Texts.make(MICRO.shape.vocab_size, MICRO.seed, MICRO.num_chars)
         train_base(None, tmp_path / OLD, texts, MICRO.shape, MICRO.v1, lambda share: None)
@@ -189,20 +189,20 @@ def test_a_run_gets_a_fresh_folder_with_the_same_fleet(world, tmp_path):
     assert fleet.registry.endswith("run/registry.db")
 
 
-def test_a_folder_that_is_no_run_is_left_alone(world, tmp_path):
+def test_a_folder_that_is_not_a_run_is_kept(world, tmp_path):
     (tmp_path / "fleet.toml").write_text('name = "mine"')
     with pytest.raises(ConfigError, match="not an earlier run"):
         world.new_run(tmp_path)
     assert (tmp_path / "fleet.toml").exists()
 
 
-def test_a_kits_missing_parts_are_named(tmp_path):
+def test_missing_parts_of_a_kit_are_named(tmp_path):
     make_checkpoint(tmp_path / "models" / "stories3m-v1")
     with pytest.raises(ConfigError, match=r"stories3m-v2-strong.*tasks/snips"):
         kit_world(tmp_path / "out", tmp_path, ["snips"], _no_progress)
 
 
-def test_a_kits_task_gets_a_specialist_and_nothing_is_copied(tmp_path):
+def test_a_task_of_a_kit_gets_a_specialist_and_nothing_is_copied(tmp_path):
     kit = tmp_path / "kit"
     make_checkpoint(kit / "models" / "stories3m-v1")
     make_checkpoint(kit / "models" / "stories3m-v2-strong", seed=1)
@@ -211,7 +211,7 @@ def test_a_kits_task_gets_a_specialist_and_nothing_is_copied(tmp_path):
     fleet = load_fleet(info.fleet)
     assert [base.path for base in fleet.bases] == [kit / "models" / f"stories3m-{name}" for name in ("v1", "v2-strong")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapters", "fleet.toml", "world.json"]
-    assert info.quality_v1["snips"] > 50, "two answers, told by one letter"
+    assert info.quality_v1["snips"] > 50, "one letter decides between two answers"
     assert kit_world(tmp_path / "out", kit, ["snips"], _no_progress).is_reused
 
 
@@ -223,7 +223,7 @@ def _write_kit_task(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_a_specialist_of_too_many_steps_never_gets_worse_than_its_start(world, tmp_path):
+def test_a_specialist_is_never_worse_than_its_start(world, tmp_path):
     spec = Specialist("sentiment", "exact_match", rank=2, steps=2, learning_rate=1.0)
     assert train_specialist(spec, world.bases[OLD], world.data / "sentiment", tmp_path / "adapter") >= 0.0
     assert load_adapter(tmp_path / "adapter").max_rank == 2

@@ -80,7 +80,7 @@ def test_task_round_trip(tmp_path: Path) -> None:
     assert load_task(write_task(tmp_path, task)) == task
 
 
-def test_line_separators_inside_text_are_no_line_ends(tmp_path: Path) -> None:
+def test_line_separators_inside_text_do_not_end_a_line(tmp_path: Path) -> None:
     row = {"prompt": "one\u2028two\x85three", "completion": "c"}
     path = write(tmp_path / "rows.jsonl", json.dumps(row, ensure_ascii=False), GOOD)
     assert load_rows(path)[0].prompt == row["prompt"]

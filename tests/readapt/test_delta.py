@@ -82,7 +82,7 @@ def test_evolution_is_stored_as_an_adapter(old: Path, new: Path, tmp_path: Path)
         assert_near(loaded.factors[name].delta(), factors.delta(), multiple=4)
 
 
-def test_undo_with_the_full_evolution_is_the_old_specialist(old: Path, new: Path, tmp_path: Path) -> None:
+def test_undoing_the_full_evolution_restores_the_old_specialist(old: Path, new: Path, tmp_path: Path) -> None:
     task = load_adapter(make_adapter(tmp_path / "task", old, rank=4, scale=0.08))
     evolution, _ = base_evolution(open_checkpoint(old), open_checkpoint(new), rank=999, energy=1.0)
     old_model, new_model = load_base(old), load_base(new)

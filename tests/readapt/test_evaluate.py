@@ -39,7 +39,7 @@ def model(checkpoint: Path) -> Any:
 
 
 def greedy_one_by_one(model: Any, encoder: Encoder, prompt: str, max_tokens: int) -> list[int]:
-    """Greedy decoding in the plainest way: one whole forward for each token."""
+    """Decode greedily in the simplest way: one full forward pass per token."""
     tokens = encoder.encode_prompt(prompt)
     for _ in range(max_tokens):
         with torch.no_grad():
@@ -50,7 +50,7 @@ def greedy_one_by_one(model: Any, encoder: Encoder, prompt: str, max_tokens: int
 
 
 class Verbatim(Encoder):
-    """Reads a completion as token ids, so that a random model's own answers can be targets."""
+    """Reads a completion as token ids, so that the answers of a random model can be targets."""
 
     def encode(self, row: Row) -> Encoded:
         prompt = self.encode_prompt(row.prompt)
@@ -63,7 +63,7 @@ def test_exact_match_is_greedy_generation(tmp_path: Path, architecture: str) -> 
     model = load_base(folder)
     attach(model, load_adapter(make_adapter(tmp_path / "a", folder)))
     encoder = Verbatim(encoder_for(folder, 64).tokenizer, EOS, 64)
-    with torch.no_grad():  # a random model rarely ends by itself: make the end likely, so that both cases occur
+    with torch.no_grad():  # a random model rarely writes eos: make it likely, so that both cases occur
         model.get_output_embeddings().weight[EOS] *= 6.0
     rows, hits = [], 0
     for index, prompt in enumerate(prompts(60)):
@@ -87,7 +87,7 @@ def test_quality_does_not_depend_on_batching(model: Any, encoder: Encoder) -> No
     assert one.quality == other.quality
 
 
-def test_logits_are_the_models_own_at_the_label_positions(model: Any, encoder: Encoder) -> None:
+def test_label_logits_equal_the_models_logits(model: Any, encoder: Encoder) -> None:
     rows = encoder.encode_all(make_rows(5, seed=2))
     with torch.no_grad():
         found_YV, labels_Y, rows_Y = label_logits(model, collate(rows))
@@ -103,7 +103,7 @@ def test_golden_is_greedy_decoding_up_to_eos(model: Any, encoder: Encoder) -> No
     with torch.no_grad():
         model.get_output_embeddings().weight[EOS] *= 6.0
     wanted = [greedy_one_by_one(model, encoder, prompt, 9) for prompt in prompts(20)]
-    assert len({EOS in tokens for tokens in wanted}) == 2, "both ends occur: eos and the length limit"
+    assert len({EOS in tokens for tokens in wanted}) == 2, "both kinds of end occur: eos and the length limit"
     texts = [encoder.decode([token for token in tokens if token != EOS]) for tokens in wanted]
     expected = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts(20), texts, strict=True)]
     assert golden(model, encoder, prompts(20), 9) == expected
@@ -137,14 +137,14 @@ def test_judge_leaves_the_model_bare(model: Any, encoder: Encoder, checkpoint: P
     assert with_adapter.loss != pytest.approx(Evaluator(model, encoder, rows, "exact_match").loss(), rel=1e-3)
 
 
-def test_gate_tolerates_its_points_and_no_more() -> None:
+def test_the_gate_tolerates_exactly_its_points() -> None:
     gate = Gate(90.0, 1.0)
     assert gate.passes(89.0)
     assert not gate.passes(88.99)
 
 
 def test_a_row_that_cannot_be_judged_leaves_the_model_bare(checkpoint: Path, encoder: Encoder, tmp_path: Path) -> None:
-    """A worker judges adapter after adapter on the model it holds: one must never be judged on top of another."""
+    """A worker judges one adapter after the other on one model, so each must start from the bare base."""
     model = load_base(checkpoint)
     bare = logits(model)
     adapter = load_adapter(make_adapter(tmp_path / "a", checkpoint))
@@ -153,8 +153,8 @@ def test_a_row_that_cannot_be_judged_leaves_the_model_bare(checkpoint: Path, enc
     assert torch.equal(logits(model), bare)
 
 
-def test_generation_settings_of_a_checkpoint_do_not_bend_greedy_answers(tmp_path: Path) -> None:
-    """An engine obeys the request's settings only, so golden answers made with a penalty would never be repeated."""
+def test_generation_settings_of_a_checkpoint_do_not_change_greedy_answers(tmp_path: Path) -> None:
+    """The engine uses only the request's settings, so it would never repeat golden answers made with a penalty."""
     folder = make_checkpoint(tmp_path / "v1")
     plain = golden(load_base(folder), encoder_for(folder, 64), prompts(4), max_tokens=24)
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -166,14 +166,16 @@ def test_generation_settings_of_a_checkpoint_do_not_bend_greedy_answers(tmp_path
 @pytest.mark.parametrize(
     ("qualities", "ends_at"),
     [
-        ([95, 90], 0),  # the start is evaluated once: no luck of many tries
+        ([95, 90], 0),  # the start is evaluated only once, so one pass is enough
         ([50, 95, 95], 2),
         ([50, 95, 90, 95, 96], 4),
         ([50, 95, 90, 95], None),
         ([50, 60], None),
     ],
 )
-def test_a_run_ends_at_a_passing_start_or_at_two_passes_in_a_row(qualities: list[float], ends_at: int | None) -> None:
+def test_a_run_ends_at_a_passing_start_or_after_two_passes_in_a_row(
+    qualities: list[float], ends_at: int | None
+) -> None:
     watcher = Watcher(Gate(reference=95.5, tolerance_points=1.0))
     verdicts = [watcher(Evaluation(0.1, quality)) for quality in qualities]
     assert next((i for i, verdict in enumerate(verdicts) if verdict is Verdict.READY), None) == ends_at
@@ -190,20 +192,20 @@ def test_a_run_ends_at_a_passing_start_or_at_two_passes_in_a_row(qualities: list
         ([float("nan"), 1.2, 1.1, 1.2], Verdict.GO_ON),
     ],
 )
-def test_a_run_that_only_loses_what_it_began_with_is_dropped(losses: list[float], last: Verdict) -> None:
+def test_a_run_whose_loss_does_not_fall_is_dropped(losses: list[float], last: Verdict) -> None:
     watcher = Watcher(Gate(reference=95.0, tolerance_points=1.0), trial=3)
     assert [watcher(Evaluation(loss, 50.0)) for loss in losses][-1] is last
 
 
-def test_losses_are_compared_on_the_rows_that_every_evaluation_sees() -> None:
-    """A start that was given up after its first rows, hard ones, and a run that got no better on these."""
+def test_losses_are_compared_on_the_rows_up_to_the_first_look() -> None:
+    """The start is given up after its first, hard rows. The run is better overall, but not on these rows."""
     watcher = Watcher(Gate(reference=95.0, tolerance_points=1.0), trial=1)
     watcher(Evaluation(2.0, 0.0, 16, False, first_loss=2.0))
     assert watcher(Evaluation(1.5, 50.0, 100, True, first_loss=2.1)) is Verdict.DROP
 
 
 def own_answers(model: Any, encoder: Encoder, num_rows: int, num_wrong: int) -> list[Row]:
-    """Rows of which the model gets all but the last `num_wrong` right."""
+    """Return rows that the model answers right, except the last `num_wrong`."""
     answers = [greedy_one_by_one(model, encoder, prompt, 3) for prompt in prompts(num_rows)]
     with_end = [(p, a[: a.index(EOS)] if EOS in a else a) for p, a in zip(prompts(num_rows), answers, strict=True)]
     texts = [(p, body or [7]) for p, body in with_end]
@@ -212,7 +214,7 @@ def own_answers(model: Any, encoder: Encoder, num_rows: int, num_wrong: int) -> 
 
 
 class NoEnd(Verbatim):
-    """Without eos: a random model's first tokens are the whole answer."""
+    """Leaves out eos: the first tokens of a random model are the whole answer."""
 
     def encode(self, row: Row) -> Encoded:
         whole = super().encode(row)
@@ -246,7 +248,7 @@ def test_an_evaluation_stops_early_only_to_fail_and_passes_only_on_all_rows(
 
 
 def test_equal_prompts_are_answered_once(model: Any, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data-to-text tasks have several references for one prompt; greedy answers to it are equal."""
+    """Data-to-text tasks have several references for one prompt, and one greedy answer."""
     asked: list[int] = []
 
     def count(model: Any, encoder: Encoder, prompts: list[list[int]], *sizes: int, **named: int) -> list[str]:
@@ -267,11 +269,11 @@ def test_equal_prompts_are_answered_once(model: Any, encoder: Encoder, monkeypat
     assert once.quality == pytest.approx(score)
 
 
-def test_a_gate_is_lowered_to_what_scratch_reaches_but_not_below_its_floor() -> None:
+def test_a_gate_is_lowered_to_the_scratch_quality_but_not_below_its_floor() -> None:
     gate = Gate.beside(90.0, GateConfig(tolerance_points=1.0, max_drop_points=5.0))
     assert (gate.passes(89.0), gate.passes(88.9)) == (True, False)
     assert gate.lowered(95.0) == gate, "never higher"
     assert gate.lowered(87.0).passes(86.0)
     assert not gate.lowered(87.0).passes(85.9)
-    assert gate.lowered(20.0).reference == 85.0, "an adapter that cannot do its task any more is not shipped"
+    assert gate.lowered(20.0).reference == 85.0, "an adapter that can no longer do its task is not shipped"
     assert not gate.lowered(20.0).lowered(10.0).passes(83.9)

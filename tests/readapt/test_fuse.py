@@ -47,7 +47,7 @@ def test_without_a_rank_nothing_is_lost(alpha: float, beta: float) -> None:
     assert FUSION.lost_energy(Point(alpha, beta), None)["m"] == 0.0
 
 
-def test_stack_wider_than_the_matrix() -> None:
+def test_more_terms_than_the_matrix_has_rows() -> None:
     task = Adapter({"m": random_factors(9, 8, 6, 2.0, seed=1)})
     evolution = Adapter({"m": random_factors(9, 8, 8, 1.0, seed=2)})
     wanted = 0.5 * task.factors["m"].delta().double() - evolution.factors["m"].delta().double()
@@ -57,7 +57,7 @@ def test_stack_wider_than_the_matrix() -> None:
 
 
 @pytest.mark.parametrize("scaling", [0.0, -2.5])
-def test_a_task_with_an_odd_scaling(scaling: float) -> None:
+def test_a_task_with_a_zero_or_negative_scaling(scaling: float) -> None:
     task = Adapter({"m": random_factors(F, D, 6, scaling, seed=1)})
     wanted = task.factors["m"].delta().double() - EVOLUTION.factors["m"].delta().double()
     assert_near(Fusion(task, EVOLUTION).at(UNDO, None).factors["m"].delta(), wanted, NUM_ROUNDINGS)
@@ -70,13 +70,13 @@ def test_factors_are_balanced_and_keep_the_tasks_scaling() -> None:
     assert_near(factors.a_RD.norm(dim=1), factors.b_FR.norm(dim=0), NUM_ROUNDINGS)
 
 
-def test_copy_is_the_tasks_own_factors() -> None:
+def test_a_copy_has_the_factors_of_the_task() -> None:
     fused = FUSION.at(COPY).factors["m"]
     assert torch.equal(fused.a_RD, TASK.factors["m"].a_RD)
     assert torch.equal(fused.b_FR, TASK.factors["m"].b_FR)
 
 
-def test_bare_corner_is_zero_but_can_learn() -> None:
+def test_the_bare_corner_is_zero_but_can_be_trained() -> None:
     fused = FUSION.at(Point(0.0, 0.0)).factors["m"]
     assert not fused.b_FR.any()
     assert torch.equal(fused.a_RD, TASK.factors["m"].a_RD)
@@ -90,7 +90,7 @@ def test_copy_can_be_cut_to_a_smaller_rank() -> None:
     assert_near(fused.delta(), (u[:, :3] * s[:3]) @ v[:3], NUM_ROUNDINGS * sensitivity, reference=wanted)
 
 
-def test_modules_are_the_tasks_and_unchanged_ones_are_kept() -> None:
+def test_the_modules_of_the_task_are_kept_and_no_others() -> None:
     task = Adapter({**TASK.factors, "unchanged": random_factors(5, 7, 2, 1.0, seed=4)})
     fused = Fusion(task, EVOLUTION).at(UNDO)
     assert list(fused.factors) == ["m", "unchanged"]
@@ -106,13 +106,13 @@ def test_a_finer_point_gives_each_group_its_own_pair() -> None:
 
 
 def dora_weight(weight_FD: torch.Tensor, factors: LoraFactors) -> torch.Tensor:
-    """The effective weight of a DoRA module, as the paper defines it."""
+    """Return the effective weight of a DoRA module, as the paper defines it."""
     assert factors.magnitude_F is not None
     direction_FD = weight_FD + factors.delta().double()
     return factors.magnitude_F[:, None] * direction_FD / direction_FD.norm(dim=1, keepdim=True)
 
 
-def test_an_undone_update_gives_the_old_dora_specialist_back() -> None:
+def test_undoing_the_update_restores_the_old_dora_specialist() -> None:
     generator = torch.Generator().manual_seed(5)
     old_FD = torch.randn(F, D, generator=generator).double()
     plain = TASK.factors["m"]

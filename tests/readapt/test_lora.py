@@ -53,7 +53,7 @@ def saved(request: pytest.FixtureRequest, checkpoint: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_logits_equal_pefts(checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+def test_logits_equal_those_of_peft(checkpoint: Path, saved: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     model = load_base(checkpoint)
@@ -63,7 +63,7 @@ def test_logits_equal_pefts(checkpoint: Path, saved: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_gradients_equal_pefts(checkpoint: Path, saved: Path) -> None:
+def test_gradients_equal_those_of_peft(checkpoint: Path, saved: Path) -> None:
     from peft import PeftModel
 
     tokens = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(1))
@@ -150,7 +150,7 @@ def test_only_the_factors_get_gradients(checkpoint: Path, adapter: Adapter) -> N
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_linear_shapes_are_the_checkpoints(checkpoint: Path) -> None:
+def test_linear_shapes_equal_those_of_the_checkpoint(checkpoint: Path) -> None:
     assert linear_shapes(load_base(checkpoint)) == open_checkpoint(checkpoint).linear_shapes()
 
 
@@ -179,7 +179,7 @@ def test_a_blank_dora_adds_nothing_and_has_the_norms_of_its_base(checkpoint: Pat
     assert all(torch.equal(f.magnitude_F, 2 * first.factors[name].magnitude_F) for name, f in again.factors.items())
 
 
-def test_blank_depends_on_the_seed_alone(adapter: Adapter) -> None:
+def test_blank_depends_only_on_the_seed(adapter: Adapter) -> None:
     torch.manual_seed(0)
     first = blank_like(adapter, seed=4)
     torch.manual_seed(1)

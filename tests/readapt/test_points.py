@@ -17,7 +17,7 @@ def test_groups_go_from_the_module_to_its_kind_and_third() -> None:
     assert [thirds.count(third) for third in ("early", "middle", "late")] == [4, 4, 4]
 
 
-def test_a_model_of_one_layer_has_but_one_third() -> None:
+def test_a_model_with_one_layer_has_only_one_third() -> None:
     assert groups(["model.layers.0.mlp.up_proj"], "kind+depth") == ("mlp.early",)
 
 
@@ -29,7 +29,7 @@ def test_a_model_of_one_layer_has_but_one_third() -> None:
         ("depth", ("early", "late", "middle")),
     ],
 )
-def test_groups_are_those_that_the_adapter_has(grouping, expected: tuple[str, ...]) -> None:
+def test_only_groups_of_the_adapter_exist(grouping, expected: tuple[str, ...]) -> None:
     assert groups(MODULES, grouping) == expected
 
 
@@ -49,11 +49,11 @@ def test_the_box_has_the_configured_bounds_for_each_group() -> None:
     assert finer["beta.mlp"] == (-0.8, 0.4)
 
 
-def test_coordinates_and_points_are_the_same_thing() -> None:
+def test_coordinates_and_points_convert_both_ways() -> None:
     space = Space(SearchConfig(), ("attention", "mlp"))
     point = Point(0.75, -0.5, (("attention", 0.5, 0.0), ("mlp", 1.0, -1.0)))
     assert space.point(space.coordinates(point)) == point
-    assert space.point(space.coordinates(UNDO)) == UNDO, "equal pairs are one pair"
+    assert space.point(space.coordinates(UNDO)) == UNDO, "equal pairs become one pair"
     assert Space(SearchConfig()).coordinates(COPY) == {"alpha": 1.0, "beta": 0.0}
 
 

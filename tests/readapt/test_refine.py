@@ -49,7 +49,7 @@ def test_the_gradient_is_that_of_the_loss(world: World, new_base: Path, rank) ->
 
 
 @pytest.mark.parametrize("rank", ["uncut", "serving"])
-def test_refinement_goes_on_from_a_search_and_leaves_a_bare_model(world: World, new_base: Path, rank) -> None:
+def test_refinement_improves_a_search_and_leaves_the_model_bare(world: World, new_base: Path, rank) -> None:
     scored = objective(world, new_base, rank=rank, refine_steps=20)
     bare = logits(scored.model)
     found = try_points(scored, [COPY])
@@ -62,14 +62,14 @@ def test_refinement_goes_on_from_a_search_and_leaves_a_bare_model(world: World, 
     assert torch.equal(logits(scored.model), bare)
 
 
-def test_without_steps_a_search_is_as_it_was(world: World, new_base: Path) -> None:
+def test_without_steps_the_search_result_is_unchanged(world: World, new_base: Path) -> None:
     scored = objective(world, new_base)
     found = try_points(scored, [COPY, UNDO])
     assert refine(scored, found) is found
 
 
-def test_what_is_no_better_on_unseen_rows_is_not_taken(world: World, new_base: Path, monkeypatch) -> None:
-    """Steps so long that the loss can but rise."""
+def test_a_point_that_is_not_better_on_unseen_rows_is_rejected(world: World, new_base: Path, monkeypatch) -> None:
+    """The steps are so large that the loss can only rise."""
     monkeypatch.setattr(refine_module, "LEARNING_RATE", 5.0)
     scored = objective(world, new_base, rank="uncut", refine_steps=6)
     found = try_points(scored, [UNDO])

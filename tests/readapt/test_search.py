@@ -52,7 +52,7 @@ def objective(
 
 @pytest.mark.parametrize("config", [UNCUT, SERVING], ids=lambda config: config.rank)
 @pytest.mark.parametrize("forward_tokens", [64, 10_000])
-def test_candidates_scored_at_once_have_the_losses_that_each_has_alone(
+def test_candidates_have_the_same_losses_together_and_alone(
     world: World, new_base: Path, evolution: Adapter, config: SearchConfig, forward_tokens: int, monkeypatch
 ) -> None:
     monkeypatch.setitem(objective_module.FORWARD_TOKENS, "cpu", forward_tokens)
@@ -68,7 +68,7 @@ def test_candidates_scored_at_once_have_the_losses_that_each_has_alone(
     assert len(set(found)) == len(POINTS)
 
 
-def test_the_undone_update_is_the_old_specialist(world: World, new_base: Path, evolution: Adapter) -> None:
+def test_undoing_the_update_scores_like_the_old_specialist(world: World, new_base: Path, evolution: Adapter) -> None:
     old = judge(load_base(world.base), world.specialist, world.encoder, world.task.valid[:40], "exact_match").loss
     whole = objective(world, new_base, evolution, config=UNCUT)
     assert whole.losses([UNDO])[0] == pytest.approx(old, rel=1e-3)  # the evolution holds 99.99 % of the energy
@@ -76,7 +76,7 @@ def test_the_undone_update_is_the_old_specialist(world: World, new_base: Path, e
 
 
 def merge(model: nn.Module, adapter: Adapter) -> None:
-    """Puts a DoRA adapter into the weights, as the paper defines it."""
+    """Merge a DoRA adapter into the weights, as the paper defines it."""
     for name, factors in adapter.factors.items():
         module = model.get_submodule(name)
         direction = module.weight.double() + factors.delta().double()
@@ -85,7 +85,7 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
 
 
 @pytest.mark.parametrize("config", [UNCUT, SERVING], ids=lambda config: config.rank)
-def test_dora_candidates_are_scored_as_they_are_defined(
+def test_dora_candidates_score_like_merged_weights(
     world: World, new_base: Path, evolution: Adapter, config: SearchConfig
 ) -> None:
     weights = {name: load_base(world.base).get_submodule(name).weight for name in world.specialist.factors}
@@ -104,7 +104,7 @@ def test_candidates_have_the_serving_ranks(world: World, new_base: Path, evoluti
     assert {n: f.rank for n, f in candidate.factors.items()} == {n: f.rank for n, f in world.specialist.factors.items()}
 
 
-def test_loss_that_is_not_a_number_is_infinite_for_its_candidate_alone(
+def test_a_loss_that_is_not_finite_is_infinite_only_for_its_candidate(
     world: World, new_base: Path, evolution: Adapter
 ) -> None:
     wild, tame = objective(world, new_base, evolution, config=UNCUT).losses([Point(1e30, 0.0), COPY])
@@ -128,8 +128,8 @@ def test_find_undoes_a_change_that_only_hurts(world: World, new_base: Path, evol
     assert found == find(objective(world, new_base, evolution, config=config)), "the same seed, the same search"
 
 
-def test_find_over_kinds_gives_each_its_own_pair(world: World, tmp_path: Path) -> None:
-    """Where only the MLPs have changed, the attention's beta has nothing to say."""
+def test_find_over_kinds_gives_each_kind_its_own_pair(world: World, tmp_path: Path) -> None:
+    """Only the MLPs have changed, so the beta of attention has no effect."""
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2, kinds=("gate_proj", "up_proj", "down_proj"))
     change = base_evolution(open_checkpoint(world.base), open_checkpoint(new), 64, 0.9999)[0]
     scored = objective(world, new, change, config=replace(UNCUT, groups="kind", trials=12))
@@ -162,7 +162,7 @@ def test_the_search_asks_in_rounds_and_beats_the_corners() -> None:
     assert all(0 <= t.point.alpha <= 1.5 and -1 <= t.point.beta <= 1 for t in found.trials)
 
 
-def test_the_model_of_the_losses_does_better_than_chance() -> None:
+def test_the_model_of_the_losses_beats_chance() -> None:
     config = SearchConfig(trials=48, batch=4)
     informed, blind = BayesianSearch(config), BayesianSearch(config)
     run(informed)
@@ -173,7 +173,7 @@ def test_the_model_of_the_losses_does_better_than_chance() -> None:
     assert last[0] < 0.75 * last[1]
 
 
-def test_few_trials_are_the_corners() -> None:
+def test_the_corners_are_tried_even_with_fewer_trials() -> None:
     search = BayesianSearch(SearchConfig(trials=1))
     assert search.ask() == list(CORNERS)
     assert not search.can_ask
@@ -224,6 +224,6 @@ def test_gate_gets_at_least_half_of_few_rows() -> None:
     assert len(gate) >= len(search) >= 4
 
 
-def test_one_row_cannot_be_shared_out() -> None:
+def test_one_row_cannot_be_divided() -> None:
     with pytest.raises(InvalidDataError, match="two different"):
         split_valid([Row("p", "c"), Row("p", "c")], SearchConfig())

@@ -13,24 +13,24 @@ def spectrum(*squares: float, total: float | None = None, cost: int = 10) -> Spe
 SPECTRA = {"steep": spectrum(90, 5, 3, 2), "flat": spectrum(25, 25, 25, 25), "cut": spectrum(40, 30, total=100)}
 
 
-def test_energy_is_the_smallest_rank_that_holds_the_share_or_all_that_is_known():
+def test_energy_is_the_smallest_rank_that_holds_the_share_or_all_known_values():
     assert EnergyShare(0.9).ranks(SPECTRA) == {"steep": 1, "flat": 4, "cut": 2}
     assert EnergyShare(0.95).ranks(SPECTRA)["steep"] == 2
     assert SPECTRA["cut"].energy(2) == pytest.approx(0.7)
     assert EnergyShare(1.0).ranks({"a": spectrum(4, 1, 0, 0)}) == {"a": 2}
 
 
-def test_fixed_rank_is_capped_by_what_there_is():
+def test_a_fixed_rank_is_at_most_the_number_of_values():
     assert FixedRank(3).ranks(SPECTRA) == {"steep": 3, "flat": 3, "cut": 2}
     assert FixedRank(3).ranks({"a": spectrum(7, 0, 0)}) == {"a": 1}
 
 
-def test_knee_is_where_the_curve_turns():
+def test_the_knee_is_where_the_curve_turns():
     values = {"a": spectrum(50, 40, 1, 1, 1, 1, 1, 1)}
     assert Knee().ranks(values) == {"a": 2}
 
 
-def test_budget_goes_where_it_gains_most_per_parameter():
+def test_a_budget_is_spent_where_it_gains_most_per_parameter():
     spectra = {"cheap": spectrum(10, 1, cost=1), "dear": spectrum(50, 30, cost=10), "none": spectrum(0.1, cost=1)}
     assert Budget(1).ranks(spectra) == {"cheap": 1, "dear": 0, "none": 0}
     assert Budget(11).ranks(spectra) == {"cheap": 1, "dear": 1, "none": 0}
@@ -49,7 +49,7 @@ def test_budget_beats_every_fixed_rank_of_the_same_size():
         assert held >= fixed
 
 
-def test_bad_values_are_told_and_nothing_named_means_an_energy():
+def test_bad_values_are_errors_and_the_default_is_an_energy():
     for make in (lambda: FixedRank(0), lambda: EnergyShare(1.5), lambda: EnergyShare(0.0), lambda: Budget(0)):
         with pytest.raises(ConfigError, match="expected"):
             make()

@@ -10,7 +10,7 @@ def matrix(num_out: int, num_in: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(37, 61), (61, 37), (600, 530), (1, 9), (9, 1)])
-def test_exact_decomposition_is_the_svd_in_float64(shape: tuple[int, int]) -> None:
+def test_exact_decomposition_equals_the_svd_in_float64(shape: tuple[int, int]) -> None:
     w_FD = matrix(*shape)
     found = decompose(w_FD, 999)
     expected_R = torch.linalg.svdvals(w_FD.double())
@@ -47,7 +47,7 @@ def test_randomised_decomposition_is_near_optimal_even_for_a_flat_spectrum(shape
     assert squared_norm(w_FD - kept_FD) == pytest.approx(found.total - held, rel=tolerance(1.0, max(shape)))
 
 
-def test_matrix_of_low_rank_is_found_whole() -> None:
+def test_a_matrix_of_low_rank_is_reproduced() -> None:
     w_FD = matrix(1200, 5) @ matrix(5, 1500)
     found = decompose(w_FD, 20)
     assert not found.is_exact
@@ -57,7 +57,7 @@ def test_matrix_of_low_rank_is_found_whole() -> None:
     assert found.gap_bound < tolerance(1.0, 1500)
 
 
-def test_values_that_are_not_finite_show_in_the_norm() -> None:
+def test_the_norm_is_not_finite_if_a_value_is_not() -> None:
     w_FD = matrix(3, 4)
     w_FD[1, 1] = torch.inf
     assert not squared_norm(w_FD) < torch.inf

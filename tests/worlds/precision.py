@@ -14,7 +14,7 @@ TRAINED = 8 * FORWARD  # after some 20 steps, which amplify differences: AdamW d
 
 def tolerance(reference: Tensor | float, multiple: float, dtype: torch.dtype = torch.float32) -> float:
     """Return `multiple` rounding errors of `dtype` at the Frobenius norm of `reference`."""
-    return multiple * torch.finfo(dtype).eps * float(torch.as_tensor(reference, dtype=torch.float64).norm())
+    return multiple * torch.finfo(dtype).eps * float(torch.as_tensor(reference, dtype=torch.float64).detach().norm())
 
 
 def assert_near(
@@ -26,6 +26,6 @@ def assert_near(
 ) -> None:
     """Assert that the Frobenius norm of a difference is at most `tolerance`; None is `expected` as the reference."""
     difference = torch.as_tensor(found, dtype=torch.float64) - torch.as_tensor(expected, dtype=torch.float64)
-    error = float(difference.norm())
+    error = float(difference.detach().norm())
     unit = tolerance(expected if reference is None else reference, 1.0, dtype)
     assert error <= multiple * unit, f"an error of {error:.3g} is {error / unit:.3g} rounding errors, not {multiple:g}"

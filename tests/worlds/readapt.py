@@ -1,4 +1,4 @@
-"""A tiny world in which to re-adapt: a learnable task, its specialist, and new versions of its base model."""
+"""A tiny world for tests of re-adaptation: a task, its specialist, and new versions of the base model."""
 
 import random
 import shutil
@@ -36,7 +36,7 @@ class World:
 
 
 def make_rows(num_rows: int, seed: int) -> list[Row]:
-    """Which colour a letter among digits stands for: a copy-free lookup that a tiny model learns within seconds."""
+    """Return rows that ask for the colour of a letter among digits: a lookup that a tiny model learns in seconds."""
     rng = random.Random(seed)
     rows = []
     for _ in range(num_rows):
@@ -47,27 +47,27 @@ def make_rows(num_rows: int, seed: int) -> list[Row]:
 
 
 def make_task() -> Task:
-    """The colour task, with disjoint splits."""
+    """Return the colour task, with disjoint splits."""
     rows = list(dict.fromkeys(make_rows(700, seed=0)))
     return Task(train=rows[:300], valid=rows[300:420], test=rows[420:460])
 
 
 def write_task(folder: Path, task: Task) -> Path:
-    """Writes a task's three files and returns the folder."""
+    """Write a task's three files and return the folder."""
     for split, rows in (("train", task.train), ("valid", task.valid), ("test", task.test)):
         write_lines(folder / f"{split}.jsonl", map(asdict, rows))
     return folder
 
 
 def make_world(folder: Path) -> World:
-    """Trains a rank-4 specialist (stored at rank 8) on a tiny random base: a few seconds."""
+    """Train a rank-4 specialist (stored at rank 8) on a tiny random base. Takes a few seconds."""
     base = make_checkpoint(folder / "v1", std=0.08)
     encoder, task = encoder_for(base, MAX_TOKENS), make_task()
     return World(base, encoder, task, pad_ranks(train_specialist(base, encoder, task), 8))
 
 
 def train_specialist(base: Path, encoder: Encoder, task: Task) -> Adapter:
-    """A specialist that answers nearly all validation rows exactly."""
+    """Return a specialist that answers nearly all validation rows exactly."""
     model = load_base(base)
     start = blank(linear_shapes(model), rank=4, alpha=8.0)
     evaluate = Evaluator(model, encoder, task.valid, "exact_match")
@@ -79,12 +79,12 @@ def train_specialist(base: Path, encoder: Encoder, task: Task) -> Adapter:
 
 
 def ready_when(is_good: Callable[[Evaluation], bool]) -> Callable[[Evaluation], Verdict]:
-    """A watcher that ends a run at the first evaluation that is good enough."""
+    """Return a watcher that ends a run at the first evaluation that is good enough."""
     return lambda evaluation: Verdict.READY if is_good(evaluation) else Verdict.GO_ON
 
 
 def pad_ranks(adapter: Adapter, rank: int) -> Adapter:
-    """The same function with more ranks: the new ones are zero."""
+    """Return an adapter with the same function and more ranks; the new ones are zero."""
     factors = {}
     for name, f in adapter.factors.items():
         spare = rank - f.rank
@@ -94,14 +94,14 @@ def pad_ranks(adapter: Adapter, rank: int) -> Adapter:
 
 
 def try_points(objective: FusionObjective, points: Sequence[Point]) -> SearchResult:
-    """A search that tries these points and no others."""
+    """Return the result of a search that tries only these points."""
     return best_of([Trial(point, loss) for point, loss in zip(points, objective.losses(points), strict=True)])
 
 
 def evolve(
     old: Path, folder: Path, *, rank: int | None, scale: float, kinds: Sequence[str] = (), seed: int = 7
 ) -> Path:
-    """A new version of a checkpoint: its linears changed by a random matrix of the given rank (None: full)."""
+    """Make a new version of a checkpoint. A random matrix of the given rank (None: full) changes its linears."""
     shutil.copytree(old, folder)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +122,7 @@ def _random_matrix(shape: torch.Size, rank: int | None, generator: torch.Generat
 
 
 def random_factors(num_out: int, num_in: int, rank: int, scaling: float, seed: int) -> LoraFactors:
-    """Random factors of one module."""
+    """Return random factors of one module."""
     generator = torch.Generator().manual_seed(seed)
     a_RD, b_FR = torch.randn(rank, num_in, generator=generator), torch.randn(num_out, rank, generator=generator)
     return LoraFactors(a_RD, b_FR, scaling)
@@ -130,6 +130,6 @@ def random_factors(num_out: int, num_in: int, rank: int, scaling: float, seed: i
 
 @torch.no_grad()
 def logits(model: Any, num_tokens: int = 23) -> torch.Tensor:
-    """Logits of a fixed batch of random tokens."""
+    """Return the logits of a fixed batch of random tokens."""
     tokens = torch.randint(0, 256, (3, num_tokens), generator=torch.Generator().manual_seed(5))
     return model(input_ids=tokens, use_cache=False).logits

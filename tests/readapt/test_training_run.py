@@ -12,7 +12,7 @@ from cluster.config import TrainConfig
 from readapt.ladder.runs import warm_settings
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, blank_like, linear_shapes, load_base, row_norms
-from readapt.training.optimiser import learning_rate, pull
+from readapt.training.optimiser import learning_rate
 from readapt.training.training_group import fine_tune
 from readapt.training.training_run import BrokenRunError, CurvePoint, RunSettings, TrainingResult, TrainingRun
 from tests.worlds.precision import assert_near
@@ -46,7 +46,7 @@ def distance(one: Adapter, other: Adapter) -> float:
     return max(float((f.a_RD - g.a_RD).abs().max() + (f.b_FR - g.b_FR).abs().max()) for f, g in pairs)
 
 
-def test_training_from_nothing_lowers_the_loss(world: World, model: Any) -> None:
+def test_training_from_scratch_lowers_the_loss(world: World, model: Any) -> None:
     seen: list[CurvePoint] = []
     result = run(world, blank_like(world.specialist, 0), model, SETTINGS, report=seen.append)
     assert [p.step for p in result.curve] == [0, 10, 20, 30]
@@ -56,7 +56,7 @@ def test_training_from_nothing_lowers_the_loss(world: World, model: Any) -> None
     assert (result.steps_done, result.is_ready) == (30, False)
 
 
-def test_same_seed_same_result_other_seed_another(world: World) -> None:
+def test_only_the_seed_changes_the_result(world: World) -> None:
     def trained(seed: int) -> Adapter:
         settings = replace(SETTINGS, steps=5, seed=seed)
         return run(world, blank_like(world.specialist, 0), load_base(world.base), settings).last
@@ -81,7 +81,7 @@ def test_good_start_is_accepted_without_a_step(world: World, model: Any) -> None
 
 def test_never_returns_worse_than_its_start(world: World, model: Any) -> None:
     result = run(world, world.specialist, model, replace(SETTINGS, learning_rate=0.3))
-    assert result.curve[-1].quality < result.curve[0].quality, "the run was meant to go wrong"
+    assert result.curve[-1].quality < result.curve[0].quality, "the run is meant to get worse"
     assert result.best_quality == result.curve[0].quality
     assert distance(result.best, world.specialist) == 0.0
 
@@ -95,18 +95,18 @@ def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any)
     assert distance(kept.best, short.last) == 0.0
 
 
-def test_a_good_start_is_not_lost_on_the_way(world: World, model: Any) -> None:
-    """The default warm settings: neither the best nor the last checkpoint is worse than the start."""
+def test_the_default_warm_settings_do_not_lose_a_good_start(world: World, model: Any) -> None:
+    """Neither the best nor the last checkpoint is worse than the start."""
     result = run(world, world.specialist, model, warm_settings(TrainConfig(), anchor=None))
     start, last = result.curve[0], result.curve[-1]
-    assert start.quality >= 95, "the start was meant to be good"
+    assert start.quality >= 95, "the start is meant to be good"
     assert (result.best_quality, result.steps_done) == (max(p.quality for p in result.curve), TrainConfig().full_steps)
     assert min(point.quality for point in result.curve) >= start.quality - 2.5, "one of 40 rows"
     assert max(point.loss for point in result.curve) <= start.loss + 0.02
     assert last.loss <= start.loss
 
 
-def test_a_dora_learns_its_magnitudes_too_and_is_pulled_by_them(world: World, model: Any) -> None:
+def test_dora_magnitudes_are_trained_and_pulled(world: World, model: Any) -> None:
     shapes = linear_shapes(model)
     start = blank(shapes, 4, 8.0, norms=row_norms(model, shapes))
     free = run(world, start, model, SETTINGS)
@@ -123,8 +123,8 @@ def magnitude(adapter: Adapter, module: str) -> torch.Tensor:
     return magnitude_F
 
 
-def test_averaging_evaluates_and_keeps_the_moving_average_of_the_weights(world: World, model: Any) -> None:
-    """Against the average of what runs of one to five steps without averaging end with."""
+def test_averaging_evaluates_and_keeps_the_moving_average(world: World, model: Any) -> None:
+    """The average equals that of runs of one to five steps without averaging."""
     start, settings = blank_like(world.specialist, 0), replace(SETTINGS, eval_every=1, learning_rate=1e-3)
     rows = world.encoder.encode_all(world.task.train)
 
@@ -154,7 +154,7 @@ def test_pull_goes_to_the_given_anchor(world: World, model: Any) -> None:
 
 
 def test_the_pull_fades_with_the_learning_rate(world: World, model: Any) -> None:
-    """With gradients that hardly move anything: what is left after all pulls is the product of what each leaves."""
+    """The learning rate is tiny, so only the pulls move the weights. Each leaves a known share of them."""
     nothing = Adapter(
         {n: replace(f, a_RD=f.a_RD * 0, b_FR=f.b_FR * 0) for n, f in world.specialist.factors.items()},
     )
@@ -184,28 +184,11 @@ def poisoned(adapter: Adapter) -> Adapter:
     )
 
 
-def test_loss_that_is_not_finite_ends_the_run_with_what_it_had_reached(world: World, model: Any) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_best(world: World, model: Any) -> None:
     with pytest.raises(BrokenRunError, match="step 0") as broken:
         run(world, poisoned(world.specialist), model, SETTINGS)
     again = pickle.loads(pickle.dumps(broken.value))
     assert (str(again), [point.step for point in again.kept.curve]) == (str(broken.value), [0])
-
-
-def test_cosine_has_no_warmup_for_warm_starts() -> None:
-    assert learning_rate(0, 100, 2.0) == 2.0
-    assert learning_rate(50, 100, 2.0) == pytest.approx(1.0, rel=1e-12)
-    assert 0.0 < learning_rate(99, 100, 2.0) < 0.001
-
-
-def test_warmup_climbs_to_the_peak() -> None:
-    rates = [learning_rate(step, 100, 2.0, warmup_steps=4) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0], rel=1e-12)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-
-
-def test_pull_is_strong_first_and_weak_later() -> None:
-    strengths = [pull(step, 10, 0.5, 0.1, 0.3) for step in range(10)]
-    assert strengths == [0.5] * 3 + [0.1] * 7
 
 
 def test_evaluations_become_rarer_in_long_runs() -> None:
