@@ -1,1 +1,1 @@
-"""One base model and its requests: scheduling, batches, sampling, text, and the thread that runs them."""
+"""The engine of one base model: scheduling, batches, sampling, text, and the thread that runs it."""

@@ -1,9 +1,8 @@
-"""The sequences that run, as columns: what a step asks of all of them it asks at once, not of one object at a time.
+"""The running sequences as columns, so that a step asks all of them at once instead of one object at a time.
 
-With 1,024 of them a third of the engine's own time was in looking at each for what nearly all have in common
-(docs/experiments.md).
+With 1,024 running sequences, looking at each object took a third of the engine's own time (docs/experiments.md).
 
-Shape letters: R rows, as many as may run; N sequences of one step; B blocks (pages of KV) of the longest context.
+Shape letter beside the usual ones: B2 rows of the table, one for each sequence that may run at once.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,189 +18,194 @@ from serving.engine.sequence import SequenceState
 IntArray = NDArray[np.int64]
 TableArray = NDArray[np.int32]
 
-BASE_ONLY = np.iinfo(np.int64).max  # as the number of an adapter: sorts after every other
-_NO_MATTER = np.iinfo(np.int64).max  # pages of a sequence that does not cache: never fewer than those that are full
-_LEAST_BLOCKS = 16
+BASE_ONLY = np.iinfo(np.int64).max  # adapter number of the bare base model: sorts after every adapter
+_NEVER_CACHED = np.iinfo(np.int64).max  # `num_cached` of a sequence that does not cache: never below its full pages
+_MIN_BLOCKS = 16
 
 
 @dataclass(frozen=True, eq=False)
 class SchedulerOutput:
-    """One step: of sequence n the tokens from `starts_N[n]` to before `ends_N[n]`; one adapter's are side by side.
+    """What the scheduler picked for one step: tokens `starts_B[i]` to `ends_B[i] - 1` of sequence i.
 
-    `does_sample_N` where nothing is pending after them. adapters_N: `ResidentAdapter.number`, or BASE_ONLY, which is
-    last. last_tokens_N: the last token that a sequence has so far. tables_NB: its pages in order, then zeros.
+    Sequences of one adapter are side by side, those of the bare base model last.
+
+    does_sample_B:   whether the sequence has no pending tokens after these, so that its next token is sampled
+    adapters_B:      `ResidentAdapter.number`, or BASE_ONLY
+    last_tokens_B:   the last token that each sequence has so far
+    block_tables_BW: each sequence's pages in order, padded with 0
     """
 
     sequences: Sequence[SequenceState]
-    rows_N: IntArray
-    starts_N: IntArray
-    ends_N: IntArray
-    does_sample_N: NDArray[np.bool_]
-    adapters_N: IntArray
-    last_tokens_N: IntArray
-    tables_NB: TableArray
+    rows_B: IntArray  # in the RunningTable
+    starts_B: IntArray
+    ends_B: IntArray
+    does_sample_B: NDArray[np.bool_]
+    adapters_B: IntArray
+    last_tokens_B: IntArray
+    block_tables_BW: TableArray
 
     @cached_property
     def sampling(self) -> list[SequenceState]:
-        """Those that sample, in order."""
-        return list(compress(self.sequences, self.does_sample_N.tolist()))
+        """The sequences that sample, in order."""
+        return list(compress(self.sequences, self.does_sample_B.tolist()))
 
     def without(self, sequences: Collection[SequenceState]) -> "SchedulerOutput":
-        """The same without some sequences."""
-        kept_N = np.array([sequence not in sequences for sequence in self.sequences])
-        columns = {field.name: getattr(self, field.name)[kept_N] for field in fields(self)[1:]}
-        return SchedulerOutput(list(compress(self.sequences, kept_N.tolist())), **columns)
+        """Return the same output without some sequences."""
+        is_kept_B = np.array([sequence not in sequences for sequence in self.sequences])
+        columns = {field.name: getattr(self, field.name)[is_kept_B] for field in fields(self)[1:]}
+        return SchedulerOutput(list(compress(self.sequences, is_kept_B.tolist())), **columns)
 
 
 class RunningTable:
-    """The owner of what changes with every step: a row for each running sequence, which knows its number.
+    """Owns what changes in every step: one row for each running sequence. A free row is all zeros.
 
-    Of a sequence's tokens the KV of the first `num_stored` is stored, in its pages, which have room for `capacity`. The
-    prefix cache knows the first `num_cached` pages; of one that does not cache, any. A row that is free is all zeros.
+    The KV of a sequence's first `num_stored` tokens is stored. Its pages have room for `capacity` tokens, and the
+    prefix cache knows the first `num_cached` of them.
     """
 
     def __init__(self, num_rows: int, page_tokens: int):
         self._page_tokens = page_tokens
-        self._free = list(range(num_rows - 1, -1, -1))
-        self._sequences: dict[int, SequenceState] = {}
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._sequences: dict[int, SequenceState] = {}  # by row
         self._columns = np.zeros((6, num_rows), np.int64)
-        self._num_tokens_R, self._num_stored_R, self._capacity_R = self._columns[:3]
-        self._num_cached_R, self._last_tokens_R, self._adapters_R = self._columns[3:]
-        self._tables_RB = np.zeros((num_rows, _LEAST_BLOCKS), np.int32)
+        self._num_tokens_B2, self._num_stored_B2, self._capacity_B2 = self._columns[:3]
+        self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:]
+        self._block_tables_B2W = np.zeros((num_rows, _MIN_BLOCKS), np.int32)
 
     # One sequence.
 
     def add(self, sequence: SequenceState, pages: Sequence[int], num_stored: int, num_cached: int) -> None:
         """Give a sequence a row."""
-        row = sequence.row = self._free.pop()
+        row = sequence.row = self._free_rows.pop()
         self._sequences[row] = sequence
         self._columns[:, row] = (
             len(sequence.tokens),
             num_stored,
             len(pages) * self._page_tokens,
-            num_cached if sequence.prefix_keys is not None else _NO_MATTER,
+            num_cached if sequence.prefix_keys is not None else _NEVER_CACHED,
             sequence.tokens[-1],
             BASE_ONLY if sequence.resident is None else sequence.resident.number,
         )
-        while len(pages) > self._tables_RB.shape[1]:
+        while len(pages) > self._block_tables_B2W.shape[1]:
             self._widen()
-        self._tables_RB[row, : len(pages)] = pages
+        self._block_tables_B2W[row, : len(pages)] = pages
 
     def remove(self, sequence: SequenceState) -> None:
-        """Take a sequence's row back."""
+        """Free a sequence's row."""
         row = _row(sequence)
         self._columns[:, row] = 0
-        self._tables_RB[row] = 0
+        self._block_tables_B2W[row] = 0
         del self._sequences[row]
-        self._free.append(row)
+        self._free_rows.append(row)
         sequence.row = None
 
     def pages(self, sequence: SequenceState) -> list[int]:
-        """Its pages in order."""
+        """Return a sequence's pages in order."""
         row = _row(sequence)
-        return self._tables_RB[row, : self._capacity_R[row] // self._page_tokens].tolist()
+        return self._block_tables_B2W[row, : self._capacity_B2[row] // self._page_tokens].tolist()
 
     def num_stored(self, sequence: SequenceState) -> int:
-        """Its tokens whose KV is stored."""
-        return int(self._num_stored_R[_row(sequence)])
+        """Return how many of a sequence's tokens have their KV stored."""
+        return int(self._num_stored_B2[_row(sequence)])
 
     def num_pending(self, sequence: SequenceState) -> int:
-        """Its tokens whose KV is not stored yet; 1 while it decodes."""
+        """Return how many of a sequence's tokens have no KV yet: 1 while it decodes."""
         return len(sequence.tokens) - self.num_stored(sequence)
 
     def num_cached(self, sequence: SequenceState) -> int:
-        """Its first pages that the prefix cache may know."""
-        return int(self._num_cached_R[_row(sequence)])
+        """Return how many of a sequence's first pages the prefix cache may know."""
+        return int(self._num_cached_B2[_row(sequence)])
 
     def cache_pages(self, sequence: SequenceState, first: int, pages: Sequence[int]) -> None:
-        """The prefix cache knows its pages from `first` on too, as these."""
+        """Replace a sequence's pages from index `first` on by the pages that the prefix cache has for them."""
         row, last = _row(sequence), first + len(pages)
-        self._tables_RB[row, first:last] = pages
-        self._num_cached_R[row] = last
+        self._block_tables_B2W[row, first:last] = pages
+        self._num_cached_B2[row] = last
 
-    # All of them.
+    # All sequences.
 
     def short_of_pages(self) -> list[SequenceState]:
-        """Those that decode and have no page for their next token's KV, in no particular order."""
-        return self._at(self._does_decode() & (self._num_tokens_R > self._capacity_R))
+        """Return the decoding sequences without a page for their next token's KV, in no particular order."""
+        return self._at(self._does_decode() & (self._num_tokens_B2 > self._capacity_B2))
 
     def append_pages(self, sequences: Sequence[SequenceState], pages: Sequence[int]) -> None:
         """Give each of some sequences one more page."""
-        rows_N = np.array([_row(sequence) for sequence in sequences], np.int64)
-        num_pages_N = self._capacity_R[rows_N] // self._page_tokens
-        if num_pages_N.max() == self._tables_RB.shape[1]:
+        rows_B = np.array([_row(sequence) for sequence in sequences], np.int64)
+        num_pages_B = self._capacity_B2[rows_B] // self._page_tokens
+        if num_pages_B.max() == self._block_tables_B2W.shape[1]:
             self._widen()
-        self._tables_RB[rows_N, num_pages_N] = pages
-        self._capacity_R[rows_N] += self._page_tokens
+        self._block_tables_B2W[rows_B, num_pages_B] = pages
+        self._capacity_B2[rows_B] += self._page_tokens
 
     def decodes(self) -> IntArray:
-        """Rows of those that decode and have a page to go on with."""
-        return (self._does_decode() & (self._num_tokens_R <= self._capacity_R)).nonzero()[0]
+        """Return the rows of the decoding sequences that have a page for their next token."""
+        return (self._does_decode() & (self._num_tokens_B2 <= self._capacity_B2)).nonzero()[0]
 
     def prefills(self) -> list[SequenceState]:
-        """Those with more than their last token pending, in no particular order."""
-        return self._at(self._num_tokens_R - self._num_stored_R > 1)
+        """Return the sequences with more than one pending token, in no particular order."""
+        return self._at(self._num_tokens_B2 - self._num_stored_B2 > 1)
 
-    def plan(self, decodes_N: IntArray, prefills: Sequence[tuple[SequenceState, int]]) -> SchedulerOutput:
-        """The step of some rows that decode, and of sequences that prefill so many tokens."""
-        rows_N, lengths_N = decodes_N, np.ones(len(decodes_N) + len(prefills), np.int64)
+    def output(self, decodes: IntArray, prefills: Sequence[tuple[SequenceState, int]]) -> SchedulerOutput:
+        """Return the step in which these rows decode, and each of `prefills` computes that many pending tokens."""
+        rows_B, lengths_B = decodes, np.ones(len(decodes) + len(prefills), np.int64)
         if prefills:
-            rows_N = np.concatenate([decodes_N, [_row(sequence) for sequence, _ in prefills]])
-            lengths_N[len(decodes_N) :] = [num_tokens for _, num_tokens in prefills]
-        order_N = self._adapters_R[rows_N].argsort(kind="stable")
-        rows_N = rows_N[order_N]
-        num_tokens_N, starts_N, _, _, last_tokens_N, adapters_N = self._columns[:, rows_N]
-        ends_N = starts_N + lengths_N[order_N]
-        num_blocks = -(-int(ends_N.max(initial=0)) // self._page_tokens)
+            rows_B = np.concatenate([decodes, [_row(sequence) for sequence, _ in prefills]])
+            lengths_B[len(decodes) :] = [num_tokens for _, num_tokens in prefills]
+        order_B = self._adapters_B2[rows_B].argsort(kind="stable")
+        rows_B = rows_B[order_B]
+        num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B = self._columns[:, rows_B]
+        ends_B = starts_B + lengths_B[order_B]
+        num_blocks = -(-int(ends_B.max(initial=0)) // self._page_tokens)
         return SchedulerOutput(
-            sequences=[self._sequences[row] for row in rows_N.tolist()],
-            rows_N=rows_N,
-            starts_N=starts_N,
-            ends_N=ends_N,
-            does_sample_N=ends_N == num_tokens_N,
-            adapters_N=adapters_N,
-            last_tokens_N=last_tokens_N,
-            tables_NB=self._tables_RB[rows_N, :num_blocks],
+            sequences=[self._sequences[row] for row in rows_B.tolist()],
+            rows_B=rows_B,
+            starts_B=starts_B,
+            ends_B=ends_B,
+            does_sample_B=ends_B == num_tokens_B,
+            adapters_B=adapters_B,
+            last_tokens_B=last_tokens_B,
+            block_tables_BW=self._block_tables_B2W[rows_B, :num_blocks],
         )
 
-    def commit(self, plan: SchedulerOutput, tokens: Sequence[int]) -> None:
-        """Book a plan's KV, and the tokens of those that sample."""
-        sampled_N = plan.rows_N[plan.does_sample_N]
-        self._num_stored_R[plan.rows_N] = plan.ends_N
-        self._num_tokens_R[sampled_N] += 1
-        self._last_tokens_R[sampled_N] = tokens
-        for sequence, token in zip(plan.sampling, tokens, strict=True):
+    def commit(self, scheduled: SchedulerOutput, tokens: Sequence[int]) -> None:
+        """Record a step whose KV is stored, and append the sampled tokens."""
+        sampled_B = scheduled.rows_B[scheduled.does_sample_B]
+        self._num_stored_B2[scheduled.rows_B] = scheduled.ends_B
+        self._num_tokens_B2[sampled_B] += 1
+        self._last_tokens_B2[sampled_B] = tokens
+        for sequence, token in zip(scheduled.sampling, tokens, strict=True):
             sequence.tokens.append(token)
 
     def uncached(self) -> list[tuple[SequenceState, int, int]]:
-        """Those that cache and have full pages, from the first to before the last, that are not cached yet."""
-        num_full_R = self._num_stored_R // self._page_tokens
-        rows = (num_full_R > self._num_cached_R).nonzero()[0].tolist()
-        return [(self._sequences[row], int(self._num_cached_R[row]), int(num_full_R[row])) for row in rows]
+        """Return the sequences with full pages that are not cached yet: index of the first, and one past the last."""
+        num_full_B2 = self._num_stored_B2 // self._page_tokens
+        rows = (num_full_B2 > self._num_cached_B2).nonzero()[0].tolist()
+        return [(self._sequences[row], int(self._num_cached_B2[row]), int(num_full_B2[row])) for row in rows]
 
     def check_integrity(self, running: Sequence[SequenceState]) -> None:
-        """Assert that exactly these sequences have rows, and that the rows say what the sequences do."""
+        """Assert that exactly these sequences have rows, and that the rows agree with them."""
         rows = [_row(sequence) for sequence in running]
-        assert sorted([*rows, *self._free]) == list(range(len(self._tables_RB))), "a row is lost, or has two owners"
-        assert self._sequences == dict(zip(rows, running, strict=True)), "a row is another sequence's"
-        assert self._num_tokens_R[rows].tolist() == [len(s.tokens) for s in running], "numbers of tokens drifted"
-        assert self._last_tokens_R[rows].tolist() == [s.tokens[-1] for s in running], "last tokens drifted"
+        num_rows = len(self._block_tables_B2W)
+        assert sorted([*rows, *self._free_rows]) == list(range(num_rows)), "a row is lost, or has two owners"
+        assert self._sequences == dict(zip(rows, running, strict=True)), "a row belongs to another sequence"
+        assert self._num_tokens_B2[rows].tolist() == [len(s.tokens) for s in running], "numbers of tokens differ"
+        assert self._last_tokens_B2[rows].tolist() == [s.tokens[-1] for s in running], "last tokens differ"
         numbers = [s.resident.number if s.resident is not None else BASE_ONLY for s in running]
-        assert self._adapters_R[rows].tolist() == numbers, "a sequence has another adapter"
-        assert (self._num_stored_R <= self._capacity_R).all(), "KV is stored nowhere"
-        assert not self._columns[:, self._free].any(), "a free row is in use"
-        assert not self._tables_RB[self._free].any(), "a free row has pages"
+        assert self._adapters_B2[rows].tolist() == numbers, "a sequence has another adapter"
+        assert (self._num_stored_B2 <= self._capacity_B2).all(), "KV is stored outside the pages"
+        assert not self._columns[:, self._free_rows].any(), "a free row is in use"
+        assert not self._block_tables_B2W[self._free_rows].any(), "a free row has pages"
 
     def _does_decode(self) -> NDArray[np.bool_]:
-        return self._num_tokens_R - self._num_stored_R == 1
+        return self._num_tokens_B2 - self._num_stored_B2 == 1
 
     def _widen(self) -> None:
-        self._tables_RB = np.concatenate([self._tables_RB, np.zeros_like(self._tables_RB)], axis=1)
+        self._block_tables_B2W = np.concatenate([self._block_tables_B2W, np.zeros_like(self._block_tables_B2W)], axis=1)
 
-    def _at(self, is_wanted_R: NDArray[np.bool_]) -> list[SequenceState]:
-        return [self._sequences[row] for row in is_wanted_R.nonzero()[0].tolist()]
+    def _at(self, is_wanted_B2: NDArray[np.bool_]) -> list[SequenceState]:
+        return [self._sequences[row] for row in is_wanted_B2.nonzero()[0].tolist()]
 
 
 def _row(sequence: SequenceState) -> int:
-    assert sequence.row is not None, "it does not run"
+    assert sequence.row is not None, "the sequence is not running"
     return sequence.row

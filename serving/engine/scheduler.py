@@ -1,11 +1,22 @@
-"""Who runs in the next step, and who waits: continuous batching with chunked prefill over a paged memory.
+"""Choose the sequences of each step: continuous batching with chunked prefill over paged memory.
 
-A step's budget of tokens goes to decodes first, then to prefills under way, then to those that wait: first the ones
-that were preempted, then newcomers as `serving.engine.waiting` chooses. Memory is never promised twice and never runs
-out:
-when a decode finds no page, the least urgent and youngest sequence gives its pages back; later they are copied back
-from the host, or computed anew (`serving.memory.swap`). The first of those that run can always go on, since all others
-can be made to give way and a request that could not run alone is refused at `submit`: no deadlock.
+A step has a budget of `max_batch_tokens` tokens, which it spends in this order:
+
+1. Decodes: one token for each running sequence whose prompt is computed.
+2. Prefills under way: the next chunk of each prompt that an earlier budget cut short.
+3. Preempted sequences, in the order of their precedence.
+4. New sequences, in the order that `serving.engine.waiting` chooses.
+
+A sequence of kind 3 or 4 is admitted while fewer than `max_sequences` run, and if there is room for its adapter and
+all its tokens so far. Idle adapters and cached prefixes are evicted to make room. If it does not fit, no other one is
+tried: nobody overtakes it. While the batch is full, the adapters of the next new sequences are prefetched.
+
+Pages are allocated when they are needed. When a decode needs one and none can be freed, the last running sequence is
+preempted: the least urgent one, and among equals the one admitted last. It gives up its pages; later its KV is copied
+back from the host or recomputed (`serving.memory.swap`).
+
+There is no deadlock. The first running sequence can always go on, because all others can be preempted for it, and
+`submit` refuses a request that could not run alone.
 """
 
 from bisect import insort
@@ -22,12 +33,12 @@ from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache
 from serving.memory.swap import SwapSpace
 
-# How many of those who are next may have their adapters copied in ahead: one copy a step, none that undoes another.
+# Adapters of this many flows are prefetched, one copy a step. None of these copies evicts another's adapter.
 _PREFETCH_FLOWS = 4
 
 
 class Scheduler:
-    """The owner of all sequences and of the pages of their KV. Those that run are in the order of their `rank`."""
+    """Owns all sequences and the pages of their KV. Running sequences are kept in the order of their precedence."""
 
     def __init__(
         self,
@@ -45,7 +56,7 @@ class Scheduler:
         self._evictions = evictions
         self._page_tokens = config.page_tokens
         self._max_batch_tokens = config.max_batch_tokens
-        # Each running sequence is sure of one token a step.
+        # So that the budget gives each running sequence at least one token a step.
         self._max_running = min(config.max_sequences, config.max_batch_tokens)
         self._waiting = WaitingQueue(
             adapters.is_resident,
@@ -53,27 +64,27 @@ class Scheduler:
             max_per_tenant=config.max_queue_per_tenant or None,
             max_overtakes=config.max_overtakes,
         )
-        self._preempted: list[SequenceState] = []  # by rank
-        self._running: list[SequenceState] = []
+        self._preempted: list[SequenceState] = []  # by precedence
+        self._running: list[SequenceState] = []  # by precedence
         self._table = RunningTable(self._max_running, config.page_tokens)
         self._num_admitted = 0
         self.num_preemptions = 0
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold pages."""
+        """The number of sequences that hold pages."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for their first step, or for their next one after a preemption."""
+        """The number of sequences that wait for their first step, or for their next one after a preemption."""
         return len(self._waiting) + len(self._preempted)
 
     def submit(self, sequence: SequenceState) -> None:
         """Queue a sequence.
 
-        Raises InvalidRequestError if it could never run, OverloadedError if the queue is full, and NotFoundError if its
-        adapter is not on the host.
+        Raises InvalidRequestError if it can never run, OverloadedError or TenantLimitError if the queue has no room,
+        and NotFoundError if its adapter is not on the host.
         """
         self._waiting.check_room(sequence.request.terms.tenant)
         key = sequence.adapter_key
@@ -87,33 +98,33 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def overdue(self, now: float) -> list[SequenceState]:
-        """Those who still wait though their first token was due; each is told once, and `finish` is the caller's."""
+        """Return each waiting sequence once when its first token is overdue. The caller has to `finish` it."""
         return list(self._waiting.overdue(now))
 
     def schedule(self) -> SchedulerOutput:
-        """The next step."""
+        """Pick the sequences of the next step, and acquire their pages and adapters."""
         self._secure_pages()
         decodes = self._table.decodes()
         prefills: list[tuple[SequenceState, int]] = []
         budget = self._max_batch_tokens - len(decodes)
-        coming = self._prefills()
-        while budget and (sequence := next(coming, None)):
+        candidates = self._prefills()
+        while budget and (sequence := next(candidates, None)):
             num_tokens = min(budget, self._table.num_pending(sequence))
             prefills.append((sequence, num_tokens))
             budget -= num_tokens
         if len(self._running) == self._max_running:
             self._prefetch()
-        return self._table.plan(decodes, prefills)
+        return self._table.output(decodes, prefills)
 
-    def commit(self, plan: SchedulerOutput, tokens: Sequence[int]) -> None:
-        """Book a step whose KV is stored, with the tokens that were sampled, one for each sequence that samples."""
-        self._table.commit(plan, tokens)
+    def commit(self, scheduled: SchedulerOutput, tokens: Sequence[int]) -> None:
+        """Record a step whose KV is stored. `tokens` has one sampled token for each sequence that samples."""
+        self._table.commit(scheduled, tokens)
         for sequence, first, last in self._table.uncached():
             self._cache_pages(sequence, first, last)
 
     def finish(self, sequence: SequenceState) -> None:
-        """Let a sequence go, wherever it is: the one place where all that it holds is given back."""
-        if sequence.rank is None:
+        """Drop a sequence in any state. This is the one place where everything that it holds is freed."""
+        if sequence.precedence is None:
             self._waiting.remove(sequence)
         elif sequence.row is not None:
             self._running.remove(sequence)
@@ -121,12 +132,12 @@ class Scheduler:
         else:
             self._preempted.remove(sequence)
             self._drop_swapped(sequence)
-        if sequence.rank is not None:
+        if sequence.precedence is not None:
             self._waiting.charge(sequence, len(sequence.tokens) - sequence.num_given)
         self._drop_adapter(sequence)
 
     def check_integrity(self) -> None:
-        """Assert that every page has the owners that it should, and that pins and holds are those of the sequences."""
+        """Assert that every page has the right owners, and that pins and holds match the sequences."""
         owned = [*self._adapters.owned_pages(), *map(self._table.pages, self._running), self._prefixes.owned_pages()]
         self._allocator.check_integrity(owned)
         self._table.check_integrity(self._running)
@@ -137,14 +148,21 @@ class Scheduler:
         self._swaps.check_integrity(s.swapped for s in self._preempted if s.swapped is not None)
         for sequence in (*self._waiting, *self._preempted):
             assert sequence.row is None, "a waiting sequence has a row"
-            assert sequence.resident is None, "a waiting sequence holds a pin"
-        assert self._adapters.num_pins == sum(s.resident is not None for s in self._running), "pins drifted"
-        assert all(s.swapped is None for s in (*self._running, *self._waiting)), "a copy of KV is out of place"
+            assert sequence.resident is None, "a waiting sequence pins its adapter"
+        assert self._adapters.num_pins == sum(s.resident is not None for s in self._running), (
+            "pins differ from sequences"
+        )
+        assert all(s.swapped is None for s in (*self._running, *self._waiting)), "only preempted KV is swapped"
         everyone = [*self._running, *self._preempted, *self._waiting]
-        assert self._adapters.num_holds == sum(s.adapter_key is not None for s in everyone), "holds drifted"
+        assert self._adapters.num_holds == sum(s.adapter_key is not None for s in everyone), (
+            "holds differ from sequences"
+        )
 
     def _secure_pages(self) -> None:
-        """A page for each next token that needs one, the last ones' if need be; who gets none sits the step out."""
+        """Give each decode that needs one a new page, if need be by preemption.
+
+        If the last running sequence itself is short of a page, it first sits the step out.
+        """
         short = self._table.short_of_pages()
         while not self._evictions.make_room(len(short)):
             last = self._running[-1]
@@ -156,7 +174,7 @@ class Scheduler:
             self._table.append_pages(short, self._allocator.allocate(len(short)))
 
     def _prefills(self) -> Iterator[SequenceState]:
-        yield from sorted(self._table.prefills(), key=_rank)
+        yield from sorted(self._table.prefills(), key=_precedence)
         while len(self._running) < self._max_running:
             sequence = self._preempted[0] if self._preempted else self._waiting.choose()
             if sequence is None or not self._admit(sequence):
@@ -164,7 +182,7 @@ class Scheduler:
             yield sequence
 
     def _admit(self, sequence: SequenceState) -> bool:
-        """Give a waiting sequence its adapter and pages for all tokens that it has so far, or leave it where it is."""
+        """Acquire a sequence's adapter, and pages for its tokens so far, and let it run. False if there is no room."""
         key, num_tokens = sequence.adapter_key, len(sequence.tokens)
         known = self._known_pages(sequence)
         num_missing = self._num_pages(num_tokens) - len(known)
@@ -182,7 +200,7 @@ class Scheduler:
         return True
 
     def _prefetch(self) -> None:
-        """While the batch is full, copy in an adapter of those who are next, so that they need not wait for it then."""
+        """Copy one adapter of the next new sequences into the arena, so that they need not wait for it later."""
         upcoming = self._waiting.upcoming(_PREFETCH_FLOWS)
         for key in upcoming:
             num_pages = self._adapters.num_pages_missing(key)
@@ -191,46 +209,49 @@ class Scheduler:
                 return
 
     def _known_pages(self, sequence: SequenceState) -> list[int]:
-        """Pages of its longest known prefix; the last token is always computed, since its logits are wanted."""
+        """Take the cached pages of a sequence's longest known prefix, without its last token: its logits are wanted."""
         if sequence.prefix_keys is None:
             return []
         num_pages = (len(sequence.tokens) - 1) // self._page_tokens
         return self._prefixes.take(sequence.prefix_keys.up_to(sequence.tokens, num_pages))
 
     def _move_to_running(self, sequence: SequenceState) -> None:
-        if sequence.rank is None:
+        if sequence.precedence is None:
             self._num_admitted += 1
-            sequence.rank = (sequence.request.terms.priority, self._num_admitted)
+            sequence.precedence = (sequence.request.terms.priority, self._num_admitted)
             sequence.num_given = len(sequence.tokens)
             self._waiting.admit(sequence, self._table.num_pending(sequence))
         else:
             self._preempted.remove(sequence)
-        insort(self._running, sequence, key=_rank)
+        insort(self._running, sequence, key=_precedence)
 
     def _cache_pages(self, sequence: SequenceState, first: int, last: int) -> None:
         keys = sequence.prefix_keys
-        assert keys is not None, "a sequence that is not cached"
-        names, pages = keys.up_to(sequence.tokens, last)[first:], self._table.pages(sequence)[first:last]
+        assert keys is not None, "the sequence does not use the prefix cache"
+        names = keys.up_to(sequence.tokens, last)[first:]
+        pages = self._table.pages(sequence)[first:last]
         put = [self._prefixes.put(name, page, keys.owner) for name, page in zip(names, pages, strict=True)]
         self._table.cache_pages(sequence, first, put)
 
     def _preempt_last(self) -> None:
-        """Send the last running sequence back to those who are next."""
+        """Take the pages of the last running sequence. `SwapSpace.save` decides whether its KV is kept on the host."""
         sequence = self._running.pop()
-        # Others hold some of its first pages, and nobody but it and the prefix cache any of the rest.
-        pages, num_cached = self._table.pages(sequence), self._table.num_cached(sequence)
+        # Other sequences share some of its first pages. The rest belong to it and the prefix cache alone.
+        pages = self._table.pages(sequence)
+        num_cached = self._table.num_cached(sequence)
         num_shared = sum(self._allocator.num_owners(page) > 2 for page in pages[:num_cached])
         sequence.swapped = self._swaps.save(pages, num_shared, self._table.num_stored(sequence))
         self._vacate(sequence)
-        insort(self._preempted, sequence, key=_rank)
+        insort(self._preempted, sequence, key=_precedence)
         self.num_preemptions += 1
 
     def _swap_in(self, sequence: SequenceState, pages: Sequence[int], num_known: int) -> int:
-        """Copy back what the prefix cache has not kept, and for how many tokens KV is stored now.
+        """Copy swapped KV back behind the known pages. Return how many tokens have their KV stored now.
 
-        All for nothing where pages are missing before it.
+        The swapped KV is useless, and is dropped, if pages before it are missing.
         """
-        swapped, num_stored = sequence.swapped, num_known * self._page_tokens
+        swapped = sequence.swapped
+        num_stored = num_known * self._page_tokens
         if swapped is not None and swapped.first_page <= num_known and num_stored < swapped.num_stored:
             self._swaps.load(swapped, num_known, pages[num_known:])
             num_stored = swapped.num_stored
@@ -263,12 +284,12 @@ class Scheduler:
         num_adapter_pages = self._adapters.num_pages(sequence.adapter_key) if sequence.adapter_key is not None else 0
         if num_kv_pages + num_adapter_pages > self._allocator.num_pages:
             raise InvalidRequestError(
-                f"the request needs up to {num_kv_pages} pages of memory for {sequence.limit_tokens} tokens and "
+                f"the request needs {num_kv_pages} pages of memory for up to {sequence.limit_tokens} tokens and "
                 f"{num_adapter_pages} for its adapter, the engine has {self._allocator.num_pages}: "
                 "ask for fewer tokens, or raise serving.memory_bytes"
             )
 
 
-def _rank(sequence: SequenceState) -> tuple[int, int]:
-    assert sequence.rank is not None, "it never ran"
-    return sequence.rank
+def _precedence(sequence: SequenceState) -> tuple[int, int]:
+    assert sequence.precedence is not None, "the sequence has never run"
+    return sequence.precedence

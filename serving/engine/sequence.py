@@ -20,7 +20,8 @@ _NUM_SEEDS = 1 << 63
 class SequenceState:
     """One object per request. The engine creates it and reads its text; the Scheduler alone changes the rest.
 
-    A sequence that waits has no `rank`. One that runs has a `rank` and a `row`. A preempted one has a `rank` only.
+    A sequence that waits for its first step has no `precedence` and no `row`. A running one has both. A preempted one
+    has a `precedence` only.
     """
 
     request: Request
@@ -38,7 +39,7 @@ class SequenceState:
 
     row: int | None = None  # its row of the RunningTable, which has its pages
     resident: ResidentAdapter | None = None  # its adapter in the arena
-    rank: tuple[int, int] | None = None  # priority, then order of admission; the largest rank is preempted first
+    precedence: tuple[int, int] | None = None  # priority, then order of admission; the largest is preempted first
     num_given: int = 0  # its length when it was admitted
     swapped: Swapped | None = None  # its KV on the host while it is preempted
 

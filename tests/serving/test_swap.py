@@ -33,7 +33,7 @@ class KvScheduler(TinyScheduler):
         output = self.scheduler.schedule()
         self.scheduler.check_integrity()
         chunks = chunks_of(output)
-        for chunk, table in zip(chunks, output.tables_NB.tolist(), strict=True):
+        for chunk, table in zip(chunks, output.block_tables_BW.tolist(), strict=True):
             for position in range(chunk.end):
                 page, offset = table[position // PAGE_TOKENS], position % PAGE_TOKENS
                 if position >= chunk.start:

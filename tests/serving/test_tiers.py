@@ -324,7 +324,7 @@ def prefill(resident: ResidentAdapter, engine: Engine) -> SchedulerOutput:
     sequence.resident = resident
     table = RunningTable(1, CONFIG.page_tokens)
     table.add(sequence, engine._allocator.allocate(1), num_stored=0, num_cached=0)
-    return table.plan(table.decodes(), [(sequence, 3)])
+    return table.output(table.decodes(), [(sequence, 3)])
 
 
 def test_rows_are_laid_out_in_reading_order() -> None:

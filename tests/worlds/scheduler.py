@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
 
 def chunks_of(output: SchedulerOutput) -> list[Chunk]:
     """Return a step's chunks in the order of its batch."""
-    columns = output.starts_N.tolist(), output.ends_N.tolist(), output.does_sample_N.tolist()
+    columns = output.starts_B.tolist(), output.ends_B.tolist(), output.does_sample_B.tolist()
     return [Chunk(*chunk) for chunk in zip(output.sequences, *columns, strict=True)]
 
 
