@@ -1,8 +1,8 @@
 """Merges several streams into one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Collection, Sequence
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -20,10 +20,15 @@ async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator
                     coming[_next(stream)] = stream
                     yield item
     finally:
-        for task in coming:
-            task.cancel()
-        await asyncio.gather(*coming, return_exceptions=True)
-        await asyncio.gather(*(stream.aclose() for stream in streams))
+        # Shielded: the cancel scopes that Starlette uses cancel a task at every await, even while it closes streams.
+        await asyncio.shield(_close(coming, streams))
+
+
+async def _close(tasks: Collection["asyncio.Task[Any]"], streams: Sequence[AsyncGenerator[Any, None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*(stream.aclose() for stream in streams))
 
 
 def _next(stream: AsyncGenerator[Item, None]) -> "asyncio.Task[Item | None]":

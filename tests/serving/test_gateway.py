@@ -340,6 +340,7 @@ async def test_closing_an_answer_closes_every_stream(world: FakeFleet):
     await anext(answer.rest)
     await answer.rest.aclose()
     assert world.backends["v1"].num_open == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "no task is left"
 
 
 async def test_cancelling_before_the_first_part_closes_every_stream(world: FakeFleet):
@@ -587,6 +588,20 @@ async def test_resumed_requests_ignore_the_first_token_deadline(tmp_path: Path):
     begun = replace(new, resumed_tokens=(2,))
     assert (await anext(backend.generate(begun))).finish_reason is FinishReason.LENGTH
     assert loop.seen == [begun]
+
+
+async def test_a_merged_stream_that_is_cancelled_while_it_closes_closes_all_streams():
+    backend = FakeBackend("a")
+    request = Request("r", (1,), SamplingParams(max_tokens=50))
+    streams = [backend.generate(request) for _ in range(3)]
+    merged = merge(streams)
+    await anext(merged)
+    closing = asyncio.create_task(merged.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+    await _until(lambda: backend.num_open == 0)
+    assert len(streams) == 3, "the test holds the streams, so the garbage collector cannot close them"
 
 
 async def test_an_error_in_one_merged_stream_closes_the_others():

@@ -1,14 +1,15 @@
-"""Counts the async generators that a token passes, while a request runs."""
+"""Tests the path of a token: the async generators that it passes, and that they are closed."""
 
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from traceback import walk_stack
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
@@ -16,25 +17,25 @@ from cluster.config import RolloutConfig, ServingConfig
 from cluster.registry import Registry
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
-from serving.engine.request import Request, TokenEvent, TokenStream
+from serving.engine.request import Request, SamplingParams, TokenEvent, TokenStream
 from serving.engine.stream import Stream
 from serving.gateway import backend
-from serving.gateway.gateway import Gateway
+from serving.gateway.gateway import Call, Gateway
 from serving.gateway.local_backend import LocalBackend
-from serving.http.api import create_app
+from serving.http.api import EventStream, create_app
 from serving.on_ray import EngineDeployment, HandleBackend
 from tests.worlds.serving import make_checkpoint
 
 CONFIG = ServingConfig(memory_bytes=4 * 2**20, max_model_tokens=200)
 
 
-class Call:
+class StreamingCall:
     """A streaming call of a Serve handle that awaits the deployment directly, so all generators share one stack."""
 
     def __init__(self, events: TokenStream):
         self._events = events
 
-    def __aiter__(self) -> "Call":
+    def __aiter__(self) -> "StreamingCall":
         return self
 
     async def __anext__(self) -> TokenEvent:
@@ -54,8 +55,8 @@ class Handle:
     def options(self, stream: bool) -> "Handle":
         return self
 
-    def remote(self, request: Request) -> Call:
-        return Call(self._deployment.generate(request))
+    def remote(self, request: Request) -> StreamingCall:
+        return StreamingCall(self._deployment.generate(request))
 
 
 def deployment_of(local: LocalBackend) -> EngineDeployment:
@@ -96,6 +97,28 @@ async def generators_of(gateway: Gateway, monkeypatch: pytest.MonkeyPatch, num_c
         response = await client.post("/v1/completions", json=body)
     assert "[DONE]" in response.text
     return stacks[-1]
+
+
+async def test_a_response_that_fails_before_its_first_event_closes_the_answer(gateway: Gateway):
+    async def send(message: object) -> None:
+        raise OSError("the client is gone")
+
+    async def receive() -> object:
+        raise AssertionError("the response reads nothing")
+
+    await gateway.refresh()
+    sampling = SamplingParams(max_tokens=100, ignore_eos=True)
+    answer = await gateway.answer(Call("id", "v1", ("x",), sampling), whole=False)
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        async for _ in answer.rest:
+            yield b""
+
+    response = EventStream(answer, events(), headers={})
+    with pytest.raises(ClientDisconnect):
+        await response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send)
+    with pytest.raises(StopAsyncIteration):
+        await anext(answer.rest)
 
 
 async def test_the_generators_on_the_stack_are_the_listed_ones(gateway: Gateway, monkeypatch: pytest.MonkeyPatch):
