@@ -229,10 +229,7 @@ def _work(config: dict[str, Any]) -> None:
 def _poll_search(
     queue: ActorHandle, searches: dict[int, ray.ObjectRef], job: AdapterJob, objective: FusionObjective
 ) -> SearchResult | None:
-    """Start a job's search, or ask for its result; `searches` holds those that run. Raises the search's TrainingError.
-
-    Returns None while the search runs.
-    """
+    """Start a job's search or return its result; None while it runs. `searches` holds the running ones, by version."""
     if job.version_id not in searches:
         searches[job.version_id] = queue.found.remote(job.version_id, objective.groups)
     if not ray.wait([searches[job.version_id]], timeout=SEARCH_POLL_S)[0]:

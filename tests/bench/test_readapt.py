@@ -1,4 +1,4 @@
-"""The re-adaptation benchmark: its figures by hand, what is run and what is not run again, and one real run."""
+"""The re-adaptation benchmark: figures checked by hand, what runs and what is not repeated, and one real run."""
 
 import json
 import lzma
@@ -60,7 +60,7 @@ def test_figures_by_hand():
     json.dumps(details(records))
 
 
-def test_a_censored_baseline_counts_with_its_budget_and_censored_ours_pays_for_both():
+def test_a_censored_baseline_counts_its_budget_and_a_censored_ours_counts_both():
     baseline_late = all_figures(cell(0, ours=2.0, copy_ft=None, scratch=20.0), None)
     assert baseline_late["ttr_speedup_vs_copy_ft_median"] == 25.0  # 50 s of budget: a lower bound
     ours_late = all_figures(cell(0, ours=None, copy_ft=6.0, scratch=20.0), None)
@@ -68,7 +68,7 @@ def test_a_censored_baseline_counts_with_its_budget_and_censored_ours_pays_for_b
     assert ours_late["ttr_speedup_vs_copy_ft_median"] == pytest.approx(6 / (50 + 6))
 
 
-def test_runs_that_only_tune_are_in_no_figure():
+def test_tuning_runs_are_in_no_figure():
     records = cell(0, ours=2.0, copy_ft=6.0, scratch=20.0)
     tuning = replace(record("ours", 0.1), purpose="tune", learning_rate=2e-3)
     assert all_figures([*records, tuning], None) == all_figures(records, None)
@@ -86,7 +86,7 @@ def test_a_regression_is_more_than_tolerance_and_chance(num_lost: int, is_regres
     assert found.is_established == is_regression
 
 
-def test_what_was_not_accepted_is_not_shipped():
+def test_an_adapter_that_missed_the_gate_is_not_shipped():
     runs = {"ours": record("ours", None, rows="0" * 100), "v1": record("v1", None), "scratch": record("scratch", 9.0)}
     assert compare_shipped(Cell("mild", "snips", 0, runs), "ours") is None
 
@@ -106,7 +106,7 @@ def test_journal_survives_a_kill_and_forgets_on_demand(tmp_path: Path):
     assert [Journal(tmp_path / "j.jsonl").find(spec) is not None for spec in specs] == [True, False, True, False]
 
 
-def test_another_setting_is_another_run():
+def test_another_setting_has_another_key():
     spec = RunSpec("mild", "f00", TASK, 0, "ours", learning_rate=1e-3)
     others = [replace(spec, base="f01"), replace(spec, learning_rate=2e-3), replace(spec, task=replace(TASK, steps=9))]
     assert len({spec.key, *(other.key for other in others)}) == 4
@@ -114,7 +114,7 @@ def test_another_setting_is_another_run():
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A kit of tiny random bases, one task and short corpora."""
+    """A kit with tiny random bases, one task and short corpora."""
     folder = tmp_path_factory.mktemp("kit")
     for seed, name in enumerate(("stories3m-v1", "babyllama-a", "babyllama-b")):
         make_checkpoint(folder / "models" / name, seed=seed)
@@ -137,7 +137,7 @@ def update(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Update:
     return make_update(recipe, kit, tmp_path_factory.mktemp("updates") / "mild")[0]
 
 
-def test_an_update_is_trained_once_and_says_what_it_did(kit: Path, tmp_path: Path):
+def test_an_update_is_trained_once_and_reports_what_it_did(kit: Path, tmp_path: Path):
     recipe = UpdateRecipe("mild", steps=6, learning_rate=3e-3, rows=(2, 1, 1), window_tokens=48)
     update, facts = make_update(recipe, kit, tmp_path / "mild")
     assert 0.001 < facts.relative_change < 0.5
@@ -159,7 +159,7 @@ def test_bench_rows_are_shuffled_distinct_and_disjoint(kit: Path):
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "chrf"])
-def test_scores_are_those_of_the_evaluator(kit: Path, metric: str):
+def test_scores_match_the_evaluator(kit: Path, metric: str):
     base = kit / "models" / "stories3m-v1"
     model, encoder = load_base(base), encoder_for(base, 64)
     rows = load_bench_task(TASK, kit, encoder).test
@@ -170,7 +170,7 @@ def test_scores_are_those_of_the_evaluator(kit: Path, metric: str):
 
 
 class FakeArms:
-    """Answers as the arms would: scratch is ready at 30 s, others sooner, and soonest at a learning rate of 2e-3."""
+    """Stands in for the arms: scratch is ready after 30 s, others sooner, and soonest at a learning rate of 2e-3."""
 
     def __init__(self) -> None:
         self.specs: list[RunSpec] = []
@@ -194,7 +194,7 @@ def unit_of(kit: Path, update: Update, work: Path) -> Unit:
     return Unit(update, TASK, (0, 1), kit, work)
 
 
-def test_a_unit_tunes_on_the_first_seed_and_runs_each_arm_once_a_seed(kit: Path, update: Update, tmp_path: Path):
+def test_a_unit_tunes_on_the_first_seed_and_runs_each_arm_once_per_seed(kit: Path, update: Update, tmp_path: Path):
     arms = FakeArms()
     records = run_unit(unit_of(kit, update, tmp_path), arms, say=lambda line: None)
     tuned = {spec.learning_rate for spec in arms.specs if spec.arm == "copy_ft" and spec.purpose == "tune"}
@@ -213,7 +213,7 @@ def test_a_unit_tunes_on_the_first_seed_and_runs_each_arm_once_a_seed(kit: Path,
     assert found["ttr_speedup_vs_copy_ft_median"] == pytest.approx(1.0)
 
 
-def test_ours_has_no_rate_to_choose_where_it_trains_from_scratch(kit: Path, update: Update, tmp_path: Path):
+def test_ours_is_not_tuned_if_it_trains_from_scratch(kit: Path, update: Update, tmp_path: Path):
     class FromScratch(FakeArms):
         def _climb(self, spec: RunSpec, place: Place) -> ArmResult:
             found = super()._climb(spec, place)
@@ -225,7 +225,7 @@ def test_ours_has_no_rate_to_choose_where_it_trains_from_scratch(kit: Path, upda
     assert (tuned.count("ours"), tuned.count("copy_ft")) == (1, 4)
 
 
-def test_a_second_run_does_nothing_again(kit: Path, update: Update, tmp_path: Path):
+def test_a_second_run_repeats_nothing(kit: Path, update: Update, tmp_path: Path):
     first, second = FakeArms(), FakeArms()
     records = run_unit(unit_of(kit, update, tmp_path), first, say=lambda line: None)
     assert sorted(map(repr, run_unit(unit_of(kit, update, tmp_path), second, say=lambda line: None))) == sorted(
@@ -235,7 +235,7 @@ def test_a_second_run_does_nothing_again(kit: Path, update: Update, tmp_path: Pa
     assert second.specs == []
 
 
-def test_where_scratch_is_below_v1_the_gate_is_its_own_and_it_is_timed_with_it(
+def test_if_scratch_is_below_v1_the_gate_and_the_timing_use_its_quality(
     kit: Path, update: Update, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def bad_on_new(self: object, adapter: object, *, on_old: bool = False, on_test: bool = True) -> Scored:
@@ -252,11 +252,9 @@ def test_where_scratch_is_below_v1_the_gate_is_its_own_and_it_is_timed_with_it(
     assert {r.reference for r in records if r.purpose == "final" and r.arm not in ("v1", "zero_shot")} == {60.0}
 
 
-def test_ours_is_timed_as_it_would_run_in_a_campaign_and_judged_after_its_whole_budget(
-    kit: Path, update: Update, tmp_path: Path
-):
+def test_ours_is_timed_as_in_a_campaign_and_scored_after_its_whole_budget(kit: Path, update: Update, tmp_path: Path):
     class Dropping(FakeArms):
-        """Up to readiness a run that trails is dropped: here that costs 7 seconds."""
+        """A run up to readiness drops a trailing run, which costs 7 seconds here."""
 
         def _climb(self, spec: RunSpec, place: Place) -> ArmResult:
             found = super()._climb(spec, place)
@@ -275,7 +273,7 @@ def test_ours_is_timed_as_it_would_run_in_a_campaign_and_judged_after_its_whole_
     assert (final.stop, final.final) == ("budget", full.final)
 
 
-def test_what_an_arm_climbs_with_is_part_of_what_a_run_is(monkeypatch: pytest.MonkeyPatch):
+def test_an_arms_configuration_is_part_of_a_runs_key(monkeypatch: pytest.MonkeyPatch):
     spec = {arm: RunSpec("mild", "f00", TASK, 0, arm, reference=80.0) for arm in ARM_SETTINGS}
     before = {arm: digest(one) for arm, one in spec.items()}
     assert digest(replace(spec["ours"], learning_rate=7e-3)) != before["ours"]
@@ -285,7 +283,7 @@ def test_what_an_arm_climbs_with_is_part_of_what_a_run_is(monkeypatch: pytest.Mo
     assert RunSpec("mild", "f00", TASK, 0, "ours", config="a").key != RunSpec("mild", "f00", TASK, 0, "ours").key
 
 
-def test_every_arm_climbs_on_real_models_and_is_timed_from_the_disk(kit: Path, update: Update, tmp_path: Path):
+def test_every_arm_runs_on_real_models_and_is_timed_from_the_disk(kit: Path, update: Update, tmp_path: Path):
     records = run_unit(replace(unit_of(kit, update, tmp_path), seeds=(0,)), climb, say=lambda line: None)
     final = {r.arm: r for r in records if r.purpose == "final"}
     assert set(final) == {"v1", "zero_shot", "copy", "copy_ft", "paper", "ours", "scratch", "data_free"}
@@ -299,7 +297,7 @@ def test_every_arm_climbs_on_real_models_and_is_timed_from_the_disk(kit: Path, u
     assert {run.reference for run in timed} == {min(final["v1"].final.gate, final["scratch"].final.gate)}
 
 
-def test_a_run_that_cannot_win_any_more_is_given_up(kit: Path, update: Update, tmp_path: Path):
+def test_a_run_that_can_no_longer_be_the_fastest_is_given_up(kit: Path, update: Update, tmp_path: Path):
     unit = replace(unit_of(kit, update, tmp_path), seeds=(0,))
     adapter = make_specialist(TASK, 0, update.old, kit, tmp_path)
     place = Place(update.old, update.new, adapter, write_bench_task(TASK, kit, update.old, tmp_path))

@@ -1,4 +1,4 @@
-"""Assessments of real adapters on bases that have changed a little, much, and altogether."""
+"""Assessments of real adapters on bases that changed a little, a lot, and completely."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def fleet(world: World) -> Fleet:
-    """One specialist, twice; v1 as it is and changed a little, by a low rank, at full rank, and another model."""
+    """One specialist, twice, and v1 unchanged, changed a little, at low rank, at full rank, and another model."""
     folder = world.base.parent
     evolve(world.base, folder / "same", rank=1, scale=0.0)
     evolve(world.base, folder / "mild", rank=None, scale=0.01)
@@ -69,7 +69,7 @@ def assess_all(fleet: Fleet, registry: Registry, target: str) -> list[Assessment
     ("target", "rung"),
     [("same", "copy"), ("mild", "copy"), ("low", "transplant"), ("strong", "transplant"), ("stranger", "scratch")],
 )
-def test_the_predicted_rung_of_each_world(fleet: Fleet, registry: Registry, target: str, rung: str):
+def test_the_predicted_rung_for_each_update(fleet: Fleet, registry: Registry, target: str, rung: str):
     busy, calm = assess_all(fleet, registry, target)
     assert (busy.version, calm.version) == ("busy@1", "calm@1"), "busiest first"
     assert busy.error is None
@@ -93,7 +93,7 @@ def test_more_work_is_expected_on_higher_rungs(fleet: Fleet, registry: Registry)
     assert train > transplant > copy
 
 
-def test_energies_are_those_of_the_whole_spectrum(fleet: Fleet, registry: Registry, world: World):
+def test_energies_match_the_full_spectrum(fleet: Fleet, registry: Registry, world: World):
     energy = assess_all(fleet, registry, "strong")[0].energy
     assert energy is not None
     old, new = (open_checkpoint(fleet.base(name).path) for name in ("v1", "strong"))
@@ -119,14 +119,14 @@ def test_an_unchanged_base_has_no_energy(fleet: Fleet, registry: Registry):
     assert (energy.relative_norm, energy.at_rank, energy.spectrum) == (0.0, 1.0, {})
 
 
-def test_a_campaign_knows_what_was_assessed(fleet: Fleet, registry: Registry):
+def test_a_campaign_uses_the_assessed_seconds(fleet: Fleet, registry: Registry):
     assess_all(fleet, registry, "strong")
     event = registry.events(kind=ASSESSED)[-1]
     planned = replace(registry.routes()[event.adapter].live, id=99, parent_id=event.version_id, base="strong")
     assert expected_seconds(registry, [planned]) == {event.adapter: event.details["expected_s"]}
 
 
-def test_what_cannot_be_assessed_is_told_and_holds_up_no_other(fleet: Fleet, registry: Registry):
+def test_an_adapter_that_cannot_be_assessed_gets_an_error_and_stops_no_other(fleet: Fleet, registry: Registry):
     key = registry.routes()["busy"].live.blob_key
     registry.add_adapter("brought", traffic=9.0)
     version = registry.add_version("brought", "v1", Status.LIVE, blob_key=key)
@@ -140,9 +140,7 @@ def test_what_cannot_be_assessed_is_told_and_holds_up_no_other(fleet: Fleet, reg
     assert as_table(found, "mild").row_count == 3
 
 
-def test_an_adapter_for_which_torch_fails_holds_up_no_other(
-    fleet: Fleet, registry: Registry, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_error_of_torch_stops_no_other_adapter(fleet: Fleet, registry: Registry, monkeypatch: pytest.MonkeyPatch):
     def out_of_memory(*args: object) -> None:
         raise RuntimeError("out of memory")
 
@@ -150,7 +148,7 @@ def test_an_adapter_for_which_torch_fails_holds_up_no_other(
     assert [found.error for found in assess_all(fleet, registry, "mild")] == ["out of memory"] * 2
 
 
-def test_a_base_with_another_vocabulary_is_told_with_what_can_be_done(fleet: Fleet, registry: Registry, tmp_path: Path):
+def test_the_error_for_another_vocabulary_says_what_to_do(fleet: Fleet, registry: Registry, tmp_path: Path):
     other = evolve(fleet.base("v1").path, tmp_path / "other", rank=1, scale=0.1)
     file = other / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -165,10 +163,10 @@ def test_a_base_with_another_vocabulary_is_told_with_what_can_be_done(fleet: Fle
         assert found.rung == "none"
 
 
-def test_the_rows_of_all_its_stages_are_what_an_adapter_is_assessed_on(
+def test_an_adapter_is_assessed_on_the_rows_of_all_its_stages(
     fleet: Fleet, registry: Registry, world: World, tmp_path: Path
 ):
-    """Those of the second stage it answers wrongly: half of all rows."""
+    """It answers the second stage's rows wrongly, which are half of all rows."""
     wrong = [replace(row, completion="mauve") for row in world.task.valid]
     more = write_task(tmp_path / "more", replace(world.task, valid=wrong))
     stages = [{"name": "start", "data": str(fleet.folder / "task")}, {"name": "more", "data": str(more)}]
@@ -184,7 +182,7 @@ def test_the_rows_of_all_its_stages_are_what_an_adapter_is_assessed_on(
     assert without.error == f"{more}: no such folder; staged@1 was trained on its rows."
 
 
-def test_an_adapter_that_cannot_be_assessed_is_told_in_full_and_fails_the_command(fleet: Fleet, tmp_path: Path):
+def test_the_command_prints_every_error_in_full_and_fails(fleet: Fleet, tmp_path: Path):
     copy = shutil.copytree(fleet.folder, tmp_path / "a-folder-whose-name-leaves-no-room-in-a-table" / "fleet")
     bad = copy / "task" / "valid.jsonl"
     bad.write_text('{"prompt": "a", "completion": "b"}\n{oops\n')
@@ -230,12 +228,12 @@ def test_a_rung_that_is_not_configured_is_not_predicted(rung: Rung, rungs: tuple
         (math.nan, "scratch", "scratch"),
     ],
 )
-def test_a_transplant_is_expected_where_copies_fail(old_loss: float, rung: Rung, found: str):
+def test_a_transplant_is_expected_if_copies_fail(old_loss: float, rung: Rung, found: str):
     corners = Corners(*(Evaluation(loss, 90.0, 48) for loss in (old_loss, 4.0, 4.0, 5.0)))
     assert with_transplant(rung, "why", corners)[0] == found
 
 
-def test_where_there_are_only_prompts_the_old_services_answers_are_what_counts(
+def test_without_rows_the_old_adapters_answers_are_the_reference(
     fleet: Fleet, registry: Registry, world: World, tmp_path: Path
 ):
     key = registry.routes()["busy"].live.blob_key
@@ -263,6 +261,6 @@ def test_where_there_are_only_prompts_the_old_services_answers_are_what_counts(
         ((0.1, float("nan"), 1.9, 8.4), (97, 0, 0, 0), "train"),
     ],
 )
-def test_the_rule(losses: tuple[float, ...], qualities: tuple[float, ...], rung: str):
+def test_predictions(losses: tuple[float, ...], qualities: tuple[float, ...], rung: str):
     corners = Corners(*(Evaluation(loss, float(q), 48) for loss, q in zip(losses, qualities, strict=True)))
     assert predict(corners, 1.0)[0] == rung

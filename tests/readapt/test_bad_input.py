@@ -1,4 +1,4 @@
-"""Bad input of every kind, through a campaign: a clear error, a consistent registry, the old version serving on."""
+"""Bad input in a campaign: the error is clear, the registry consistent, and the old version stays live."""
 
 import errno
 import json
@@ -60,7 +60,7 @@ def local(fleet: Fleet) -> LocalExecutor:
 
 
 def check_all_failed(settled: list[Version], registry: Registry, *words: str) -> None:
-    """Each adapter is told why, and is served as before."""
+    """Check that each adapter failed with these words and that its old version is still live."""
     assert [version.status for version in settled] == [Status.FAILED] * 3
     for version in settled:
         for word in words:
@@ -79,7 +79,7 @@ def shard(folder: Path) -> list[Path]:
 # The bases
 
 
-def test_a_target_with_a_missing_shard_stops_a_campaign_before_it_begins(fleet: Fleet, registry: Registry):
+def test_a_target_with_a_missing_shard_stops_the_campaign_at_once(fleet: Fleet, registry: Registry):
     missing = shard(fleet.base("v2").path)[1]
     missing.unlink()
     with pytest.raises(InvalidCheckpointError, match=f"shard '{missing.name}' is missing"):
@@ -94,8 +94,8 @@ def test_an_old_base_with_a_missing_shard_fails_its_adapters(fleet: Fleet, regis
     check_all_failed(run(fleet, registry), registry, "InvalidCheckpointError", f"shard '{missing.name}' is missing")
 
 
-def test_an_old_base_whose_weights_were_exchanged_fails_its_adapters(fleet: Fleet, registry: Registry):
-    """The adapters were registered for other weights, by their fingerprint, than what lies there now."""
+def test_an_old_base_with_replaced_weights_fails_its_adapters(fleet: Fleet, registry: Registry):
+    """The adapters were registered for weights with another fingerprint."""
     make_checkpoint(fleet.base("v1").path, seed=9)
     check_all_failed(run(fleet, registry), registry, "ConflictError", "'v1' is registered with other weights")
 
@@ -119,8 +119,10 @@ def test_weights_that_are_not_finite_are_named(fleet: Fleet, registry: Registry,
         ({"num_attention_heads": 3, "head_dim": 20, "num_key_value_heads": 1}, ("heads 3", "heads 6")),
     ],
 )
-def test_another_shape_is_told_before_any_work(fleet: Fleet, registry: Registry, change: dict[str, int], words: Any):
-    """Also where the heads alone have changed and every matrix has its old size."""
+def test_another_shape_is_an_error_before_any_work(
+    fleet: Fleet, registry: Registry, change: dict[str, int], words: Any
+):
+    """Even if only the heads changed and every matrix kept its size."""
     make_checkpoint(fleet.base("v2").path, **change)
     executor = Scripted(lambda job: climbed(fleet, job))
     check_all_failed(run(fleet, registry, executor), registry, *words, "from scratch", "distil")
@@ -128,7 +130,7 @@ def test_another_shape_is_told_before_any_work(fleet: Fleet, registry: Registry,
     assert registry.events(kind=EVOLUTION) == []
 
 
-def test_a_tokenizer_whose_ids_mean_other_tokens_is_told_once(
+def test_tokenizers_are_compared_once_per_pair_of_bases(
     fleet: Fleet, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ):
     file = fleet.base("v2").path / "tokenizer.json"
@@ -147,8 +149,8 @@ def test_a_tokenizer_whose_ids_mean_other_tokens_is_told_once(
     assert len(opened) == 2, "two tokenizers, for three adapters"
 
 
-def test_where_nothing_is_reused_ids_may_mean_other_tokens(fleet: Fleet, registry: Registry):
-    """Training from scratch is what the error advises, so it has to be possible."""
+def test_for_scratch_alone_ids_may_mean_other_tokens(fleet: Fleet, registry: Registry):
+    """The error advises training from scratch, so it must be possible."""
     file = fleet.base("v2").path / "tokenizer.json"
     content = json.loads(file.read_text())
     vocab = content["model"]["vocab"]
@@ -162,7 +164,7 @@ def test_where_nothing_is_reused_ids_may_mean_other_tokens(fleet: Fleet, registr
 
 
 def test_special_tokens_may_get_new_names(fleet: Fleet, registry: Registry):
-    """As reserved ones do when a later version puts them to use."""
+    """Reserved tokens get names once a later version uses them."""
     file = fleet.base("v2").path / "tokenizer.json"
     file.write_text(file.read_text().replace("<pad>", "<tool>"))
     config = fleet.base("v2").path / "tokenizer_config.json"
@@ -197,7 +199,7 @@ def test_adapters_are_carried_over_to_a_base_with_more_tokens(tmp_path: Path, is
 
 
 def grow(folder: Path, tokens: list[str]) -> None:
-    """Adds tokens to a checkpoint's tokenizer, and rows at the end of its embeddings, tied or not."""
+    """Add tokens to a checkpoint's tokenizer, and rows at the end of its embeddings."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens(tokens)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -219,7 +221,7 @@ def grow(folder: Path, tokens: list[str]) -> None:
         ('{"prompt": "a", "completion": "b"}\n\n[1]\n', "train.jsonl:3: must be a JSON object"),
     ],
 )
-def test_bad_rows_fail_their_adapter_and_no_other(fleet: Fleet, registry: Registry, content: str, words: str):
+def test_bad_rows_fail_only_their_adapter(fleet: Fleet, registry: Registry, content: str, words: str):
     (fleet.folder / "busy" / "data" / "train.jsonl").write_text(content)
     by_name = {version.adapter: version for version in run(fleet, registry, local(fleet))}
     assert by_name["busy"].status is Status.FAILED
@@ -228,8 +230,8 @@ def test_bad_rows_fail_their_adapter_and_no_other(fleet: Fleet, registry: Regist
     assert registry.routes()["busy"].live.number == 1
 
 
-def test_losses_that_are_no_numbers_end_their_runs_and_not_the_campaign(fleet: Fleet, registry: Registry):
-    """All training diverges here: what is left are the starts, and every adapter has its turn."""
+def test_diverged_runs_do_not_end_the_campaign(fleet: Fleet, registry: Registry):
+    """All training diverges, so only the starts are left. Every adapter is still worked on."""
     train = replace(fleet.readapt.train, learning_rate=1e30, scratch_learning_rate=1e30)
     broken = replace(fleet, readapt=replace(fleet.readapt, train=train))
     settled = run(broken, registry, LocalExecutor(broken, lambda objective: try_points(objective, [COPY])))
@@ -238,7 +240,7 @@ def test_losses_that_are_no_numbers_end_their_runs_and_not_the_campaign(fleet: F
         json.dumps(version.details, allow_nan=False)
         is_good = version.quality >= version.details["reference_quality"] - fleet.readapt.gate.tolerance_points
         assert version.status is (Status.CANDIDATE if is_good else Status.REJECTED)
-        assert version.details["reference_quality"] > 85, "what diverges does not lower the gate"
+        assert version.details["reference_quality"] > 85, "a diverged run does not lower the gate"
         assert registry.routes()[version.adapter].live.number == 1
 
 
@@ -271,7 +273,7 @@ def test_a_full_disk_fails_the_adapter_and_leaves_nothing_behind(
     assert "No space left on device" in by_name["usual"].details["error"]
     assert by_name["usual"].blob_key is None
     assert registry.routes()["usual"].live.number == 1
-    assert not list(Path(fleet.blobs).glob(".*")), "no part of a file is left"
+    assert not list(Path(fleet.blobs).glob(".*")), "no partial file is left"
     full.clear()
     (again,) = run(fleet, registry)
-    assert (again.label, again.status) == ("usual@2", Status.CANDIDATE), "once there is room it is tried again"
+    assert (again.label, again.status) == ("usual@2", Status.CANDIDATE), "it is tried again"

@@ -1,4 +1,4 @@
-"""The campaign's state machine on a real registry, blob store and ladder; only Ray is away."""
+"""The campaign's state machine on a real registry, blob store and ladder, without Ray."""
 
 import json
 import os
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its ladder has the search, at which a test can stop the time."""
+    """Its ladder has the search rung, in which a test can pause."""
     folder = make_fleet(tmp_path_factory.mktemp("world")).folder
     with (folder / "fleet.toml").open("a") as file:
         file.write('\n[readapt.ladder]\nrungs = ["copy", "fused", "train", "scratch"]\n')
@@ -60,7 +60,7 @@ def corners(objective):
 
 
 class Scripted:
-    """An executor that does no work: `answer` gives each job's last report."""
+    """An executor that does no work: `answer` returns each job's last update."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -84,7 +84,7 @@ def campaign(fleet: Fleet, registry: Registry, executor=None, target: str = "v2"
     return Campaign(fleet, registry, open_blobs(fleet), target, executor, lease_s=lease_s, say=say)
 
 
-def test_every_adapter_is_carried_over_busiest_first(fleet: Fleet, registry: Registry):
+def test_every_adapter_is_carried_over_the_busiest_first(fleet: Fleet, registry: Registry):
     lines: list[str] = []
     settled = campaign(fleet, registry, say=lines.append).run()
     assert [version.label for version in settled] == ["busy@2", "usual@2", "calm@2"]
@@ -95,9 +95,9 @@ def test_every_adapter_is_carried_over_busiest_first(fleet: Fleet, registry: Reg
         assert version.content_hash == content_hash(blobs.fetch_folder(version.blob_key))
         shipped = load_adapter(blobs.fetch_folder(version.blob_key))
         assert shipped.max_rank > 0
-        assert shipped.base_model == str(fleet.base("v2").path), "its files name the base that it is for now"
+        assert shipped.base_model == str(fleet.base("v2").path), "its files name the new base"
         details = version.details
-        assert details["rung"] in ("fused", "short", "full", "scratch"), "the copy was to fail in this world"
+        assert details["rung"] in ("fused", "short", "full", "scratch"), "the copy fails in this world"
         assert details["copy_quality"] < version.quality
         assert version.quality >= details["reference_quality"] - 5.0
         assert len(details["golden"]) == fleet.rollout.golden_prompts
@@ -147,8 +147,8 @@ def test_an_adapter_of_another_shape_fails_with_both_shapes(fleet: Fleet, regist
     assert executor.jobs == ["busy", "usual", "calm"]
 
 
-def test_an_adapter_without_rows_fails_in_words(fleet: Fleet, registry: Registry):
-    """One that a client brought over HTTP, say. Rows that lie in the current folder are none of its business."""
+def test_an_adapter_without_rows_fails_with_a_clear_error(fleet: Fleet, registry: Registry):
+    """A client may have uploaded it over HTTP. Rows in the current folder are not its own."""
     key = registry.routes()["busy"].live.blob_key
     registry.add_adapter("brought", traffic=100.0)
     registry.add_version("brought", "v1", Status.LIVE, blob_key=key)
@@ -159,9 +159,9 @@ def test_an_adapter_without_rows_fails_in_words(fleet: Fleet, registry: Registry
     assert executor.jobs == ["busy", "usual", "calm"]
 
 
-def test_what_its_owner_has_replaced_is_not_carried_over_but_the_new_one_is(fleet: Fleet, registry: Registry):
+def test_a_replaced_live_version_is_not_carried_over_but_its_successor_is(fleet: Fleet, registry: Registry):
     def fail(job: AdapterJob) -> JobUpdate:
-        return JobFailure("the first campaign gets nowhere")
+        return JobFailure("the first campaign fails")
 
     campaign(fleet, registry, Scripted(fail)).run()
     old = registry.routes()["busy"].live
@@ -181,13 +181,13 @@ def test_what_its_owner_has_replaced_is_not_carried_over_but_the_new_one_is(flee
     assert campaign(fleet, registry, Scripted(keep)).run() == []
 
 
-def test_to_the_base_where_all_are_already_there_is_nothing_to_do(fleet: Fleet, registry: Registry):
+def test_adapters_already_on_the_target_are_left_alone(fleet: Fleet, registry: Registry):
     executor = Scripted(lambda job: climbed(fleet, job))
     assert campaign(fleet, registry, executor, target="v1").run() == []
     assert executor.jobs == []
 
 
-def test_a_store_that_refuses_one_adapter_fails_that_one_only(
+def test_an_adapter_that_cannot_be_stored_fails_alone(
     fleet: Fleet, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ):
     store = BlobStore.put_folder
@@ -209,7 +209,7 @@ def test_a_store_that_refuses_one_adapter_fails_that_one_only(
     assert "no space left" in registry.versions(adapter="usual", base="v2")[0].details["error"]
 
 
-def test_another_tokenizer_is_told(fleet: Fleet, registry: Registry):
+def test_a_changed_tokenizer_is_reported(fleet: Fleet, registry: Registry):
     file = fleet.base("v2").path / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     lines: list[str] = []
@@ -217,7 +217,7 @@ def test_another_tokenizer_is_told(fleet: Fleet, registry: Registry):
     assert any("another tokenizer: 0 tokens were added" in line for line in lines)
 
 
-def test_what_passes_no_gate_is_rejected_and_not_tried_again(fleet: Fleet, registry: Registry):
+def test_a_version_that_misses_the_gate_is_rejected_and_not_tried_again(fleet: Fleet, registry: Registry):
     settled = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=job.adapter != "busy"))).run()
     assert {v.adapter: v.status for v in settled} == {
         "busy": Status.REJECTED,
@@ -248,7 +248,7 @@ def test_an_interrupted_campaign_puts_its_adapters_back(fleet: Fleet, registry: 
     assert {version.status for version in registry.versions(base="v2")} == {Status.PLANNED}
 
 
-def test_campaigns_at_once_share_the_work(fleet: Fleet, registry: Registry):
+def test_concurrent_campaigns_share_the_work(fleet: Fleet, registry: Registry):
     def slowly(job: AdapterJob) -> JobUpdate:
         time.sleep(0.3)
         return climbed(fleet, job)
@@ -264,8 +264,8 @@ def test_campaigns_at_once_share_the_work(fleet: Fleet, registry: Registry):
     assert sorted(version.adapter for version in done) == ["busy", "calm", "usual"]
 
 
-def test_a_silent_owner_loses_its_adapter_and_a_living_one_does_not(fleet: Fleet, registry: Registry):
-    campaign(fleet, registry, Scripted(lambda job: JobFailure("made the versions"))).run()
+def test_a_dead_campaign_loses_its_adapter_and_a_living_one_does_not(fleet: Fleet, registry: Registry):
+    campaign(fleet, registry, Scripted(lambda job: JobFailure("only to make the versions"))).run()
     busy, usual, _ = sorted(registry.versions(base="v2"), key=lambda version: version.adapter)[:3]
     for version, owner in ((busy, "dead"), (usual, "alive")):
         registry.move(version.id, Status.FAILED, Status.PLANNED)
@@ -284,7 +284,7 @@ def test_a_silent_owner_loses_its_adapter_and_a_living_one_does_not(fleet: Fleet
     threading.Thread(target=live_for_a_while).start()
     executor = Scripted(lambda job: climbed(fleet, job))
     campaign(fleet, registry, executor, lease_s=0.6).run()
-    assert over.is_set(), "it waited for the living owner to settle its adapter"
+    assert over.is_set(), "it waited for the living campaign to settle its adapter"
     assert registry.version(busy.id).status is Status.CANDIDATE
     assert executor.jobs.count(busy.adapter) == 1
 
@@ -305,7 +305,7 @@ searches = []
 def search(objective):
     searches.append(objective)
     if len(searches) == 2:
-        print("IN THE AIR", flush=True)
+        print("SEARCHING", flush=True)
         time.sleep(600)
     return try_points(objective, CORNERS)
 
@@ -314,11 +314,11 @@ Campaign(fleet, open_registry(fleet), open_blobs(fleet), "v2", executor, lease_s
 """
 
 
-def test_a_campaign_killed_in_the_air_is_resumed_without_doing_anything_twice(fleet: Fleet, registry: Registry):
+def test_a_killed_campaign_is_resumed_and_repeats_nothing_settled(fleet: Fleet, registry: Registry):
     command = [sys.executable, "-c", VICTIM, str(fleet.folder / "fleet.toml")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as victim:
         assert victim.stdout is not None
-        assert any("IN THE AIR" in line for line in victim.stdout)
+        assert any("SEARCHING" in line for line in victim.stdout)
         os.kill(victim.pid, signal.SIGKILL)
     before = {version.adapter: version for version in registry.versions(base="v2")}
     assert {name: version.status for name, version in before.items()} == {
@@ -330,7 +330,7 @@ def test_a_campaign_killed_in_the_air_is_resumed_without_doing_anything_twice(fl
     assert [version.adapter for version in settled] == ["calm", "usual"]
     after = {version.adapter: version for version in registry.versions(base="v2")}
     assert len(registry.versions(base="v2")) == 3, "no duplicates"
-    assert after["busy"] == before["busy"], "what was done is not touched"
+    assert after["busy"] == before["busy"], "settled versions stay as they are"
     assert {version.status for version in after.values()} == {Status.CANDIDATE}
     assert after["usual"].id == before["usual"].id
     assert len(registry.events(kind=EVOLUTION)) == 1
@@ -340,7 +340,7 @@ def test_a_campaign_killed_in_the_air_is_resumed_without_doing_anything_twice(fl
 
 
 def with_stage(fleet: Fleet, registry: Registry, adapter: str, learned: str) -> Path:
-    """A live version that has learned the classes of another's task, as `relora continual` writes it down."""
+    """Make a live version that has learned another task's classes, as `relora continual` records it."""
     first = registry.routes()[adapter].live
     stages = [
         {"name": name, "data": str(fleet.folder / of / "data")} for name, of in (("start", adapter), ("more", learned))
@@ -353,8 +353,8 @@ def with_stage(fleet: Fleet, registry: Registry, adapter: str, learned: str) -> 
     return fleet.folder / learned / "data"
 
 
-def test_what_an_adapter_has_learned_in_stages_is_carried_over_with_it(fleet: Fleet, registry: Registry):
-    """Judged on the rows of all, it needs the classes of all; by its first task alone it would lose those of later."""
+def test_an_adapter_is_carried_over_with_all_its_stages(fleet: Fleet, registry: Registry):
+    """It is evaluated on the rows of all stages. On its first task alone it could lose the later ones unnoticed."""
     more = with_stage(fleet, registry, "usual", learned="calm")
     jobs: list[AdapterJob] = []
 
@@ -371,7 +371,7 @@ def test_what_an_adapter_has_learned_in_stages_is_carried_over_with_it(fleet: Fl
     assert "stages" not in carried["busy"]
 
 
-def test_rows_of_a_stage_that_are_gone_or_malformed_fail_the_adapter_by_name(fleet: Fleet, registry: Registry):
+def test_missing_or_malformed_rows_of_a_stage_fail_the_adapter_and_are_named(fleet: Fleet, registry: Registry):
     more = with_stage(fleet, registry, "usual", learned="calm")
     (more / "valid.jsonl").write_text("{oops\n")
     only_usual = {"busy", "calm"}
@@ -385,7 +385,7 @@ def test_rows_of_a_stage_that_are_gone_or_malformed_fail_the_adapter_by_name(fle
     assert f"InvalidDataError: {more}: no such folder; usual@2 was trained on its rows" in gone.details["error"]
 
 
-def test_a_campaign_that_is_stopped_puts_back_what_is_in_the_air(fleet: Fleet, registry: Registry):
+def test_a_stopped_campaign_puts_its_adapters_back(fleet: Fleet, registry: Registry):
     begun = threading.Event()
 
     class Endless(Scripted):
@@ -407,11 +407,11 @@ def test_a_campaign_that_is_stopped_puts_back_what_is_in_the_air(fleet: Fleet, r
     assert registry.events(kind="campaign_finished") == []
 
 
-def test_what_is_rejected_says_why(fleet: Fleet, registry: Registry):
+def test_a_rejected_version_says_why(fleet: Fleet, registry: Registry):
     version, *_ = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=False))).run()
     assert version.setback == "it reached 50.0 points at rung copy; the gate asks for 90.0 less its tolerance"
 
 
-def test_details_hold_no_infinity():
+def test_details_contain_no_infinity():
     details = jsonable({"loss": float("inf"), "trials": ({"loss": float("nan")}, {"loss": 0.5})})
     assert json.dumps(details, allow_nan=False) == '{"loss": null, "trials": [{"loss": null}, {"loss": 0.5}]}'

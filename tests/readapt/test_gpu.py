@@ -1,4 +1,4 @@
-"""What re-adaptation computes in closed form, on a real GPU against the CPU."""
+"""The closed-form parts of re-adaptation, on a real GPU compared with the CPU."""
 
 from pathlib import Path
 

@@ -72,7 +72,7 @@ def gate_quality(world: World, new: Path, adapter: Adapter) -> float:
     return judge(load_base(new), adapter, world.encoder, gate_rows, "exact_match").quality
 
 
-def test_unchanged_base_keeps_the_copy(world: World) -> None:
+def test_an_unchanged_base_keeps_the_copy(world: World) -> None:
     outcome = climb(world, world.base, search=refuse_search)
     assert (outcome.rung, outcome.accepted, outcome.alpha, outcome.beta) == ("copy", True, 1.0, 0.0)
     assert outcome.quality == outcome.copy_quality > 90
@@ -80,7 +80,7 @@ def test_unchanged_base_keeps_the_copy(world: World) -> None:
     assert outcome.adapter is world.specialist
 
 
-def test_low_rank_change_is_undone_by_fusion_without_training(world: World, tmp_path: Path) -> None:
+def test_fusion_undoes_a_low_rank_change_without_training(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     outcome = climb(world, new)
     assert (outcome.rung, outcome.accepted, outcome.alpha, outcome.beta) == ("fused", True, 1.0, -1.0)
@@ -89,7 +89,7 @@ def test_low_rank_change_is_undone_by_fusion_without_training(world: World, tmp_
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
 
 
-def test_change_out_of_fusions_reach_takes_training(world: World, tmp_path: Path) -> None:
+def test_a_change_that_fusion_cannot_undo_takes_training(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     seen: list[tuple[str, CurvePoint]] = []
     outcome = climb(world, new, report=lambda rung, point: seen.append((rung, point)))
@@ -105,7 +105,7 @@ def test_change_out_of_fusions_reach_takes_training(world: World, tmp_path: Path
     assert all(a.seconds > 0 for a in outcome.attempts)
 
 
-def test_short_ends_where_full_begins(world: World, tmp_path: Path) -> None:
+def test_steps_after_short_steps_count_as_full(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     never = replace(CONFIG, train=replace(TRAIN, short_steps=20, full_steps=40, scratch_steps=20))
     outcome = climb(world, new, never, reference=200.0)
@@ -113,7 +113,7 @@ def test_short_ends_where_full_begins(world: World, tmp_path: Path) -> None:
     assert steps == {"copy": [0], "fused": [0], "short": [20], "full": [40], "scratch": [0, 20]}
 
 
-def test_unreachable_gate_falls_to_what_scratch_reaches(world: World, tmp_path: Path) -> None:
+def test_an_unreachable_gate_is_lowered_to_what_scratch_reaches(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     lenient = GateConfig(tolerance_points=2.0, max_drop_points=200.0)
     few = replace(CONFIG, train=replace(TRAIN, full_steps=20, scratch_steps=20), gate=lenient)
@@ -124,8 +124,8 @@ def test_unreachable_gate_falls_to_what_scratch_reaches(world: World, tmp_path: 
     assert outcome.rung != "scratch", "the undone adapter is better than 20 steps from scratch"
 
 
-def test_a_gate_falls_no_further_than_its_floor(world: World, tmp_path: Path) -> None:
-    """Scratch training of a few steps reaches next to nothing: that is no reason to ship next to nothing."""
+def test_a_gate_is_not_lowered_below_its_floor(world: World, tmp_path: Path) -> None:
+    """A few steps of scratch training reach almost nothing. That must not let almost nothing ship."""
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     few = replace(CONFIG, train=replace(TRAIN, full_steps=1, scratch_steps=1, learning_rate=1e-9))
     outcome = climb(world, new, few)
@@ -134,7 +134,7 @@ def test_a_gate_falls_no_further_than_its_floor(world: World, tmp_path: Path) ->
     assert outcome.reference == 100.0 - CONFIG.gate.max_drop_points
 
 
-def test_transplant_passes_without_a_step(world: World, tmp_path: Path) -> None:
+def test_a_transplant_passes_without_training(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     config = replace(CONFIG, ladder=LadderConfig(copy_cosine=0.9))
     outcome = climb(world, new, config, search=refuse_search)
@@ -147,23 +147,25 @@ def test_transplant_passes_without_a_step(world: World, tmp_path: Path) -> None:
     assert outcome.ready.seconds >= sum(a.seconds for a in outcome.attempts)
 
 
-def test_where_bases_have_moved_apart_the_transplant_comes_before_the_copy(world: World, tmp_path: Path) -> None:
+def test_if_the_bases_moved_apart_the_transplant_comes_before_the_copy(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     outcome = climb(world, new, only("copy", "transplant"))
     assert [a.rung for a in outcome.attempts] == ["transplant"]
     outcome = climb(world, new, only("copy", "transplant"), reference=200.0)
     assert [a.rung for a in outcome.attempts] == ["transplant", "wide", "copy"], (
-        "which misses by far, so a wide one too"
+        "the transplant misses by far, so a wide one follows"
     )
 
 
-def test_a_budget_is_used_up_and_readiness_noted_on_the_way(world: World, tmp_path: Path) -> None:
+def test_a_budget_is_used_up_and_the_first_pass_is_recorded(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     ladder = LadderConfig(rungs=("copy", "fused", "train", "scratch"), stop="budget")
     outcome = climb(world, new, replace(CONFIG, ladder=ladder))
     assert outcome.ready is not None
     assert outcome.ready.rung == "fused"
-    assert [a.rung for a in outcome.attempts] == ["copy", "fused", "full"], "ready, so no scratch, and seldom evaluated"
+    assert [a.rung for a in outcome.attempts] == ["copy", "fused", "full"], (
+        "it is ready, so there is no scratch and few evaluations"
+    )
     assert outcome.attempts[-1].curve[-1].step == TRAIN.full_steps
     assert outcome.quality >= outcome.ready.quality
     alone = climb(world, new, replace(CONFIG, ladder=replace(ladder, rungs=("scratch",))))
@@ -179,7 +181,7 @@ def test_unrelated_bases_go_straight_to_scratch(world: World, tmp_path: Path) ->
     assert [a.rung for a in outcome.attempts] == ["scratch"]
 
 
-def test_scratch_ships_where_the_old_adapter_is_worthless(world: World) -> None:
+def test_scratch_ships_if_the_old_adapter_is_worthless(world: World) -> None:
     worthless = blank_like(world.specialist, seed=3)
     start = replace(CONFIG, train=replace(TRAIN, full_steps=20, learning_rate=1e-9))
     outcome = climb(world, world.base, start, old=worthless)
@@ -187,8 +189,8 @@ def test_scratch_ships_where_the_old_adapter_is_worthless(world: World) -> None:
     assert outcome.quality >= outcome.reference - 2.0 > 90
 
 
-def test_broken_training_is_not_accepted_and_costs_nothing_that_was_reached(world: World, tmp_path: Path) -> None:
-    """Training that breaks down on every rung leaves the better of copy and fused start, not to be shipped."""
+def test_diverged_training_leaves_the_starts(world: World, tmp_path: Path) -> None:
+    """If all training diverges, the better of copy and fused start is returned, but not accepted."""
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     wild = replace(CONFIG, train=replace(TRAIN, learning_rate=1e30, scratch_learning_rate=1e30))
     outcome = climb(world, new, wild)
@@ -204,7 +206,7 @@ def only(*rungs: str, config: ReadaptConfig = CONFIG, **train: object) -> Readap
     return replace(config, ladder=ladder, train=replace(config.train, **train))
 
 
-def test_a_climb_without_any_adapter_says_why(world: World) -> None:
+def test_a_climb_without_any_adapter_raises_the_last_error(world: World) -> None:
     with pytest.raises(TrainingError, match="no rung of the ladder led to an adapter: the loss became"):
         climb(world, world.base, only("scratch", scratch_learning_rate=1e30))
 
@@ -213,7 +215,7 @@ def no_trials(objective: FusionObjective) -> SearchResult:
     raise TrainingError("no trial could be carried out")
 
 
-def test_a_start_that_cannot_be_made_leaves_the_other_rungs(world: World) -> None:
+def test_a_failed_start_does_not_stop_the_other_rungs(world: World) -> None:
     outcome = climb(world, world.base, only("fused", "copy"), search=no_trials)
     assert (outcome.rung, outcome.accepted) == ("copy", True)
     failed, copy = outcome.attempts
@@ -224,7 +226,7 @@ def test_a_start_that_cannot_be_made_leaves_the_other_rungs(world: World) -> Non
         climb(world, world.base, only("fused", "train"), search=no_trials)
 
 
-def test_models_that_the_transplant_does_not_know_are_trained_all_the_same(
+def test_a_model_of_an_unknown_family_is_trained_instead_of_transplanted(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
@@ -236,7 +238,7 @@ def test_models_that_the_transplant_does_not_know_are_trained_all_the_same(
     assert outcome.rung == "scratch"
 
 
-def test_where_the_old_base_reads_no_row_there_is_no_transplant(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_old_base_can_read_no_row_there_is_no_transplant(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starts_module, "calibration_rows", lambda rows, vocab_size, num_tokens: [])
     outcome = climb(world, world.base, only("transplant", "copy"))
     assert [(a.rung, a.quality > 0) for a in outcome.attempts] == [("transplant", False), ("copy", True)]
@@ -251,10 +253,10 @@ def test_where_the_old_base_reads_no_row_there_is_no_transplant(world: World, mo
         (("copy", "train", "scratch"), "budget", False),
     ],
 )
-def test_a_run_is_dropped_only_for_scratch_training(
+def test_a_run_is_dropped_only_if_scratch_training_follows(
     world: World, rungs: tuple[str, ...], stop: str, is_dropped: bool
 ) -> None:
-    """A start that no step makes better: the gate is out of reach, the learning rate next to nothing."""
+    """No step improves the start: the learning rate is almost zero, and the gate is out of reach."""
     config = only(*rungs, learning_rate=1e-12, short_steps=20, full_steps=60, scratch_steps=1)
     config = replace(config, ladder=replace(config.ladder, stop=stop))
     outcome = climb(world, world.base, config, reference=200.0)
@@ -289,7 +291,7 @@ def test_a_start_whose_loss_is_not_a_number_is_not_the_best(world: World) -> Non
     assert outcome.quality > 50
 
 
-def test_the_least_energy_of_a_transplant_is_told(world: World, tmp_path: Path) -> None:
+def test_a_transplants_attempt_has_its_least_energy(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     energies = []
     for rank in (8, 32):
@@ -301,7 +303,7 @@ def test_the_least_energy_of_a_transplant_is_told(world: World, tmp_path: Path) 
     assert 0 < energies[0] < energies[1] <= 1 + 1e-6
 
 
-def test_a_dora_climbs_too(world: World) -> None:
+def test_a_dora_can_climb(world: World) -> None:
     norms = row_norms(load_base(world.base), world.specialist.factors)
     factors = {n: replace(f, magnitude_F=norms[n]) for n, f in world.specialist.factors.items()}
     dora = replace(world.specialist, factors=factors)
@@ -314,11 +316,11 @@ def test_a_dora_climbs_too(world: World) -> None:
     assert all(a.error is None for a in outcome.attempts)
 
 
-def test_what_was_seen_on_all_rows_is_not_evaluated_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a gate of its own an evaluator is never content with some of the rows."""
+def test_a_complete_evaluation_is_not_repeated(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluator gets no gate here, so that its evaluations never end early."""
 
     def refuse(evaluator: Evaluator) -> None:
-        raise AssertionError("this is known")
+        raise AssertionError("all rows were seen already")
 
     monkeypatch.setattr(ladder_module, "Evaluator", lambda *args, **options: Evaluator(*args))
     monkeypatch.setattr(Evaluator, "complete", refuse)
@@ -327,7 +329,7 @@ def test_what_was_seen_on_all_rows_is_not_evaluated_again(world: World, monkeypa
     assert outcome.quality == gate_quality(world, world.base, world.specialist)
 
 
-def test_a_good_start_survives_a_run_that_breaks_down(world: World, tmp_path: Path) -> None:
+def test_a_good_start_survives_a_diverged_run(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     wild = replace(CONFIG, train=replace(TRAIN, learning_rate=1e30, scratch_learning_rate=1e30))
     outcome = climb(world, new, wild, reference=200.0)
@@ -336,8 +338,8 @@ def test_a_good_start_survives_a_run_that_breaks_down(world: World, tmp_path: Pa
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
 
 
-def test_search_and_gate_do_not_share_rows_and_tests_are_not_touched(world: World, tmp_path: Path) -> None:
-    """A world whose test rows cannot even be encoded, and a search that sees which rows it got."""
+def test_search_and_gate_share_no_rows_and_test_rows_are_not_read(world: World, tmp_path: Path) -> None:
+    """The test rows cannot even be encoded, and the search shows which rows it got."""
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     poisoned = replace(world, task=replace(world.task, test=[replace(world.task.test[0], completion="x" * 999)]))
     model = load_base(new)
@@ -354,7 +356,7 @@ def test_search_and_gate_do_not_share_rows_and_tests_are_not_touched(world: Worl
     assert searched == [pytest.approx(expected, rel=1e-5)]
 
 
-def test_model_is_bare_after_the_climb(world: World, tmp_path: Path) -> None:
+def test_the_model_is_bare_after_the_climb(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     model = load_base(new)
     bare = logits(model)
@@ -362,7 +364,7 @@ def test_model_is_bare_after_the_climb(world: World, tmp_path: Path) -> None:
     assert torch.equal(logits(model), bare)
 
 
-def test_train_scratch_alone_reaches_the_gate(world: World) -> None:
+def test_train_scratch_reaches_a_gate(world: World) -> None:
     model = load_base(world.base)
     bare = logits(model)
     evaluate = Evaluator(model, world.encoder, world.task.valid, "exact_match")
@@ -382,7 +384,7 @@ def test_train_scratch_alone_reaches_the_gate(world: World) -> None:
 
 
 def test_anchors(world: World) -> None:
-    """The old adapter as an anchor: the same function, laid out as the start, whatever its rank and scaling were."""
+    """The old adapter as an anchor is the same function with the layout of the start, whatever its rank and scaling."""
     name, factors = next(iter(world.specialist.factors.items()))
     q, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
     start = Adapter({name: factors})
@@ -411,4 +413,4 @@ def test_training_with_each_anchor(world: World, tmp_path: Path) -> None:
         few = replace(CONFIG, train=replace(TRAIN, full_steps=20, scratch_steps=20, anchor=anchor, pull_strong=0.1))
         outcome = climb(world, new, few, reference=200.0, search=copy_search)
         losses[anchor] = next(a for a in outcome.attempts if a.rung == "short").curve[-1].loss
-    assert losses["old"] < losses["zero"], "a pull to nothing holds training back"
+    assert losses["old"] < losses["zero"], "a pull to zero slows training down"

@@ -38,7 +38,7 @@ def cluster():
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Fleet:
-    """Whose ladder searches: the rungs of the paper's method."""
+    """A fleet whose ladder has the search rung."""
     fleet = make_fleet(tmp_path)
     ladder = replace(fleet.readapt.ladder, rungs=("copy", "fused", "train", "scratch"))
     return replace(fleet, readapt=replace(fleet.readapt, ladder=ladder))
@@ -49,7 +49,7 @@ def make_job(version_id: int) -> AdapterJob:
 
 
 @pytest.mark.ray
-def test_a_campaign_on_ray_end_to_end_while_a_worker_is_killed(cluster: LocalCluster, fleet: Fleet):
+def test_a_campaign_on_ray_survives_a_killed_worker(cluster: LocalCluster, fleet: Fleet):
     valid = fleet.folder / "usual" / "data" / "valid.jsonl"
     valid.write_text((valid.read_text() + "\n") * 150)  # a second for each evaluation: time to be killed in
     registry = registered(fleet)
@@ -73,7 +73,7 @@ def test_a_campaign_on_ray_end_to_end_while_a_worker_is_killed(cluster: LocalClu
         _check_search(fleet, version)
     begun = [e.adapter for e in registry.events(kind="rung") if e.details["rung"] == "copy"]
     assert begun.count("busy") == 1
-    assert begun.count("usual") == 2, "the job in the air was done again"
+    assert begun.count("usual") == 2, "the interrupted job was done again"
     registry.close()
 
 
@@ -84,7 +84,7 @@ def _train_workers(cluster: LocalCluster) -> list[psutil.Process]:
 
 
 def _check_search(fleet: Fleet, version: Version) -> None:
-    """The trials are those of a search in this process, with the losses that they have here; the best was taken."""
+    """Check that trials and losses equal those of a search in this process, and that the best was taken."""
     config = fleet.readapt.search
     losses = {(t["point"]["alpha"], t["point"]["beta"]): t["loss"] for t in version.details["search"]}
     assert len(losses) == config.trials
@@ -103,8 +103,8 @@ def _search_here(fleet: Fleet, version: Version) -> SearchResult:
     return find(FusionObjective(model, task, evolution, rows, encoder, fleet.readapt.search))
 
 
-def test_a_service_that_ends_while_it_is_needed_is_an_error():
-    """Else the campaign would wait for ever for what it was to deliver."""
+def test_a_service_that_ends_too_early_is_an_error():
+    """Otherwise the campaign would wait forever for its results."""
     ended = _Service("the search", lambda: None)
     ended.join()
     with pytest.raises(TrainingError, match="the search ended before"):
@@ -129,10 +129,10 @@ def test_a_service_that_ends_while_it_is_needed_is_an_error():
         (("copy", "fused"), {"CPU": 2.5, "GPU": 3.0}, None),
     ],
 )
-def test_a_cluster_that_cannot_hold_workers_and_search_is_told_at_once(
+def test_a_cluster_too_small_for_workers_and_search_is_refused_at_once(
     rungs: tuple[str, ...], cluster: dict[str, float], words: str | None
 ):
-    """Else the search would wait for ever for the GPU of a worker that waits for the search."""
+    """Otherwise the search would wait forever for the GPU of a worker that waits for the search."""
     config = ReadaptConfig(ladder=LadderConfig(rungs=rungs), workers=WorkersConfig(num_workers=2, gpus_per_worker=1.0))
     if words is None:
         check_room(config, cluster)
@@ -141,7 +141,7 @@ def test_a_cluster_that_cannot_hold_workers_and_search_is_told_at_once(
         check_room(config, cluster)
 
 
-# The queue and the fleet's search need no Ray to be tested.
+# The queue and the search rounds need no Ray.
 
 
 async def taken(queue: JobQueue, worker: int, life: int) -> int | None:
@@ -163,7 +163,7 @@ async def filled(*version_ids: int) -> JobQueue:
     return queue
 
 
-async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothing_can_come_back():
+async def test_jobs_are_taken_in_order_until_the_queue_is_closed_and_none_is_held():
     queue = await filled(7, 5)
     await queue.close()
     lives = [await queue.enter(0), await queue.enter(1)]
@@ -176,7 +176,7 @@ async def test_jobs_are_handed_out_in_order_until_the_queue_is_closed_and_nothin
     assert await queue.updates(0.01) == []
 
 
-async def test_a_dead_workers_job_goes_to_its_successor_until_it_has_killed_too_many():
+async def test_a_dead_workers_job_goes_to_its_successor_up_to_a_number_of_crashes():
     queue = await filled(7, 8)
     for _ in range(MAX_CRASHES_PER_JOB):
         assert await taken(queue, 0, await queue.enter(0)) == 7
@@ -197,21 +197,21 @@ async def test_a_dead_worker_that_was_waiting_gets_no_job():
     assert await dead is None
     assert (await successor).version_id == 7
     await queue.add(make_job(8))
-    assert await taken(queue, 0, first) is None, "a call that was on its way when its worker died"
+    assert await taken(queue, 0, first) is None, "the call was under way when its worker died"
 
 
-async def test_the_late_last_word_of_a_dead_worker_does_not_end_its_successors_job():
+async def test_a_late_update_of_a_dead_worker_does_not_end_its_successors_job():
     queue = await filled(7, 8)
     await taken(queue, 0, await queue.enter(0))
     for expected in (7, 8):
         life = await queue.enter(0)
         assert await taken(queue, 0, life) == expected
-        await queue.update(0, 7, JobFailure("by the first, then by the second, late"))
-    assert await taken(queue, 0, await queue.enter(0)) == 8, "it was still held, so it comes back"
+        await queue.update(0, 7, JobFailure("a late update"))
+    assert await taken(queue, 0, await queue.enter(0)) == 8, "it was still held, so it is queued again"
 
 
-async def test_jobs_that_a_worker_died_with_are_tried_alone_and_only_the_guilty_one_is_given_up():
-    """Job 8 kills any worker; 7 and 9 only shared one with it, and go with others again once they are through."""
+async def test_a_dead_workers_jobs_are_retried_alone_and_only_the_cause_is_given_up():
+    """Job 8 kills any worker; 7 and 9 only shared one with it. Later jobs share a worker again."""
     queue = await filled(7, 8, 9, 5, 6)
     life = await queue.enter(0)
     assert [await taken(queue, 0, life) for _ in range(3)] == [7, 8, 9]
@@ -230,7 +230,7 @@ async def test_jobs_that_a_worker_died_with_are_tried_alone_and_only_the_guilty_
     assert {version_id for version_id, error in failed.items() if "died" in error} == {8}
 
 
-async def test_a_suspect_waits_for_a_worker_without_jobs_and_who_takes_it_clears_the_way_for_the_others():
+async def test_a_suspect_waits_for_an_idle_worker_and_then_lets_the_next_jobs_pass():
     queue = await filled(7, 8, 9)
     lives = [await queue.enter(0), await queue.enter(1)]
     assert [await taken(queue, worker, lives[worker]) for worker in (0, 1)] == [7, 8]
@@ -240,7 +240,7 @@ async def test_a_suspect_waits_for_a_worker_without_jobs_and_who_takes_it_clears
     assert (await full).version_id == 9
 
 
-async def test_workers_that_ask_for_one_job_at_a_time_share_them_out():
+async def test_workers_share_jobs_evenly():
     queue = JobQueue()
     lives = [await queue.enter(0), await queue.enter(1)]
     asked = [await waiting_for(queue, worker, lives[worker]) for worker in (0, 1)]
@@ -253,7 +253,7 @@ async def test_workers_that_ask_for_one_job_at_a_time_share_them_out():
         task.cancel()
 
 
-async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_job():
+async def test_a_worker_waits_for_its_own_search_and_a_rung_does_not_end_a_job():
     queue = await filled(7)
     await queue.close()
     await taken(queue, 0, await queue.enter(0))
@@ -265,12 +265,12 @@ async def test_a_worker_waits_for_its_own_search_and_a_rung_is_not_the_end_of_a_
     assert await queue.wanted() == [(7, ("mlp",))]
     await queue.set_found(7, "nothing found")
     assert await waiting == await queue.found(7, ("mlp",)) == "nothing found"
-    assert await queue.wanted() == [], "it is searched once"
-    assert await taken(queue, 0, await queue.enter(0)) == 7, "still held, so it is taken up again"
+    assert await queue.wanted() == [], "each search runs once"
+    assert await taken(queue, 0, await queue.enter(0)) == 7, "it was still held, so it is queued again"
 
 
 def play(search: SearchRounds, *names: str) -> list[tuple[int, int] | None]:
-    """Plays Tune, which asks for trials: whose round each is, and how many candidates it has."""
+    """Begin rounds with these ids; return the adapter and the number of candidates of each."""
     asked = [search.begin(name) for name in names]
     return [(found.version_id, len(found.points)) if found is not None else None for found in asked]
 
@@ -280,7 +280,7 @@ def end(search: SearchRounds, **num_points: int) -> None:
         search.end(name, [1.0] * number)
 
 
-def test_the_search_serves_adapters_in_turn_when_they_are_wanted():
+def test_rounds_serve_adapters_in_the_order_they_were_added():
     results: dict[int, SearchResult | str] = {}
     search = SearchRounds(SearchConfig(trials=12, batch=8), results.__setitem__)
     assert play(search, "idle") == [None]
@@ -294,7 +294,7 @@ def test_the_search_serves_adapters_in_turn_when_they_are_wanted():
     assert all(isinstance(found, SearchResult) and len(found.trials) == 12 for found in results.values())
 
 
-def test_tune_is_told_the_rounds_and_their_end():
+def test_tune_gets_the_rounds_and_their_end():
     results: dict[int, SearchResult | str] = {}
     rounds = SearchRounds(SearchConfig(trials=3), results.__setitem__)
     searcher = RoundSearcher(rounds)
@@ -308,7 +308,7 @@ def test_tune_is_told_the_rounds_and_their_end():
     assert searcher.suggest("over") == "FINISHED"
 
 
-def test_the_actors_begin_with_an_empty_round_for_the_first_adapter():
+def test_the_first_rounds_are_empty_and_load_the_base():
     search = SearchRounds(SearchConfig(concurrency=2), lambda version_id, found: None)
     search.warm_up(7)
     search.warm_up(8)
@@ -317,7 +317,7 @@ def test_the_actors_begin_with_an_empty_round_for_the_first_adapter():
     assert play(search, "d") == [None]
 
 
-def test_rounds_side_by_side_are_of_different_adapters_where_there_are_some():
+def test_concurrent_rounds_are_of_different_adapters_if_possible():
     search = SearchRounds(SearchConfig(trials=24, batch=8, concurrency=3), lambda version_id, found: None)
     search.add(3)
     search.add(2)
@@ -327,10 +327,10 @@ def test_rounds_side_by_side_are_of_different_adapters_where_there_are_some():
     assert play(search, "e") == [(2, 8)]
 
 
-def test_a_search_without_any_result_says_so():
+def test_a_search_without_any_result_reports_an_error():
     results: dict[int, SearchResult | str] = {}
     search = SearchRounds(SearchConfig(trials=3), results.__setitem__)
     search.add(3)
     assert play(search, "a") == [(3, 3)]
     search.end("a", None)
-    assert "no trial" in results[3]
+    assert "has no result: every round of candidates failed" in results[3]

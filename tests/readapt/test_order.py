@@ -1,4 +1,4 @@
-"""The order of a fleet's upgrade and the figure that it is to make small."""
+"""The order of a fleet's upgrade, and the unready traffic that it minimises."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from readapt.campaign.order import ASSESSED, expected_seconds, in_order, unready
 
 
 class Clock:
-    """A registry's clock that is set by hand."""
+    """A clock for the registry, set by hand."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -55,7 +55,7 @@ def version(name: str) -> Version:
 
 
 def cost(order: list[str], traffic: dict[str, float], seconds: dict[str, float]) -> float:
-    """The unready-traffic integral of one worker that takes them in this order."""
+    """Return the unready-traffic integral of one worker that takes the jobs in this order."""
     now_s, total = 0.0, 0.0
     for name in order:
         now_s += seconds[name]
@@ -65,7 +65,7 @@ def cost(order: list[str], traffic: dict[str, float], seconds: dict[str, float])
 
 @settings(max_examples=60, deadline=None)
 @given(jobs=st.lists(st.tuples(st.floats(0, 50), st.floats(0.1, 50)), min_size=1, max_size=6))
-def test_no_order_leaves_less_traffic_unready(jobs: list[tuple[float, float]]) -> None:
+def test_no_other_order_leaves_less_traffic_unready(jobs: list[tuple[float, float]]) -> None:
     names = [f"a{index}" for index in range(len(jobs))]
     traffic = {name: weight for name, (weight, _) in zip(names, jobs, strict=True)}
     seconds = {name: time for name, (_, time) in zip(names, jobs, strict=True)}
@@ -79,7 +79,7 @@ def test_a_short_adapter_goes_before_a_busier_long_one(registry: Registry) -> No
     assert [v.adapter for v in found] == ["usual", "busy"]
 
 
-def test_seconds_come_from_the_assessment_else_from_the_last_time_else_from_the_others(registry: Registry) -> None:
+def test_expected_seconds_come_from_the_assessment_the_last_upgrade_or_the_median(registry: Registry) -> None:
     first = planned(registry)
     settle(registry, first["busy"], Status.REJECTED, seconds={"total": 40.0})
     settle(registry, first["usual"], Status.REJECTED, seconds={"total": 10.0})
@@ -90,7 +90,7 @@ def test_seconds_come_from_the_assessment_else_from_the_last_time_else_from_the_
     assert expected_seconds(registry, again.values()) == {"busy": 40.0, "usual": 70.0, "calm": 55.0}
 
 
-def test_without_any_knowledge_all_take_the_same_and_traffic_decides(registry: Registry) -> None:
+def test_without_any_estimates_traffic_decides(registry: Registry) -> None:
     versions = planned(registry).values()
     seconds = expected_seconds(registry, versions)
     assert set(seconds.values()) == {1.0}
@@ -112,8 +112,8 @@ def test_the_integral_counts_from_planning_to_candidate_or_to_the_end(registry: 
     assert unready_traffic(registry, "v3").integral == 0.0
 
 
-def test_what_comes_after_the_settling_does_not_count(registry: Registry, clock: Clock) -> None:
-    """Neither the move of the traffic, nor a second version of the same adapter."""
+def test_nothing_counts_after_a_version_is_settled(registry: Registry, clock: Clock) -> None:
+    """Neither the rollout nor a second version of the same adapter counts."""
     versions = planned(registry)
     clock.now_s = 103.0
     settle(registry, versions["busy"], Status.CANDIDATE)
@@ -126,6 +126,6 @@ def test_what_comes_after_the_settling_does_not_count(registry: Registry, clock:
     assert unready_traffic(registry, "v2") == found
 
 
-def test_ids_of_versions_do_not_matter(registry: Registry) -> None:
+def test_version_ids_do_not_affect_the_order(registry: Registry) -> None:
     one, other = version("usual"), replace(version("busy"), id=7)
     assert in_order([one, other], {"busy": 1.0, "usual": 1.0}, {"busy": 1.0, "usual": 1.0}) == [other, one]

@@ -43,8 +43,8 @@ def test_sorted_prompts_are_shuffled_before_they_are_split(world: World) -> None
     assert len({len(row.prompt) for row in task.valid}) > 2, "all lengths"
 
 
-def test_an_answer_that_is_cut_off_is_left_out_however_it_reads(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for three tokens, "red" has no end; and the text of a cut answer may have fewer tokens than it took."""
+def test_answers_that_do_not_end_are_left_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for three tokens "red" does not end. The text of a cut answer may have fewer tokens than were made."""
     model, prompts = load_base(world.base), ["1a=", "2b="]
     assert len(answered(model, world.specialist, world.encoder, prompts)) == 2
     short = Encoder(world.encoder.tokenizer, world.encoder.eos_id, max_tokens=6)
@@ -52,14 +52,14 @@ def test_an_answer_that_is_cut_off_is_left_out_however_it_reads(world: World, mo
     assert answered(model, world.specialist, short, prompts) == []
 
 
-def test_too_long_prompts_are_told_as_such(world: World) -> None:
+def test_the_error_counts_prompts_that_are_too_long(world: World) -> None:
     prompts = [f"{number}{'9' * 60}" for number in range(5)]
     cause = "answered 0 of 5 prompts.* 5 prompts leave no room for an answer of 32 tokens"
     with pytest.raises(InvalidDataError, match=cause):
         relabelled(load_base(world.base), world.specialist, world.encoder, prompts)
 
 
-def test_rows_with_true_answers_go_before_prompts(tmp_path: Path) -> None:
+def test_rows_with_true_answers_are_preferred_to_prompts(tmp_path: Path) -> None:
     assert not is_data_free(tmp_path)
     (tmp_path / "prompts.jsonl").touch()
     assert is_data_free(tmp_path)

@@ -1,4 +1,4 @@
-"""Campaigns killed at random points, again and again: nothing is lost but what was in the air, nothing done twice."""
+"""Campaigns killed at random points: only unfinished work is lost, and settled work is not repeated."""
 
 import os
 import random
@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_killed_again_and_again_each_adapter_is_done_once(world: Path, tmp_path: Path, seed: int):
+def test_after_repeated_kills_each_adapter_is_done_once(world: Path, tmp_path: Path, seed: int):
     shutil.copytree(world, tmp_path / "fleet")
     fleet = load_fleet(tmp_path / "fleet" / "fleet.toml")
     registry, rng = registered(fleet), random.Random(seed)
@@ -73,8 +73,8 @@ def test_killed_again_and_again_each_adapter_is_done_once(world: Path, tmp_path:
             time.sleep(rng.uniform(0.0, 1.6))
             os.kill(victim.pid, signal.SIGKILL)
         after = settled(registry)
-        assert before.items() <= after.items(), "what was done is not touched"
-        assert all(route.live.number == 1 for route in registry.routes().values()), "the old versions serve on"
+        assert before.items() <= after.items(), "settled versions stay as they are"
+        assert all(route.live.number == 1 for route in registry.routes().values()), "the old versions stay live"
     with start(fleet) as last:
         out, _ = last.communicate(timeout=120)
     assert "DONE" in out

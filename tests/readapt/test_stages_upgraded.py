@@ -1,4 +1,4 @@
-"""An adapter that has learned in stages goes on to a new base with all it knows, and learns the next stage there."""
+"""An adapter that has learned in stages keeps them all on a new base, and learns the next stage there."""
 
 import shutil
 from collections.abc import Generator
@@ -27,7 +27,7 @@ METHOD = contrast(Method(steps=80, ranks=((0, 4),), learning_rate=1e-2))
 
 
 def rows_of(folder: Path, letters: str, num_rows: int = 60) -> Path:
-    """A stage's folder: a label for each letter. Two thirds of its rows are for training."""
+    """Write a stage's folder, with one label per letter. Two thirds of its rows are for training."""
     rows = [Row(f"{n} {letter}:", f"n{letter.upper()}") for n in range(100, 100 + num_rows) for letter in letters]
     most = 2 * len(rows) // 3
     return write_task(folder, Task(rows[:most], rows[most:], rows[most:]))
@@ -35,7 +35,7 @@ def rows_of(folder: Path, letters: str, num_rows: int = 60) -> Path:
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Fleet:
-    """One specialist, and a ladder that learns from the rows, with steps enough for more labels than its own."""
+    """One specialist, and a ladder that trains from scratch with enough steps for additional labels."""
     fleet = make_fleet(tmp_path, names=("usual",))
     train = replace(fleet.readapt.train, scratch_steps=300, scratch_learning_rate=1e-2)
     ladder = LadderConfig(rungs=("copy", "scratch"))
@@ -43,7 +43,7 @@ def fleet(tmp_path: Path) -> Fleet:
 
 
 def staged(fleet: Fleet, registry: Registry, stage: Path) -> Version:
-    """A live version of the specialist that has learned the stage's labels too."""
+    """Make a live version of the specialist that has also learned the stage's labels."""
     own = Path(registry.adapter("usual").data)
     base = fleet.base("v1").path
     model, encoder = load_base(base), encoder_for(base, 32)
@@ -78,7 +78,7 @@ def points(fleet: Fleet, version: Version, data: Path) -> float:
     return judge(load_base(base), adapter, encoder_for(base, 32), rows, "exact_match").quality
 
 
-def test_all_stages_survive_an_upgrade_and_the_next_one_begins_on_the_new_base(fleet: Fleet, tmp_path: Path):
+def test_all_stages_survive_an_upgrade_and_the_next_stage_is_learned_on_the_new_base(fleet: Fleet, tmp_path: Path):
     registry, letters = registered(fleet), rows_of(tmp_path / "letters", "xy")
     before = staged(fleet, registry, letters)
     version = upgraded(fleet, registry)
@@ -99,10 +99,10 @@ def test_all_stages_survive_an_upgrade_and_the_next_one_begins_on_the_new_base(f
     registry.close()
 
 
-def test_a_small_stage_that_is_lost_among_many_rows_is_not_let_through(
+def test_a_lost_small_stage_is_rejected_though_the_gate_passes(
     fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A ladder that ends with the specialist as it was before the stage: over all rows a good gate may miss that."""
+    """The ladder returns the specialist from before the stage. Over all rows the gate may miss that."""
     registry, letters = registered(fleet), rows_of(tmp_path / "letters", "x", num_rows=18)
     staged(fleet, registry, letters)
     forgetful = load_adapter(fleet.adapters[0].path)
@@ -120,5 +120,5 @@ def test_a_small_stage_that_is_lost_among_many_rows_is_not_let_through(
     version = upgraded(fleet, registry)
     assert (version.status, version.blob_key) == (Status.REJECTED, None)
     assert f"it passed its gate, but fell from 100.0 to 0.0 points on the rows in {letters}" == version.setback
-    assert registry.routes()["usual"].live.details["stages"][1]["name"] == "letters", "the old version serves on"
+    assert registry.routes()["usual"].live.details["stages"][1]["name"] == "letters", "the old version stays live"
     registry.close()

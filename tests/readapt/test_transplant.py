@@ -35,7 +35,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def reference_map(x_UD, y_UF, ridge: float, centre_FD) -> torch.Tensor:
-    """The full-rank solution by the normal equations, in double."""
+    """Return the full-rank solution of the normal equations, in double precision."""
     x_UD, y_UF = x_UD.double(), y_UF.double()
     gram_DD = x_UD.T @ x_UD
     penalty = ridge * gram_DD.diagonal().mean()
@@ -53,8 +53,8 @@ def test_regression_solves_the_ridge_problem(has_centre: bool) -> None:
     assert energy == pytest.approx(1.0, rel=tolerance(1.0, 4 * 13))
 
 
-def test_no_cut_of_that_rank_is_nearer_in_the_metric_of_the_outputs() -> None:
-    """Eckart and Young, in the metric of G: random competitors and the plain SVD of the weights are all worse."""
+def test_the_cut_is_the_best_of_its_rank_in_the_metric_of_the_outputs() -> None:
+    """Random competitors and the plain SVD of the weights are all worse (Eckart and Young, in the metric of G)."""
     scales_D = torch.logspace(0, -2, 13)
     x_UD, y_UF = random(300, 13, seed=0) * scales_D, random(300, 9, seed=1)
     regression = Regression(x_UD, ridge=1e-2)
@@ -77,7 +77,7 @@ def test_no_cut_of_that_rank_is_nearer_in_the_metric_of_the_outputs() -> None:
     assert energy == pytest.approx(1 - found / float((full_FD @ gram_DD * full_FD).sum()), rel=1e-3)
 
 
-def test_an_unchanged_base_gets_its_own_adapter_back(world: World) -> None:
+def test_for_an_unchanged_base_the_transplant_is_the_old_adapter(world: World) -> None:
     found = transplant(load_base(world.base), world.specialist, load_base(world.base), rows_of(world), CONFIG)
     lora = attach(model := load_base(world.base), world.specialist)
     expected = logits(model)
@@ -89,14 +89,14 @@ def test_an_unchanged_base_gets_its_own_adapter_back(world: World) -> None:
 
 
 def as_dora(world: World) -> Adapter:
-    """The specialist with magnitudes that are not those of the weights."""
+    """Return the specialist with magnitudes that differ from the weights' norms."""
     norms = row_norms(load_base(world.base), world.specialist.factors)
     factors = {n: replace(f, magnitude_F=1.1 * norms[n]) for n, f in world.specialist.factors.items()}
     return replace(world.specialist, factors=factors)
 
 
-def test_all_that_a_dora_does_is_carried_over(world: World) -> None:
-    """Its magnitudes too, which are of full rank: with ranks to spare the plain adapter does the same."""
+def test_everything_a_dora_changes_is_carried_over(world: World) -> None:
+    """Its magnitudes have full rank; a plain adapter of full rank does the same."""
     old = as_dora(world)
     config = TransplantConfig(rank=256, energy=1.0)
     found = transplant(load_base(world.base), old, load_base(world.base), rows_of(world, 50), config)
@@ -108,7 +108,7 @@ def test_all_that_a_dora_does_is_carried_over(world: World) -> None:
         assert (found.adapter.factors[name].delta() - expected_FD).norm() < 1e-2 * expected_FD.norm()
 
 
-def test_inputs_that_are_not_finite_are_told() -> None:
+def test_values_that_are_not_finite_raise_an_error() -> None:
     x_UD, y_UF = random(30, 5, seed=0), random(30, 4, seed=1)
     with pytest.raises(TrainingError, match="not finite"):
         Regression(x_UD * torch.nan, 0.03)
@@ -132,7 +132,7 @@ def test_equal_inputs_are_factored_with_a_larger_penalty(monkeypatch: pytest.Mon
     assert_near(b_FR @ a_RD, reference_map(x_UD, y_UF, 0.3, torch.zeros(4, 6)), multiple=6 * condition)
 
 
-def test_the_rank_is_the_least_that_holds_the_energy_within_its_bounds() -> None:
+def test_the_rank_is_the_smallest_that_holds_the_energy_within_its_bounds() -> None:
     x_UD = random(200, 6, seed=0)
     map_FD = torch.diag(torch.tensor([8.0, 4.0, 1.0, 0.1, 0.0, 0.0]))
     regression, y_UF = Regression(x_UD, 1e-5), x_UD @ map_FD.T
@@ -142,7 +142,7 @@ def test_the_rank_is_the_least_that_holds_the_energy_within_its_bounds() -> None
         assert (energy >= share) == (max_rank > 1)
 
 
-def test_rows_are_taken_up_to_a_number_of_tokens_and_without_an_end_that_the_old_base_lacks() -> None:
+def test_calibration_rows_have_the_wanted_tokens_and_lose_an_unknown_end() -> None:
     rows = [Encoded((3, 4, 5, 9), 1), Encoded((3, 9, 5), 1), Encoded((3, 4, 5), 1)]
     assert calibration_rows(rows, 9, 100) == [Encoded((3, 4, 5), 1), Encoded((3, 4, 5), 1)]
     assert calibration_rows(rows, 10, 5) == [Encoded((3, 9, 5), 1), Encoded((3, 4, 5, 9), 1)]
@@ -150,7 +150,7 @@ def test_rows_are_taken_up_to_a_number_of_tokens_and_without_an_end_that_the_old
     assert calibration_rows(rows, 3, 100) == []
 
 
-def test_where_nothing_is_to_be_added_the_factors_can_still_be_trained() -> None:
+def test_if_there_is_nothing_to_add_the_factors_can_still_be_trained() -> None:
     a_RD, b_FR, energy = Regression(random(30, 5, seed=0), 0.03).solve(torch.zeros(30, 4), 2)
     assert energy == 1.0
     assert not a_RD.any()
@@ -158,7 +158,7 @@ def test_where_nothing_is_to_be_added_the_factors_can_still_be_trained() -> None
 
 
 def test_decoders_of_another_family_are_refused(world: World) -> None:
-    """One whose layers compute something else by the same names, and one that has not even the names."""
+    """One decoder computes something else under the same names; another lacks the names."""
     model, rows = load_base(world.base), rows_of(world, 2)
     check_walk(model, rows)
     layer = model.base_model.layers[0]
@@ -173,10 +173,10 @@ def test_decoders_of_another_family_are_refused(world: World) -> None:
 @pytest.mark.parametrize(
     "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 )
-def test_with_ranks_to_spare_the_new_base_does_what_the_old_service_did(
+def test_at_full_rank_the_new_base_does_what_the_old_service_did(
     world: World, tmp_path: Path, architecture: str
 ) -> None:
-    """On the calibration rows, at full rank and hardly any ridge; biases, norms of heads and grouped heads and all."""
+    """On the calibration rows, with almost no ridge. The families have biases, head norms and grouped heads."""
     old_base = make_checkpoint(tmp_path / "old", architecture, std=0.08)
     new_base = evolve(old_base, tmp_path / "new", rank=None, scale=0.3)
     teacher, student, rows = load_base(old_base), load_base(new_base), rows_of(world, 40)
@@ -191,14 +191,14 @@ def test_with_ranks_to_spare_the_new_base_does_what_the_old_service_did(
     assert (got - expected).norm() < 0.05 * (bare - expected).norm()
 
 
-def test_a_head_that_did_not_change_asks_for_the_teachers_own_stream(world: World) -> None:
+def test_for_an_unchanged_head_the_target_is_the_teachers_stream(world: World) -> None:
     model, answers_Y = load_base(world.base), torch.tensor([5, 6, 6])
     stream_UD = random(7, model.config.hidden_size, seed=0)
     assert_near(HeadMap(model, model, answers_Y)(stream_UD), stream_UD, FORWARD)
 
 
-def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
-    """A new head, and a new final norm, that read the stream in other coordinates."""
+def test_for_a_rotated_head_the_target_has_the_same_logits(world: World) -> None:
+    """The new head and final norm read the stream in other coordinates."""
     teacher, student = load_base(world.base), load_base(world.base)
     width = teacher.config.hidden_size
     q_DD, _ = torch.linalg.qr(random(width, width, seed=1))
@@ -208,7 +208,7 @@ def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
     turned_UD = HeadMap(teacher, student, torch.tensor([5, 6, 6]))(stream_UD)
 
     def logits_of(model, stream_UD):
-        # The gain rescales the stream, and so its norm: heads that differ in it agree up to one factor a token.
+        # The gain changes the stream's norm, so the logits agree up to one factor per token.
         logits_UV = model.get_output_embeddings()(model.base_model.norm(stream_UD))
         return logits_UV / logits_UV.norm(dim=1, keepdim=True)
 
@@ -217,8 +217,8 @@ def test_a_turned_head_gets_a_stream_of_the_same_logits(world: World) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)  # the ridge, far above rounding errors
 
 
-def test_what_the_new_head_cannot_see_is_left_as_it_is(world: World) -> None:
-    """A norm whose gain is zero somewhere: no division by it."""
+def test_what_the_new_head_cannot_see_is_unchanged(world: World) -> None:
+    """One gain of the norm is zero; nothing is divided by it."""
     teacher, student = load_base(world.base), load_base(world.base)
     for model in (teacher, student):
         model.base_model.norm.weight.data[3] = 0.0
@@ -227,7 +227,7 @@ def test_what_the_new_head_cannot_see_is_left_as_it_is(world: World) -> None:
     assert_near(HeadMap(teacher, student, answers_Y)(stream_UD), stream_UD, FORWARD)
 
 
-def test_it_mends_what_fusion_cannot_reach_and_leaves_both_models_bare(world: World, tmp_path: Path) -> None:
+def test_it_repairs_a_full_rank_change_and_leaves_both_models_bare(world: World, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     teacher, student = load_base(world.base), load_base(new)
     before = logits(teacher), logits(student)
@@ -248,7 +248,7 @@ def test_only_the_old_adapters_modules_are_adapted(world: World, tmp_path: Path)
     assert found.adapter.factors.keys() == some.keys()
 
 
-def test_ranks_are_those_asked_for_but_never_below_the_old_ones(world: World) -> None:
+def test_ranks_are_as_configured_but_never_below_the_old_ones(world: World) -> None:
     bases = load_base(world.base), load_base(world.base)
     low = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=2))
     assert {f.rank for f in low.adapter.factors.values()} == {8}

@@ -1,4 +1,4 @@
-"""Many jobs in one process: bases held apart, and packed jobs that go as they would alone, whatever ails the others."""
+"""Several jobs in one process: their bases are kept apart, and each job ends as it would alone."""
 
 import json
 from collections.abc import Hashable, Sequence
@@ -37,7 +37,7 @@ tolerance_points = 2.0
 
 
 @dataclass(frozen=True)
-class Place:
+class Scenario:
     """A fleet, and a job from each of two old bases; the new base is close to the second."""
 
     fleet: Fleet
@@ -46,7 +46,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     folder = tmp_path_factory.mktemp("workbench")
     (folder / "fleet.toml").write_text(SETTINGS)
     fleet = load_fleet(folder / "fleet.toml")
@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         save_adapter(train_specialist(old, encoder, task), folder / f"adapter{version_id}")
         key = open_blobs(fleet).put_folder(folder / f"adapter{version_id}")
         jobs.append(AdapterJob(version_id, f"a{version_id}", (data,), "exact_match", key, None, old, v3))
-    return Place(fleet, *jobs)
+    return Scenario(fleet, *jobs)
 
 
 def configured(fleet: Fleet, rungs: tuple[str, ...], adapters_per_worker: int = 1) -> Fleet:
@@ -99,17 +99,19 @@ def assert_same_climb(one: Outcome, other: Outcome) -> None:
         assert [p.loss for p in mine.curve] == pytest.approx([p.loss for p in theirs.curve], rel=1e-2)
 
 
-def test_adapters_of_two_old_bases_are_judged_on_the_model_that_they_are_trained_on(place: Place) -> None:
-    jobs = [place.from_v1, place.from_v2]
-    together = run(place.fleet, jobs, ("scratch",))
+def test_adapters_of_two_old_bases_are_evaluated_on_the_model_they_are_trained_on(scenario: Scenario) -> None:
+    jobs = [scenario.from_v1, scenario.from_v2]
+    together = run(scenario.fleet, jobs, ("scratch",))
     for job in jobs:
         mine = outcome(together[job.version_id])
-        assert_same_climb(mine, outcome(run(place.fleet, [job], ("scratch",))[job.version_id]))
+        assert_same_climb(mine, outcome(run(scenario.fleet, [job], ("scratch",))[job.version_id]))
         [attempt] = mine.attempts
-        assert attempt.curve[-1].loss < 0.7 * attempt.curve[0].loss, "what was trained is seen by its evaluations"
+        assert attempt.curve[-1].loss < 0.7 * attempt.curve[0].loss, "evaluations see the trained weights"
 
 
-def test_rows_of_all_folders_are_joined_and_prompts_alone_are_answered(place: Place, tmp_path: Path) -> None:
+def test_rows_of_all_folders_are_joined_and_prompts_without_rows_are_answered(
+    scenario: Scenario, tmp_path: Path
+) -> None:
     task = make_task()
     more = write_task(tmp_path / "more", replace(task, train=[Row("zz=", "zed")], valid=[Row("z9=", "zed")]))
     (more / "test.jsonl").unlink()  # a stage of `relora continual` has none
@@ -117,8 +119,8 @@ def test_rows_of_all_folders_are_joined_and_prompts_alone_are_answered(place: Pl
     logged.mkdir()
     prompts = [row.prompt for row in task.test[:20]]
     (logged / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
-    job = replace(place.from_v2, data=(*place.from_v2.data, more, logged))
-    found = Worker(place.fleet)._task(job)
+    job = replace(scenario.from_v2, data=(*scenario.from_v2.data, more, logged))
+    found = Worker(scenario.fleet)._task(job)
     assert found.train[:301] == [*task.train, Row("zz=", "zed")]
     assert found.valid[:121] == [*task.valid, Row("z9=", "zed")]
     answered = {row.prompt: row.completion for row in (*found.train[301:], *found.valid[121:])}
@@ -128,40 +130,40 @@ def test_rows_of_all_folders_are_joined_and_prompts_alone_are_answered(place: Pl
     assert has_labels(replace(job, data=job.data[:2]))
 
 
-def test_what_goes_between_processes_carries_one_adapter(place: Place) -> None:
-    done = outcome(run(place.fleet, [place.from_v2], ("copy",))[1])
+def test_a_result_carries_only_one_adapter(scenario: Scenario) -> None:
+    done = outcome(run(scenario.fleet, [scenario.from_v2], ("copy",))[1])
     assert done.accepted
     assert done.ready is None
 
 
-def test_golden_prompts_are_as_many_as_asked_for(place: Place) -> None:
-    fleet = replace(place.fleet, rollout=replace(place.fleet.rollout, golden_prompts=2))
-    result = run(fleet, [place.from_v2], ("copy",))[1][-1]
+def test_there_are_as_many_golden_completions_as_configured(scenario: Scenario) -> None:
+    fleet = replace(scenario.fleet, rollout=replace(scenario.fleet.rollout, golden_prompts=2))
+    result = run(fleet, [scenario.from_v2], ("copy",))[1][-1]
     assert isinstance(result, AdapterResult)
     prompts = list(dict.fromkeys(row.prompt for row in make_task().valid))
     assert [answer["prompt"] for answer in result.golden] == prompts[:2]
     assert result.golden[0]["completion"] == make_task().valid[0].completion
 
 
-def test_packed_jobs_go_as_they_would_alone_though_one_of_them_breaks(place: Place, tmp_path: Path) -> None:
-    """One trains, one passes as a copy, one has a row that cannot be encoded, which its training comes to late."""
+def test_concurrent_jobs_end_as_they_would_alone_though_one_fails(scenario: Scenario, tmp_path: Path) -> None:
+    """One job trains, one passes as a copy, and one has a row that cannot be encoded, late in its training."""
     task = make_task()
     bad_rows = [*task.train[:80], Row("too long", "x" * MAX_TOKENS)]
     data = write_task(tmp_path / "bad", replace(task, train=bad_rows))
-    jobs = [place.from_v1, place.from_v2, replace(place.from_v1, version_id=2, data=(data,))]
-    packed, alone = (run(place.fleet, jobs, ("copy", "train"), number) for number in (3, 1))
-    for reports in (packed, alone):
+    jobs = [scenario.from_v1, scenario.from_v2, replace(scenario.from_v1, version_id=2, data=(data,))]
+    together, alone = (run(scenario.fleet, jobs, ("copy", "train"), number) for number in (3, 1))
+    for reports in (together, alone):
         failed = reports[2][-1]
         assert isinstance(failed, JobFailure)
         assert "InvalidDataError: a completion leaves no room" in failed.error
-        assert any(isinstance(report, RungReached) for report in reports[2]), "it was on its way"
-    assert [outcome(packed[key]).rung for key in (0, 1)][1] == "copy"
-    assert outcome(packed[0]).rung in ("short", "full")
+        assert any(isinstance(report, RungReached) for report in reports[2]), "it had reached some rungs"
+    assert [outcome(together[key]).rung for key in (0, 1)][1] == "copy"
+    assert outcome(together[0]).rung in ("short", "full")
     for key in (0, 1):
-        assert_same_climb(outcome(packed[key]), outcome(alone[key]))
+        assert_same_climb(outcome(together[key]), outcome(alone[key]))
 
 
-def test_while_one_job_waits_for_its_search_the_others_train(place: Place) -> None:
+def test_other_jobs_train_while_one_waits_for_its_search(scenario: Scenario) -> None:
     reached: dict[int, list[RungReached]] = {0: [], 1: []}
     num_asked = 0
 
@@ -171,9 +173,9 @@ def test_while_one_job_waits_for_its_search_the_others_train(place: Place) -> No
         is_found = job.version_id == 0 or any(report.point.step == 20 for report in reached[0])
         return try_points(objective, CORNERS) if is_found else None
 
-    concurrent = ConcurrentJobs(Worker(configured(place.fleet, ("fused", "train"))), search)
+    concurrent = ConcurrentJobs(Worker(configured(scenario.fleet, ("fused", "train"))), search)
     ended: dict[Hashable, JobEnd] = {}
-    for job in (place.from_v2, place.from_v1):  # the search of the first takes its time
+    for job in (scenario.from_v2, scenario.from_v1):  # the search of the first takes its time
         assert concurrent.begin(job, reached[job.version_id].append) == {}
     while concurrent.num_jobs:
         ended |= concurrent.step()
