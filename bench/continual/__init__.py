@@ -1,1 +1,1 @@
-"""Class-incremental learning measured."""
+"""The benchmark of class-incremental learning."""

@@ -1,4 +1,4 @@
-"""The arms of the continual benchmark: ways to learn a stream of stages. All of them work for both subjects.
+"""The arms of the continual benchmark: ways to learn a stream of stages.
 
 means              no training; the classes of an encoder are the means of their rows
 sequential         one LoRA, fine-tuned on one stage after the other over all classes so far, with a linear classifier

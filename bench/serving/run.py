@@ -128,10 +128,13 @@ def headline(report: dict[str, Any], size: Size) -> dict[str, Any]:
 
 
 def _of_adapters(part: dict[str, Any], size: Size) -> dict[str, Any]:
-    least, most = sorted(size.counts)[1], max(size.counts)
-    ratio = _ratio(part[str(most)]["ours"], part[str(least)]["ours"])
+    least, *more = sorted(size.counts)[1:]
+    ratios = {
+        f"throughput_ratio_{count}_vs_{least}_adapters": _ratio(part[str(count)]["ours"], part[str(least)]["ours"])
+        for count in more
+    }
     pairs = {count: part[str(count)]["same requests"] for count in size.peft_counts}
-    return {f"throughput_ratio_{most}_vs_{least}_adapters": ratio} | {
+    return ratios | {
         f"throughput_vs_peft_{count}": _ratio(pair["ours"], pair["peft one adapter at a time"])
         for count, pair in pairs.items()
     }

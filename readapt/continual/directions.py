@@ -55,7 +55,7 @@ class DirectionSettings:
 
     `floor` enters the norm as sqrt(norm^2 + floor^2). B starts at zero, which has no unit vector. With a floor the
     direction grows to its full length over the first steps and does not jump there at once. The exported direction has
-    norm exactly 1 and computes the same function.
+    no floor and computes the same function.
     """
 
     normaliser: Normaliser = "product"

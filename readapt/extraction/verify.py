@@ -13,6 +13,7 @@ from cluster.errors import InvalidDataError
 from readapt.extraction.anatomy import Kind, Place
 from readapt.extraction.files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
 from readapt.extraction.report import read_report, write_report
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoded, Row, by_length, collate, encoder_for, read_lines
 from readapt.training.lora import load_base
 
@@ -51,7 +52,8 @@ def verify(done: Extraction, base: Path, tuned: Path, data: Path) -> dict[str, A
         subject.merge(folder)
         result["adapters"][label] = likeness()
     result["curve"] = [
-        {"max_rank": rank, "parameters": subject.merge(_largest(done), rank), **likeness()} for rank in _ladder(done)
+        {"max_rank": rank, "parameters": subject.merge(_largest(done), rank), **likeness()}
+        for rank in _pruning_ranks(done)
     ]
     if (done.folder / REMAINDER).exists() and not any(part.num_new_rows for part in done.parts):
         subject.merge(_largest(done))
@@ -66,7 +68,7 @@ def verify_into_report(done: Extraction, base: Path, tuned: Path, data: Path) ->
 
 
 @torch.no_grad()
-def compare(reference: Any, model: Any, rows: Sequence[Encoded]) -> Likeness:
+def compare(reference: CausalLM, model: CausalLM, rows: Sequence[Encoded]) -> Likeness:
     """Return the likeness of a model to a reference on encoded rows, in batches of similar length."""
     kl, num_same, num_scored = 0.0, 0, 0
     ordered = by_length(rows)
@@ -85,7 +87,7 @@ def compare(reference: Any, model: Any, rows: Sequence[Encoded]) -> Likeness:
 class _Subject:
     """A model with the base's weights, into which one adapter at a time is merged."""
 
-    def __init__(self, model: Any, done: Extraction):
+    def __init__(self, model: CausalLM, done: Extraction):
         self._places = {place.module: place for part in done.parts for place in part.places}
         self._state = model.state_dict()
         modules = [module for module in self._places if f"{module}.weight" in self._state]
@@ -129,7 +131,7 @@ def _largest(done: Extraction) -> Path:
     return done.adapters[label]
 
 
-def _ladder(done: Extraction) -> list[int]:
+def _pruning_ranks(done: Extraction) -> list[int]:
     """Return 1, 2, 4, ... up to the largest rank of any adapter."""
     top = max(rank for ranks in done.ranks.values() for rank in ranks.values())
     return [*(1 << power for power in range(top.bit_length()) if 1 << power < top), top]
