@@ -210,12 +210,12 @@ def waste(bench: Bench) -> dict[str, Any]:
     asks = slora(count, size.rate, size.duration_s, size.lengths, served.vocab_size)
     held, empty = 0, 0.0
 
-    def book(engine: MeasuredEngine) -> None:
+    def add_up(engine: MeasuredEngine) -> None:
         nonlocal held, empty
         pages, waste = engine.memory_waste()
         held, empty = held + pages, empty + waste
 
-    found = summary(asks, bench.ours(served, count).replay(asks, book))
+    found = summary(asks, bench.ours(served, count).replay(asks, add_up))
     return {"memory_waste_fraction": empty / held, "page_tokens": PAGE_TOKENS, "run": found}
 
 

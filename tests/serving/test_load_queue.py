@@ -18,14 +18,14 @@ class Store:
     now: float = 0.0
     error: ReloraError | None = None
     num_tries: int = 0
-    loads: LoadQueue = field(init=False)
+    queue: LoadQueue = field(init=False)
 
     def __post_init__(self) -> None:
-        self.loads = LoadQueue(1, clock=lambda: self.now)
+        self.queue = LoadQueue(1, clock=lambda: self.now)
 
     def ask(self) -> ReloraError | None:
         """Ask for the adapter and return the error, if any."""
-        load: Future[None] = self.loads.ask("key", self._work)
+        load: Future[None] = self.queue.ask("key", self._work)
         error = load.exception(timeout=20)
         assert error is None or isinstance(error, ReloraError)
         return error
@@ -68,10 +68,10 @@ def test_a_full_host_does_not_count_against_the_adapter() -> None:
 
 def test_a_load_that_never_started_does_not_count_against_the_adapter() -> None:
     store, is_open = Store(), threading.Event()
-    hanging = store.loads.ask("hanging", lambda: assert_set(is_open))
+    hanging = store.queue.ask("hanging", lambda: assert_set(is_open))
     for _ in range(5):
-        queued = store.loads.ask("key", store._work)
-        store.loads.give_up("key", queued, 1.0)
+        queued = store.queue.ask("key", store._work)
+        store.queue.give_up("key", queued, 1.0)
         assert isinstance(queued.exception(timeout=20), StorageError)
     is_open.set()
     assert hanging.exception(timeout=20) is None
@@ -87,5 +87,5 @@ def test_oldest_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engine.adapter_loader._MAX_FAILING_KEYS", 3)
     store = Store(error=ReloraError("down"))
     for number in range(9):
-        assert store.loads.ask(f"{number}", store._work).exception(timeout=20)
-    assert list(store.loads._failures) == ["6", "7", "8"]
+        assert store.queue.ask(f"{number}", store._work).exception(timeout=20)
+    assert list(store.queue._failures) == ["6", "7", "8"]
