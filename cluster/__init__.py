@@ -1,1 +1,1 @@
-"""What exists and which version is live: names, files, blobs, configuration, the registry and the rollout rule."""
+"""What all packages share: settings, adapter and checkpoint files, the blob store, the registry, rollouts and Ray."""

@@ -1,7 +1,7 @@
 """Adapter files by content, on a local disk or in an object store.
 
-A blob is one folder, stored as one tar file named by the hash of the folder's content: one object appears whole or not
-at all on every kind of store, the same content is stored once, and whoever fetches it can check what arrived.
+A blob is one folder, stored as one tar file that is named by the hash of the folder's content. So a blob is complete as
+soon as it is visible, the same content is stored once, and a fetch can check what arrived.
 """
 
 import fcntl
@@ -24,20 +24,20 @@ from cluster.errors import NotFoundError, StorageError
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _OBJECT_STORES = ("s3://", "gs://", "gcs://")
-_BLOCK_BYTES = 4 * 1024**2  # what is asked of a store at once: each read of an object store is an HTTP request
+_BLOCK_BYTES = 4 * 1024**2  # size of one read or write: each read of an object store is an HTTP request
 
 
 class BlobStore:
-    """Folders by content key. Safe under many threads and processes, on both sides.
+    """Folders by content key. Threads and processes can store and fetch at the same time.
 
-    `url` is a local path, `s3://bucket/prefix` or `gs://bucket/prefix` of an existing bucket (opened by pyarrow; its
-    options may follow, as in `?region=eu-west-1` or `?endpoint_override=host:port&scheme=http`), or anything else that
-    fsspec opens. Credentials are found as by the provider's own tools. `cache_dir` keeps fetched folders; it may be
-    shared by processes of one machine and is never cleaned here.
+    `url` is a local path, `s3://bucket/prefix` or `gs://bucket/prefix` of an existing bucket, or any other URL that
+    fsspec opens. pyarrow opens the buckets, and its options may follow, as in `?region=eu-west-1` or
+    `?endpoint_override=host:port&scheme=http`. Credentials are found as the provider's own tools find them.
+    `cache_dir` keeps fetched folders. The processes of one machine may share it; nothing here ever cleans it.
     """
 
     def __init__(self, url: str, cache_dir: Path):
-        self._url = re.sub("//[^/@]*@", "//***@", url)  # for messages: without credentials
+        self._url = re.sub("//[^/@]*@", "//***@", url)  # for messages, without credentials
         try:
             filesystem, root = _open(url)
         except (ImportError, ValueError, OSError) as error:
@@ -47,10 +47,10 @@ class BlobStore:
         self._cache_dir = cache_dir
 
     def put_folder(self, folder: Path) -> str:
-        """Store a folder and return its content key; storing the same content again costs only the hashing.
+        """Store a folder and return its content key; storing the same content again only costs the hashing.
 
-        StorageError when the folder cannot be read, or when the store is out of reach or full: then nothing of it is
-        left there.
+        Raises StorageError if the folder cannot be read, or if the store cannot be reached or is full. Then no part of
+        the folder stays in the store.
         """
         with self._storage_errors(f"storing {folder}"):
             key = content_hash(folder)
@@ -59,11 +59,11 @@ class BlobStore:
         return key
 
     def fetch_folder(self, key: str) -> Path:
-        """Return a local folder with the blob's content, read-only by agreement; fetched once, then cached.
+        """Return a local folder with the blob's content, which nobody may change; it is fetched once, then cached.
 
-        What is cached is hashed again whenever it is asked for: a disk that was full or rots may cost a fetch, but must
-        not change weights. NotFoundError when the store has no such blob, StorageError when it is out of reach, the
-        local disk is full, or what arrived is not what the key promises.
+        Every call hashes the cached files again: a full or failing disk may cost another fetch, but must not change
+        weights. Raises NotFoundError if the store has no such blob. Raises StorageError if the store cannot be
+        reached, the local disk is full, or the content does not match the key.
         """
         _check_key(key)
         cached = self._cache_dir / key
@@ -75,7 +75,9 @@ class BlobStore:
                 aside.mkdir(parents=True)
                 self._extract(key, aside)
                 if content_hash(aside) != key:
-                    raise StorageError(f"Blob store {self._url!r}: blob {key} is corrupt. Delete it and store it anew.")
+                    raise StorageError(
+                        f"Blob store {self._url!r}: blob {key} is corrupt. Delete it and store it again."
+                    )
                 _publish(aside, cached)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -83,7 +85,7 @@ class BlobStore:
         return cached
 
     def exists(self, key: str) -> bool:
-        """Say whether the store has the blob."""
+        """Return whether the store has the blob."""
         with self._storage_errors(f"looking for blob {key}"):
             return _KEY.fullmatch(key) is not None and bool(self._fs.exists(self._path(key)))
 
@@ -99,7 +101,7 @@ class BlobStore:
                     tar.add(file, arcname=file.relative_to(folder).as_posix(), recursive=False)
             self._fs.mv(part, self._path(key))
         except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # raise the first error, not this one
                 self._fs.rm_file(part)
             raise
 
@@ -123,11 +125,11 @@ class BlobStore:
 def _open(url: str) -> tuple[AbstractFileSystem, str]:
     if not url.startswith(_OBJECT_STORES):
         return url_to_fs(url)
-    from pyarrow.fs import FileSystem  # imported here: its S3 and GCS clients are of no use to a local store
+    from pyarrow.fs import FileSystem  # imported here because a local store does not need it
 
     filesystem, root = FileSystem.from_uri(url)
     if not root:
-        raise ValueError("it names no bucket")
+        raise ValueError("the URL has no bucket")
     return ArrowFSWrapper(filesystem), root
 
 
@@ -136,9 +138,9 @@ def _tar(stream: IO[bytes], mode: Literal["r|", "w|"]) -> tarfile.TarFile:
 
 
 def content_hash(folder: Path) -> str:
-    """Return a sha256 over the relative names and the bytes of all files in a folder, at any depth.
+    """Return a SHA-256 over the relative names and the bytes of all files in a folder, at any depth.
 
-    StorageError when it is no folder or a file cannot be read.
+    Raises StorageError if it is not a folder or a file cannot be read.
     """
     if not folder.is_dir():
         raise StorageError(f"{folder}: no such folder.")
@@ -165,19 +167,19 @@ def _check_key(key: str) -> None:
 def _is_whole(cached: Path, key: str) -> bool:
     try:
         return content_hash(cached) == key
-    except StorageError:  # it is not there, or not readable
+    except StorageError:  # it is missing or cannot be read
         return False
 
 
 def _damaged(aside: Path) -> Path:
-    """Where a damaged folder goes that what was fetched to `aside` replaces."""
+    """Return where to move a damaged cached folder that the folder `aside` replaces."""
     return aside.with_name(f"{aside.name}.damaged")
 
 
 def _publish(aside: Path, cached: Path) -> None:
-    """Put what was fetched in its place, unless somebody else has done so meanwhile; what is damaged there goes aside.
+    """Move the fetched folder `aside` to `cached`, unless another process has done so; replace a damaged folder.
 
-    One at a time: else one might put aside what another has just put in its place.
+    Only one process publishes at a time. Otherwise one could move away what another has just published.
     """
     with (cached.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

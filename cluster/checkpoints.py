@@ -1,6 +1,6 @@
-"""A base model's checkpoint as Hugging Face lays it out, read one tensor at a time.
+"""A base model's checkpoint in Hugging Face's layout, read one tensor at a time.
 
-Only safetensors files are opened: pickled weights can run code.
+Only safetensors files are opened, because pickled weights can run code.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from cluster.errors import InvalidCheckpointError
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# As transformers writes them, and as diffusers does.
+# The file names of transformers and of diffusers.
 _LAYOUTS = ((_WEIGHTS, _INDEX), (f"diffusion_pytorch_{_WEIGHTS}", f"diffusion_pytorch_{_INDEX}"))
 _LINEAR = re.compile(r"(.*\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj))\.weight")
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-# The files that decide token ids when there is no tokenizer.json (older, "slow" tokenizers).
+# The files that determine the token ids if there is no tokenizer.json (older, "slow" tokenizers).
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 
 
@@ -36,7 +36,7 @@ class _Entry:
 
 
 class Checkpoint:
-    """A checkpoint folder whose headers have been read and are whole; the tensors stay on disk until loaded."""
+    """A checkpoint folder whose headers have been read and checked; the tensors stay on disk until they are loaded."""
 
     def __init__(self, folder: Path, config: dict[str, Any], entries: Mapping[str, _Entry]):
         self.folder = folder
@@ -48,11 +48,11 @@ class Checkpoint:
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading its data; InvalidCheckpointError if there is none of that name."""
+        """Return a tensor's shape without reading its data; InvalidCheckpointError if there is no such tensor."""
         return self._entry(name).shape
 
     def load(self, name: str) -> Tensor:
-        """Read one tensor to the CPU in its stored dtype; InvalidCheckpointError if there is none of that name."""
+        """Read one tensor to the CPU in its stored dtype; InvalidCheckpointError if there is no such tensor."""
         file = self._entry(name).file
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -68,7 +68,7 @@ class Checkpoint:
     def adaptable_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out, in) of all modules that a served adapter may change: the linear ones, the embedding, the head.
 
-        An embedding's input is one-hot: its shape is that of its table transposed. A tied head counts as its own.
+        An embedding's input is one-hot, so its shape is that of the transposed table. A tied head is listed too.
         """
         table = self._entries.get(f"{_EMBEDDING}.weight")
         if table is None or len(table.shape) != 2:
@@ -77,7 +77,7 @@ class Checkpoint:
         return {**self.linear_shapes(), _EMBEDDING: (hidden, vocab), _HEAD: (vocab, hidden)}
 
     def fingerprint(self) -> str:
-        """Return a sha256 over all names, dtypes, shapes and bytes; the same however the tensors are sharded."""
+        """Return a SHA-256 over all names, dtypes, shapes and bytes; it does not depend on the sharding."""
         digest = hashlib.sha256()
         for name, entry in self._entries.items():
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
@@ -85,15 +85,15 @@ class Checkpoint:
         return digest.hexdigest()
 
     def stamp(self) -> str:
-        """Return a sha256 over the weight files' names, sizes and times of change: quick, to save a fingerprint."""
+        """Return a SHA-256 over the weight files' names, sizes and modification times, which is faster to compute."""
         files = sorted({entry.file for entry in self._entries.values()})
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
-        """Return a sha256 over what decides the token ids; equal means that rows and prompts tokenise alike.
+        """Return a SHA-256 over the tokenizer; equal fingerprints mean that texts get the same token ids.
 
-        Of tokenizer.json the padding and truncation settings do not count: they are left there by whoever saved last.
+        The padding and truncation settings in tokenizer.json do not count: they are left over from whoever saved last.
         """
         fast = self.folder / "tokenizer.json"
         if fast.is_file():
@@ -102,20 +102,20 @@ class Checkpoint:
             return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         files = [self.folder / name for name in _SLOW_TOKENIZER_FILES if (self.folder / name).is_file()]
         if not files:
-            raise InvalidCheckpointError(f"{self.folder}: no tokenizer (tokenizer.json) beside the weights.")
+            raise InvalidCheckpointError(f"{self.folder}: no tokenizer (tokenizer.json) next to the weights.")
         return _hash_files(files)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise InvalidCheckpointError(f"{self.folder}: no tensor {name!r} in the checkpoint.")
+            raise InvalidCheckpointError(f"{self.folder}: the checkpoint has no tensor {name!r}.")
         return self._entries[name]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a Hugging Face checkpoint folder, single-file or sharded.
 
-    Every file's header is read, so that a missing shard, a truncated file or a tensor that the index promises and no
-    shard holds is an InvalidCheckpointError now and not in the middle of a load.
+    Reads the header of every file. So a missing shard, a truncated file or a tensor that the index lists but no shard
+    has raises InvalidCheckpointError here, not in the middle of loading.
     """
     if not folder.is_dir():
         raise InvalidCheckpointError(f"{folder}: no such checkpoint folder.")
@@ -126,7 +126,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if (folder / weights).is_file():
             return Checkpoint(folder, config, _file_entries(folder / weights))
     hint = " Pickled weights (pytorch_model.bin) are not read." if any(folder.glob("pytorch_model*.bin")) else ""
-    raise InvalidCheckpointError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there.{hint}")
+    raise InvalidCheckpointError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} exists.{hint}")
 
 
 def _sharded_entries(index: Path) -> dict[str, _Entry]:
@@ -142,7 +142,7 @@ def _sharded_entries(index: Path) -> dict[str, _Entry]:
     for name, shard in weight_map.items():
         if name not in stored or stored[name].file.name != shard:
             raise InvalidCheckpointError(
-                f"{folder}: the index promises tensor {name!r} in shard {shard!r}, which lacks it."
+                f"{folder}: the index lists tensor {name!r} in shard {shard!r}, but the shard does not have it."
             )
     return {name: stored[name] for name in weight_map}
 

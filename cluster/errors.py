@@ -1,27 +1,27 @@
-"""The error tree: every fault of an input or of the world that callers may meet.
+"""All errors that ReLoRA raises on purpose: for bad input and for failures of the environment.
 
     ReloraError
     ├── ConfigError              fleet.toml: unknown key, bad value, missing file
     ├── InvalidRequestError      a request that can never be served: malformed, bad name
     │   └── ContextLengthError   a prompt longer than the model's context
     ├── NotFoundError            no such base model, adapter or version
-    ├── ConflictError            the name is taken, or a compare-and-swap was lost
+    ├── ConflictError            the name is taken, or another process changed the status first
     ├── OverloadedError          a queue is full; try again after `retry_after_s`
     │   └── TenantLimitError     one tenant's share of a queue is full
     ├── InvalidAdapterError      adapter files that cannot be used: shape, NaN, rank, missing file, pickle
     ├── InvalidCheckpointError   base-model files that cannot be used: missing shard, wrong shape or architecture
     ├── InvalidDataError         task rows that cannot be used; names the file and the line
-    ├── StorageError             blob store or registry out of reach, or the disk is full
+    ├── StorageError             blob store or registry unreachable, or the disk is full
     ├── TrainingError            a training run that cannot go on (NaN loss)
     └── MissingPackageError      an optional package that is not installed
 
-A typed error means "their input"; an `assert` means "our bug". Errors pickle, because Ray carries them between
-processes.
+A typed error reports the user's input or environment; an `assert` reports our bug. Errors can be pickled, because Ray
+sends them between processes.
 """
 
 
 class ReloraError(Exception):
-    """Root of all errors that ReLoRA raises on purpose; `str(error)` is a full sentence for the user."""
+    """The base class of these errors; `str(error)` is a full sentence for the user."""
 
 
 class ConfigError(ReloraError):
@@ -29,11 +29,11 @@ class ConfigError(ReloraError):
 
 
 class InvalidRequestError(ReloraError):
-    """The request can never be served as it stands."""
+    """The request can never be served in this form."""
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt is longer than what the model takes."""
+    """The prompt is longer than the model's context."""
 
 
 class NotFoundError(ReloraError):
@@ -41,7 +41,7 @@ class NotFoundError(ReloraError):
 
 
 class ConflictError(ReloraError):
-    """Somebody else holds the name or changed the status first."""
+    """The name is taken, or another process changed the status first."""
 
 
 class OverloadedError(ReloraError):
@@ -56,7 +56,7 @@ class OverloadedError(ReloraError):
 
 
 class TenantLimitError(OverloadedError):
-    """One tenant has as many requests waiting as it may; others are served."""
+    """One tenant has reached its limit of waiting requests; other tenants are served."""
 
 
 class InvalidAdapterError(ReloraError):
@@ -76,7 +76,7 @@ class StorageError(ReloraError):
 
 
 class TrainingError(ReloraError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class MissingPackageError(ReloraError):

@@ -1,4 +1,4 @@
-"""A fleet file made known to the registry: its base models and the adapters that already exist."""
+"""Opening a fleet: its registry and its blob store, and registering the base models and adapters of the fleet file."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,24 +33,24 @@ def open_fleet(fleet: Fleet) -> OpenFleet:
 
 
 def open_registry(fleet: Fleet) -> Registry:
-    """The fleet's registry, its schema made if the database is new."""
+    """Open the fleet's registry; a new database gets its schema."""
     return Registry(fleet.registry)
 
 
 def has_registry(fleet: Fleet) -> bool:
-    """Whether there is one, without making it; a database server is taken to have it."""
+    """Return whether the fleet's SQLite registry exists, without creating it; True for a database server."""
     return not fleet.registry.startswith(SQLITE) or Path(fleet.registry.removeprefix(SQLITE)).exists()
 
 
 def open_blobs(fleet: Fleet) -> BlobStore:
-    """The fleet's blob store, with its cache beside the fleet file."""
+    """Open the fleet's blob store; its cache lies next to the fleet file."""
     return BlobStore(fleet.blobs, fleet.folder / ".cache" / "blobs")
 
 
 def register_base(fleet: Fleet, registry: Registry, name: str) -> BaseModel:
-    """Makes a base model known by its content; a name that stood for other weights is a ConflictError.
+    """Register a base model by its content; ConflictError if the name is registered with other weights.
 
-    The content is read only where the files are not those of the last time, by their names, sizes and times.
+    The content is read only if the names, sizes or modification times of the files have changed since the last time.
     """
     path = fleet.base(name).path
     checkpoint = open_checkpoint(path)
@@ -63,10 +63,11 @@ def register_base(fleet: Fleet, registry: Registry, name: str) -> BaseModel:
 
 
 def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> list[Version]:
-    """Registers every adapter of the fleet file, and as LIVE version 1, which is returned, those that are new.
+    """Register every adapter of the fleet file; return the new ones, each as version 1, LIVE.
 
-    Idempotent. Files are checked before anything is written: an unusable adapter is an InvalidAdapterError. A version 1
-    is never replaced: an adapter whose base or files are not those that it was registered with is a ConflictError.
+    A second call changes nothing. All files are checked before anything is written: an unusable adapter raises
+    InvalidAdapterError. Version 1 is never replaced: another base or other files than the registered ones raise
+    ConflictError.
     """
     bases = {spec.base for spec in fleet.adapters}
     for base in sorted(bases):
@@ -79,26 +80,26 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
         if not registry.versions(adapter=spec.name):
-            with suppress(ConflictError):  # another process, started at the same time, was first
+            with suppress(ConflictError):  # another process has just registered it
                 new.append(_add_first_version(spec, registry, blobs))
     return new
 
 
 def _check_unchanged(spec: AdapterSpec, registry: Registry) -> None:
-    """ConflictError where version 1 was registered for another base or with other files than the fleet file names."""
+    """Raise ConflictError if version 1 is registered with another base or other files than those in the fleet file."""
     first = next(iter(registry.versions(adapter=spec.name)), None)
     if first is None:
         return
     if first.base != spec.base:
         raise ConflictError(
-            f"Adapter {spec.name!r}: the fleet file says base {spec.base!r}, {first.label} is registered on "
-            f"{first.base!r}. Put {first.base!r} back: `relora upgrade --to {spec.base}` is what carries it over. "
-            f"An adapter trained for {spec.base!r} itself needs another name."
+            f"Adapter {spec.name!r}: the fleet file says base {spec.base!r}, but {first.label} is registered on "
+            f"{first.base!r}. Change the file back to {first.base!r}, and carry the adapter over with "
+            f"`relora upgrade --to {spec.base}`. An adapter that was trained for {spec.base!r} needs another name."
         )
     if first.content_hash != content_hash(spec.path):
         raise ConflictError(
             f"Adapter {spec.name!r}: the files in {spec.path} are not those that {first.label} is registered with. "
-            "Put the old files back; give the new ones another name in the fleet file, or load them into the running "
+            "Restore the old files. Give the new files another name in the fleet file, or load them into the running "
             "service as the next version (POST /v1/load_lora_adapter)."
         )
 

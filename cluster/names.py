@@ -11,7 +11,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 def check_name(name: str) -> str:
     """Return `name` if it can name a base model or an adapter, else raise InvalidRequestError that quotes it.
 
-    A name is also part of file paths and of URLs: no separators, no `..` at the start, at most 128 characters.
+    Names are used in file paths and URLs: no separators, no `..` at the start, at most 128 characters.
     """
     if _NAME.fullmatch(name) is None:
         raise InvalidRequestError(
@@ -22,10 +22,12 @@ def check_name(name: str) -> str:
 
 
 def parse_model(model: str) -> tuple[str, int | None]:
-    """Split a request's model string: `intent@2` is ("intent", 2), `intent` is ("intent", None): the live version."""
+    """Split a request's model string: `intent@2` is ("intent", 2); `intent`, for the live version, ("intent", None)."""
     name, pin, number = model.partition("@")
     if not pin:
         return check_name(name), None
     if _NUMBER.fullmatch(number) is None:
-        raise InvalidRequestError(f"Bad model {model[:160]!r}: after '@' comes a version number, as in 'intent@2'.")
+        raise InvalidRequestError(
+            f"Bad model {model[:160]!r}: '@' must be followed by a version number, as in 'intent@2'."
+        )
     return check_name(name), int(number)

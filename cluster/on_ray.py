@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.errors import ReloraError, StorageError
+from cluster.processes import end_all, marked_processes
 
 # Every process of a local cluster inherits this variable; its value is the cluster's folder. Process groups would not
 # find all of them, because Ray puts job drivers and workers into groups of their own.
@@ -88,21 +88,14 @@ class LocalCluster:
             raise
 
     def processes(self) -> list[psutil.Process]:
-        """Return every living process of this cluster, including jobs and workers.
-
-        Children of marked processes count too: a process that sets its title overwrites its environment.
-        """
-        marked = [p for p in psutil.process_iter() if _environment_of(p).get(_MARK) == str(self.folder)]
-        return list({*marked, *(child for process in marked for child in _children_of(process))})
+        """Return every living process of this cluster, including jobs and workers."""
+        return marked_processes(_MARK, str(self.folder))
 
     def stop(self, grace_s: float = 3.0) -> None:
         """Disconnect this process and end all processes of the cluster; kill those still alive after `grace_s`."""
         if ray.is_initialized() and _port(ray.get_runtime_context().gcs_address) == _port(self.address):
             ray.shutdown()
-        known = set(self.processes())  # once a parent has ended, its children cannot be recognised any more
-        for sent in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):  # twice, for processes that were just starting
-            known.update(self.processes())
-            _end([process for process in known if process.is_running()], sent, grace_s)
+        end_all(self.processes, grace_s)
         self._head.wait()
         assert not self.processes(), "a killed process is gone"
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -134,16 +127,19 @@ class LocalCluster:
 
 def _head_command(folder: Path, ports: list[int], num_cpus: float, object_store_bytes: int) -> list[str]:
     gcs_port, dashboard_port, client_port, agent_port = ports
-    return [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-        *(f"--temp-dir={folder}", f"--port={gcs_port}", f"--ray-client-server-port={client_port}"),
-        *("--include-dashboard=true", f"--dashboard-host={_HOST}", f"--dashboard-port={dashboard_port}"),
-        *(
-            f"--dashboard-agent-listen-port={agent_port}",
-            f"--object-store-memory={object_store_bytes}",
-            f"--num-cpus={num_cpus:g}",
-        ),
-    ]
+    options = {
+        "temp-dir": folder,
+        "port": gcs_port,
+        "ray-client-server-port": client_port,
+        "include-dashboard": "true",
+        "dashboard-host": _HOST,
+        "dashboard-port": dashboard_port,
+        "dashboard-agent-listen-port": agent_port,
+        "object-store-memory": object_store_bytes,
+        "num-cpus": f"{num_cpus:g}",
+    }
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    return start + [f"--{name}={value}" for name, value in options.items()]
 
 
 def _settle_auth_mode() -> None:
@@ -170,29 +166,6 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=2.0, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def _environment_of(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except (psutil.Error, OSError):  # it has ended, or belongs to another user
-        return {}
-
-
-def _children_of(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def _end(processes: list[psutil.Process], sent: signal.Signals, grace_s: float) -> None:
-    for process in processes:
-        try:
-            process.send_signal(sent)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=grace_s)
 
 
 def connect(address: str = "auto", *, namespace: str = "relora") -> None:

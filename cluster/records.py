@@ -1,4 +1,4 @@
-"""What the registry keeps: frozen records, and the statuses that a version passes through."""
+"""The registry's frozen records, and the statuses of a version."""
 
 import math
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from typing import Any
 
 
 class Status(StrEnum):
-    """Where a version of an adapter stands."""
+    """The status of an adapter version."""
 
-    PLANNED = "planned"  # a campaign will make it
+    PLANNED = "planned"  # a campaign is going to make it
     ADAPTING = "adapting"  # a worker is making it
-    CANDIDATE = "candidate"  # passed the gate, its files are in the blob store
+    CANDIDATE = "candidate"  # passed the gate; its files are in the blob store
     READY = "ready"  # loads on a replica of its base and answers its golden prompts
     CANARY = "canary"  # takes a share of the adapter's requests
     LIVE = "live"  # takes the adapter's requests; at most one version of each adapter
-    RETIRED = "retired"  # was live; servable by its pinned name, and can become live again
+    RETIRED = "retired"  # was live; still served by its pinned name, and can become live again
     REJECTED = "rejected"  # did not pass the gate on any rung
     ROLLED_BACK = "rolled_back"  # failed its readiness check or as a canary
-    FAILED = "failed"  # making it ended in an error
+    FAILED = "failed"  # an error occurred while it was made
 
 
 TRANSITIONS: Mapping[Status, frozenset[Status]] = MappingProxyType(
@@ -37,17 +37,17 @@ TRANSITIONS: Mapping[Status, frozenset[Status]] = MappingProxyType(
         Status.FAILED: frozenset({Status.PLANNED}),
     }
 )
-"""From each status to those that may follow it; ADAPTING -> PLANNED is how work is taken up again after a kill."""
+"""The statuses that may follow each status. ADAPTING -> PLANNED lets another worker take up interrupted work."""
 
 _SETBACKS = {Status.REJECTED: "rejected", Status.FAILED: "error", Status.ROLLED_BACK: "rolled_back"}
-"""Under which of a version's details lies the reason for its status."""
+"""The key of a version's details that has the reason for its status."""
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model; `fingerprint` is that of its weights, so that a name always means the same weights.
+    """A base model; `fingerprint` identifies its weights, so that a name always means the same weights.
 
-    `stamp` is that of its files when these were last read (names, sizes, times): the same stamp, the same weights.
+    `stamp` identifies its files as last read, by names, sizes and times: as long as it is the same, so are the weights.
     """
 
     name: str
@@ -59,7 +59,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """An adapter, whatever its versions: its rows, its metric and its share of the traffic."""
+    """What all versions of an adapter share: its rows, its metric and its share of the traffic."""
 
     name: str
     data: str
@@ -69,9 +69,9 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class Version:
-    """One version of an adapter, for one base model. Times are seconds since the epoch.
+    """One version of an adapter, for one base model. Times are in seconds since the epoch.
 
-    `blob_key` and `content_hash` are None until its files exist. `parent_id` is the version it was made from.
+    `blob_key` and `content_hash` are None until the files exist. `parent_id` is the version it was made from.
     """
 
     id: int
@@ -94,14 +94,14 @@ class Version:
 
     @property
     def setback(self) -> str | None:
-        """Why it was rejected, failed or was rolled back, for a person to read; None in any other status."""
+        """Why the version was rejected, failed or was rolled back, in words; None in any other status."""
         key = _SETBACKS.get(self.status)
-        return None if key is None else str(self.details.get(key, "no reason was written down"))
+        return None if key is None else str(self.details.get(key, "no reason was recorded"))
 
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the registry's log; ids grow in the order in which events became visible."""
+    """One entry of the registry's log; ids increase in the order in which events become visible."""
 
     id: int
     at: float
@@ -113,14 +113,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Route:
-    """Which versions answer an adapter's requests."""
+    """The versions that answer an adapter's requests."""
 
     live: Version
     canary: Version | None
 
 
 def jsonable(value: Any) -> Any:
-    """The same with lists for tuples and None for infinities and NaN, which JSON does not have."""
+    """Return the value with lists instead of tuples, and None instead of infinities and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

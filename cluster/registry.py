@@ -1,8 +1,8 @@
 """The registry: which base models, adapters and versions exist, and what has happened to them.
 
-It is the only meeting point of re-adaptation, rollout and serving, and safe under many threads and processes. Every
-change of a status is one compare-and-swap, logged in the same transaction; so whoever is killed at any point leaves a
-registry that the next one can go on from, and replaying the log gives the statuses.
+Re-adaptation, rollout and serving communicate only through the registry. Threads and processes can use it at the same
+time. Every change of a status is one compare-and-swap that is logged in the same transaction. So a process that is
+killed at any point leaves a registry from which another can continue, and replaying the log gives the statuses.
 """
 
 import time
@@ -22,10 +22,10 @@ __all__ = ["AdapterRecord", "BaseModel", "Event", "Registry", "Route", "Status",
 
 
 class Registry:
-    """All that is known of a fleet, in a database; the only way to change a version's status.
+    """The database of a fleet, and the only way to change a version's status.
 
-    Owns a pool of connections, and may be shared by threads but not sent to another process: send the URL. Any call may
-    raise StorageError when the database is out of reach. `clock` gives the time of records, in seconds since the epoch.
+    It owns a pool of connections: threads can share it, but another process needs its own (send the URL). Any call can
+    raise StorageError if the database cannot be reached. `clock` gives the time of records in seconds since the epoch.
     """
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time):
@@ -39,7 +39,7 @@ class Registry:
     # Base models and adapters
 
     def add_base(self, name: str, path: str, fingerprint: str, stamp: str = "") -> BaseModel:
-        """Register a base model, or note where it lies now; ConflictError if the name stands for other weights."""
+        """Register a base model, or update its path; ConflictError if the name is registered with other weights."""
         check_name(name)
         with self._write() as connection:
             row = connection.execute(select(bases).where(bases.c.name == name)).one_or_none()
@@ -67,7 +67,7 @@ class Registry:
     def add_adapter(
         self, name: str, data: str = "", metric: str = "exact_match", traffic: float = 1.0
     ) -> AdapterRecord:
-        """Register an adapter, or bring what is known of it up to date."""
+        """Register an adapter, or update its record."""
         record = AdapterRecord(check_name(name), data, metric, traffic)
         with self._write() as connection:
             changed = connection.execute(update(adapters).where(adapters.c.name == name).values(vars(record)))
@@ -100,7 +100,7 @@ class Registry:
     ) -> Version:
         """Add the adapter's next version; NotFoundError for an unknown adapter, base or parent.
 
-        A second LIVE version of an adapter is a ConflictError: a version becomes live beside another by `promote`.
+        A second LIVE version of an adapter raises ConflictError: `promote` replaces the live version.
         """
         self.adapter(adapter)
         self.base(base)
@@ -142,7 +142,7 @@ class Registry:
     def versions(
         self, adapter: str | None = None, base: str | None = None, statuses: Collection[Status] | None = None
     ) -> list[Version]:
-        """Return the versions that meet all conditions given, oldest first."""
+        """Return the versions that meet all given conditions, oldest first."""
         query = select(versions).order_by(versions.c.id)
         if adapter is not None:
             query = query.where(versions.c.adapter == adapter)
@@ -163,10 +163,10 @@ class Registry:
         quality: float | None = None,
         details: dict[str, Any] | None = None,
     ) -> Version:
-        """Change a version's status from `source` to `target`, and set what else is given; `details` are merged.
+        """Change a version's status from `source` to `target`, and set the other given values; `details` are merged.
 
-        ConflictError when the version is not in `source` (somebody else was first), when TRANSITIONS has no such step,
-        or when the adapter would get a second LIVE version.
+        Raises ConflictError if the version is not in `source` (another process was first), if TRANSITIONS has no such
+        step, or if the adapter would get a second LIVE version.
         """
         news = {"blob_key": blob_key, "content_hash": content_hash, "quality": quality}
         with self._write() as connection:
@@ -179,10 +179,9 @@ class Registry:
             )
 
     def promote(self, version_id: int) -> Version:
-        """Make a CANARY version LIVE and retire the adapter's previous LIVE one, in one transaction.
+        """Make a CANARY version LIVE and retire the adapter's previous LIVE version, in one transaction.
 
-        A RETIRED version becomes LIVE again the same way: that is how a fleet goes back to it. ConflictError when the
-        version is in any other status.
+        A RETIRED version becomes LIVE again in the same way. Raises ConflictError if the version has any other status.
         """
         with self._write() as connection:
             version = _locked(connection, version_id)
@@ -196,7 +195,7 @@ class Registry:
             return self._swap(connection, version, version.status, Status.LIVE)
 
     def routes(self) -> dict[str, Route]:
-        """Return which versions answer each adapter that has a LIVE version: one consistent view."""
+        """Return the route of each adapter that has a LIVE version, as one consistent view."""
         routed = self.versions(statuses=(Status.LIVE, Status.CANARY))
         canaries = {version.adapter: version for version in routed if version.status is Status.CANARY}
         return {v.adapter: Route(v, canaries.get(v.adapter)) for v in routed if v.status is Status.LIVE}
@@ -204,13 +203,13 @@ class Registry:
     # Events
 
     def log(self, kind: str, version_id: int | None = None, adapter: str | None = None, **details: Any) -> None:
-        """Append an event; with a version, it is also the adapter's. NotFoundError for an unknown version."""
+        """Append an event; an event of a version is also one of its adapter. NotFoundError for an unknown version."""
         version = None if version_id is None else self.version(version_id)
         with self._write() as connection:
             self._append(connection, kind, version, details, adapter)
 
     def events(self, after_id: int = 0, kind: str | None = None, version_id: int | None = None) -> list[Event]:
-        """Return the events that meet all conditions given, in order; `after_id` is the last one already seen."""
+        """Return the events that meet all given conditions, in order; `after_id` is the last event already seen."""
         query = select(events).where(events.c.id > after_id).order_by(events.c.id)
         if kind is not None:
             query = query.where(events.c.kind == kind)
@@ -218,10 +217,10 @@ class Registry:
             query = query.where(events.c.version_id == version_id)
         return [Event(**row._mapping) for row in self._select(query)]
 
-    # Signs of life
+    # Heartbeats
 
     def beat(self, owner: str) -> None:
-        """Give a sign of life: one more than before."""
+        """Add one to the owner's heartbeats."""
         with self._write() as connection:
             one_more = (
                 update(heartbeats).where(heartbeats.c.owner == owner).values(num_beats=heartbeats.c.num_beats + 1)
@@ -230,11 +229,11 @@ class Registry:
                 connection.execute(insert(heartbeats).values(owner=owner, num_beats=1))
 
     def beats(self) -> dict[str, int]:
-        """Return how many signs of life each owner has given that has not said farewell."""
+        """Return the number of heartbeats of each owner that has not ended them."""
         return {row.owner: row.num_beats for row in self._select(select(heartbeats))}
 
     def end_beats(self, owner: str) -> None:
-        """Say farewell, for oneself or for an owner that is dead."""
+        """Delete the heartbeats of an owner that is done or dead."""
         with self._write() as connection:
             connection.execute(delete(heartbeats).where(heartbeats.c.owner == owner))
 
@@ -248,14 +247,14 @@ class Registry:
         target: Status,
         values: dict[str, Any] | None = None,
     ) -> Version:
-        """The one compare-and-swap through which every status goes."""
+        """Compare and swap a status. Every change of a status goes through here."""
         if target not in TRANSITIONS[source]:
             raise ConflictError(f"{version.label} cannot go from {source} to {target}.")
         swap = update(versions).where(versions.c.id == version.id, versions.c.status == source)
         swap = swap.values(status=target, updated_at=self._clock(), **(values or {})).returning(versions)
         row = connection.execute(swap).one_or_none()
         if row is None:
-            raise ConflictError(f"{version.label} is {version.status}, not {source}: somebody else changed it first.")
+            raise ConflictError(f"{version.label} is {version.status}, not {source}: another process changed it first.")
         self._append(connection, "moved", version, {"source": source, "target": target})
         return _version(row)
 
@@ -278,7 +277,7 @@ class Registry:
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        """A transaction that holds the database's write lock; it commits at the end, or not at all."""
+        """Open a transaction with the database's write lock; it commits if the block ends without an error."""
         try:
             with self._writing.begin() as connection:
                 yield connection
@@ -294,7 +293,7 @@ class Registry:
 
 
 def _locked(connection: Connection, version_id: int) -> Version:
-    """The version as it is within a writing transaction, which nobody can change before its end."""
+    """Return the version within a writing transaction, so that nobody can change it before the transaction ends."""
     rows = connection.execute(select(versions).where(versions.c.id == version_id)).all()
     return _version(_only(rows, f"version with id {version_id}"))
 
@@ -303,7 +302,7 @@ def _check_none_is_live(connection: Connection, adapter: str) -> None:
     live = select(versions.c.number).where(versions.c.adapter == adapter, versions.c.status == Status.LIVE)
     number = connection.execute(live).scalar()
     if number is not None:
-        raise ConflictError(f"{adapter}@{number} is live; another version takes its place by promotion only.")
+        raise ConflictError(f"{adapter}@{number} is live; another version can only replace it by promotion.")
 
 
 def _only(rows: Collection[Row], what: str) -> Row:

@@ -1,8 +1,8 @@
-"""The rule by which a new version takes over its adapter's traffic, one careful step at a time.
+"""How a new version takes over its adapter's traffic, step by step.
 
-CANDIDATE -(loads on a replica of its base and answers its golden prompts)-> READY -> CANARY -(held for `canary_s`
-without a failure)-> LIVE; at the first failure ROLLED_BACK. Where each version stands is in the registry and nowhere
-else, so a rollout that was killed goes on where it stopped, and two that run at once do no harm.
+CANDIDATE -(loads on a replica of its base and answers its golden prompts)-> READY -> CANARY -(serves for `canary_s`
+without a failure)-> LIVE; the first failure leads to ROLLED_BACK. All state is in the registry. So a rollout that was
+killed continues where it stopped, and two rollouts at the same time do no harm.
 """
 
 import time
@@ -10,21 +10,19 @@ from collections.abc import Callable
 
 from cluster.config import RolloutConfig
 from cluster.errors import ConflictError, OverloadedError, ReloraError
-from cluster.records import TRANSITIONS, Status, Version
+from cluster.records import Status, Version
 from cluster.registry import Registry
 
-__all__ = ["CANARY_FAILURE", "TRANSITIONS", "Rollout"]
-
 CANARY_FAILURE = "canary_failure"
-"""The kind of event by which serving says that a canary version failed a request."""
+"""The kind of event that serving logs if a canary version fails a request."""
 
 
 class Rollout:
     """Moves versions for `base` from CANDIDATE to LIVE; call `tick` every `config.poll_s` seconds.
 
-    Those of other bases are left alone, for these may have no engine to ask. `probe` loads a version on a replica of
-    its base and lets it answer `version.details["golden"]`; it raises a ReloraError when that fails, or OverloadedError
-    when it should be asked again later. `clock` has to be the registry's: seconds since the epoch.
+    Versions for other bases stay as they are, because these bases may have no engine. `probe` loads a version on a
+    replica of its base and checks its answers to `version.details["golden"]`. It raises a ReloraError if that fails, or
+    OverloadedError to be called again later. `clock` must be the registry's clock: seconds since the epoch.
     """
 
     def __init__(
@@ -42,14 +40,14 @@ class Rollout:
         self._clock = clock
 
     def tick(self) -> list[Version]:
-        """Take every version that can go on one step further; return those that moved, as they are now."""
+        """Move every version that is ready for it one step further; return the moved versions with their new status."""
         steps = {Status.CANDIDATE: self._check_readiness, Status.READY: self._start_canary, Status.CANARY: self._judge}
         moved = []
         for version in self._registry.versions(base=self._base, statuses=steps):
             try:
                 moved.append(steps[version.status](version))
             except ConflictError:
-                continue  # somebody else moved it first, which is as good
+                continue  # another process moved it first
         return [version for version in moved if version is not None]
 
     def is_busy(self) -> bool:
@@ -68,7 +66,7 @@ class Rollout:
 
     def _start_canary(self, version: Version) -> Version | None:
         for canary in self._registry.versions(adapter=version.adapter, statuses=(Status.CANARY,)):
-            # An adapter tries one at a time. One for another base may have no rollout any more that would end it.
+            # An adapter has one canary at a time. If this one is for another base, no rollout may be left to judge it.
             return None if canary.base == self._base else self._judge(canary)
         return self._registry.move(version.id, Status.READY, Status.CANARY)
 

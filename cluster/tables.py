@@ -1,4 +1,4 @@
-"""The registry's tables, and how its database is opened: SQLite by default, PostgreSQL by URL."""
+"""The registry's tables, and opening its database: SQLite by default, PostgreSQL by URL."""
 
 import random
 import sqlite3
@@ -32,8 +32,8 @@ from cluster.errors import StorageError
 
 SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 30.0
-_WRITES = "relora_writes"  # execution option of the engine whose transactions write
-_WRITE_LOCK = 0x72656C6F7261  # PostgreSQL's advisory lock of all writers: "relora" in ASCII
+_WRITES = "relora_writes"  # execution option of the writing engine
+_WRITE_LOCK = 0x72656C6F7261  # the PostgreSQL advisory lock that all writers take: "relora" in ASCII
 
 metadata = MetaData()
 
@@ -99,10 +99,10 @@ heartbeats = Table(
 
 
 def open_engines(url: str) -> tuple[Engine, Engine]:
-    """Return (reading, writing) engines over one connection pool, the schema created or its version checked.
+    """Return (reading, writing) engines that share a connection pool; create the schema, or check its version.
 
-    A transaction of the writing engine takes the database's one write lock as it begins: what it then reads stays true
-    until it commits, and events get their ids in the order of their commits.
+    A transaction of the writing engine takes the database's only write lock when it begins. So what it reads stays true
+    until it commits, and events get their ids in the order of the commits.
     """
     try:
         reading = create_engine(url)
@@ -125,7 +125,7 @@ def open_engines(url: str) -> tuple[Engine, Engine]:
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the driver must not begin transactions on its own: _begin does
+    connection.isolation_level = None  # _begin starts the transactions, not the driver
     with closing(connection.cursor()) as cursor:
         cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_S * 1000)}")
         _keep_write_ahead_log(cursor)
@@ -134,8 +134,11 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _keep_write_ahead_log(cursor: sqlite3.Cursor) -> None:
-    """Where several processes give a new file its log, SQLite refuses all but one at once, whatever the busy timeout:
-    two that wait for each other would wait for ever. So the others have to ask again."""
+    """Switch the file to a write-ahead log; retry if other processes do the same.
+
+    If several processes switch a new file at once, SQLite refuses all but one immediately, without the busy timeout,
+    because they would wait for each other.
+    """
     deadline = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
         try:
@@ -163,6 +166,6 @@ def _create_or_check(connection: Connection) -> None:
     found = connection.execute(select(schema_version.c.number)).scalar()
     if found != SCHEMA_VERSION:
         raise StorageError(
-            f"Registry {connection.engine.url!r} has schema version {found}; this ReLoRA reads {SCHEMA_VERSION}. "
-            "Open it with the ReLoRA that wrote it, or name another `registry` in the fleet file and register again."
+            f"Registry {connection.engine.url!r} has schema version {found}, but this ReLoRA reads {SCHEMA_VERSION}. "
+            "Use the ReLoRA that wrote it, or set another `registry` in the fleet file and register again."
         )

@@ -7,8 +7,9 @@ import pytest
 
 from cluster.config import RolloutConfig
 from cluster.errors import InvalidAdapterError, OverloadedError
+from cluster.records import TRANSITIONS
 from cluster.registry import Registry, Status, Version
-from cluster.rollout import TRANSITIONS, Rollout
+from cluster.rollout import Rollout
 
 S = Status
 
