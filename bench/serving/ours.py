@@ -13,7 +13,7 @@ from bench.serving.waste import MeasuredEngine
 from bench.serving.workloads import FIRST_TOKEN_ID, Answer, Ask
 from cluster.adapter_files import load_adapter
 from cluster.config import GIB, MIB, ServingConfig
-from cluster.errors import OverloadedError
+from cluster.errors import NotFoundError, OverloadedError
 from serving.adapters.packing import PackedAdapter
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
@@ -156,7 +156,7 @@ async def _client(loop: EngineLoop, served: ServedModel, ask: Ask, request_id: s
     while True:
         try:
             return await _answer(loop, served, ask, request_id, start_s)
-        except OverloadedError:
+        except (OverloadedError, NotFoundError):  # not found: other adapters evicted it after it was loaded
             await asyncio.sleep(RETRY_S)
 
 
