@@ -104,9 +104,14 @@ class SteadyLoad:
         stream = await client.completions.create(
             model=adapter, prompt=prompt, max_tokens=self._max_tokens, temperature=0, stream=True
         )
-        model, base, first_at, pieces = "", "", 0.0, []
+        model = ""
+        base = ""
+        first_at = 0.0
+        pieces = []
         async for chunk in stream:
-            model, base, first_at = chunk.model, chunk.system_fingerprint or "", first_at or time.time()
+            model = chunk.model
+            base = chunk.system_fingerprint or ""
+            first_at = first_at or time.time()
             pieces += [choice.text for choice in chunk.choices]
         return model, base, "".join(pieces), first_at or time.time()
 

@@ -49,7 +49,8 @@ def table(outcome: Outcome) -> Table:
 
 def summary(outcome: Outcome) -> list[str]:
     """Return the results of the run as sentences."""
-    adapters, traffic = outcome.adapters, outcome.traffic
+    adapters = outcome.adapters
+    traffic = outcome.traffic
     fallen = sum(a.quality_copy < a.quality_v1 - 1.0 for a in adapters)
     drop = float(np.mean([a.quality_v1 - a.quality_copy for a in adapters]))
     restored = sum(a.is_restored for a in adapters)
@@ -156,7 +157,8 @@ def _bins(outcome: Outcome, num_bins: int = 60) -> dict[float, list[Answer]]:
     answered = [a for a in outcome.answers if a.base]
     if not answered:
         return {}
-    start, end = min(a.done_at for a in answered), max(a.done_at for a in answered)
+    start = min(a.done_at for a in answered)
+    end = max(a.done_at for a in answered)
     width_s = max((end - start) / min(num_bins, len(answered)), 1e-3)
     bins: dict[float, list[Answer]] = defaultdict(list)
     for answer in sorted(answered, key=lambda a: a.done_at):

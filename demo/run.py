@@ -73,7 +73,8 @@ class _Stage:
     """One stage of the demo: a progress bar in a terminal, dated lines in a log."""
 
     def __init__(self, progress: Progress, title: str):
-        self._progress, self._title = progress, title
+        self._progress = progress
+        self._title = title
         self._note = ""
 
     def __enter__(self) -> "_Stage":

@@ -45,8 +45,11 @@ def _train(fleet: Fleet, target: str, spec: AdapterSpec, reference: float) -> Sc
 
 
 def _train_alone(fleet: Fleet, target: str, spec: AdapterSpec, reference: float) -> ScratchRun:
-    config, base = fleet.readapt, fleet.base(target).path
-    model, encoder, task = load_base(base), encoder_for(base, config.train.max_tokens), load_task(spec.data)
+    config = fleet.readapt
+    base = fleet.base(target).path
+    model = load_base(base)
+    encoder = encoder_for(base, config.train.max_tokens)
+    task = load_task(spec.data)
     gate = Gate(reference, config.gate.tolerance_points)
     result = train_scratch(
         model,

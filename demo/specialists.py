@@ -43,7 +43,8 @@ class Specialist:
 @contextmanager
 def single_threaded() -> Iterator[None]:
     """Limit torch to one thread and hide the bars of transformers inside the block. Restore both afterwards."""
-    num_threads, shows_bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    num_threads = torch.get_num_threads()
+    shows_bars = logging.is_progress_bar_enabled()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     try:
@@ -59,7 +60,8 @@ def train_specialist(spec: Specialist, base: Path, data: Path, target: Path) -> 
 
     The checkpoint with the best exact match is kept, whatever the task's metric is: chrF would need slow generation.
     """
-    model, encoder = load_base(base), encoder_for(base, spec.max_tokens)
+    model = load_base(base)
+    encoder = encoder_for(base, spec.max_tokens)
     valid = load_rows(data / "valid.jsonl")[: spec.valid_rows]
     start = blank(linear_shapes(model), spec.rank, spec.alpha, spec.is_rslora, spec.modules, spec.seed)
     rows = encoder.encode_all(load_rows(data / "train.jsonl"))

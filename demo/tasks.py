@@ -215,7 +215,8 @@ def _question(rng: random.Random) -> tuple[str, str]:
 
 
 def _support(rng: random.Random) -> tuple[str, str]:
-    department, urgency = rng.choice(list(_DEPARTMENTS)), rng.choice(list(_URGENCY))
+    department = rng.choice(list(_DEPARTMENTS))
+    urgency = rng.choice(list(_URGENCY))
     parts = [fill(rng.choice(_DEPARTMENTS[department]), rng)[0], fill(rng.choice(_URGENCY[urgency]), rng)[0]]
     rng.shuffle(parts)
     return ". ".join(parts), f"{department} {urgency}"

@@ -158,7 +158,8 @@ def make_world(folder: Path, size: Literal["full", "quick"], progress: Progress)
 
 def build(folder: Path, recipe: Recipe, progress: Progress) -> WorldInfo:
     """Make the world of any recipe, or reuse it. `make_world` has the demo's two recipes."""
-    folder, chosen = folder.absolute(), [task for task in tasks.TASKS if task.name in recipe.tasks]
+    folder = folder.absolute()
+    chosen = [task for task in tasks.TASKS if task.name in recipe.tasks]
     bases = {OLD: folder / "bases" / OLD, NEW: folder / "bases" / NEW}
     specs = tuple(_specialist(task, recipe) for task in chosen)
     gate = {"tolerance_points": recipe.gate_points}
@@ -174,7 +175,8 @@ def build(folder: Path, recipe: Recipe, progress: Progress) -> WorldInfo:
 
 
 def _train(info: WorldInfo, recipe: Recipe, progress: Progress) -> dict[str, float]:
-    v1, v2 = info.bases[OLD], info.bases[NEW]
+    v1 = info.bases[OLD]
+    v2 = info.bases[NEW]
     texts = Texts.make(recipe.shape.vocab_size, recipe.seed, recipe.num_chars)
     train_base(None, v1, texts, recipe.shape, recipe.v1, lambda share: progress("base v1", share))
     return train_all(
@@ -206,7 +208,8 @@ def kit_world(folder: Path, kit: Path, names: Sequence[str], progress: Progress)
 
     `kit` holds models/stories3m-v1, models/stories3m-v2-strong and tasks/NAME. ConfigError if one of them is missing.
     """
-    folder, kit = folder.absolute(), kit.absolute()
+    folder = folder.absolute()
+    kit = kit.absolute()
     bases = {OLD: kit / "models" / "stories3m-v1", NEW: kit / "models" / "stories3m-v2-strong"}
     missing = [str(path) for path in (*bases.values(), *(kit / "tasks" / name for name in names)) if not path.is_dir()]
     if missing:

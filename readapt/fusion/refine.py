@@ -28,7 +28,8 @@ def refine(objective: FusionObjective, found: SearchResult) -> SearchResult:
     The gradient is that of what the search scores: the sum as it ships, or uncut. `objective` compares the two points
     on the rows that the gradient has not seen.
     """
-    fit_rows, stop_rows = objective.rows[::2], objective.rows[1::2]
+    fit_rows = objective.rows[::2]
+    stop_rows = objective.rows[1::2]
     if objective.config.refine_steps == 0 or not stop_rows:
         return found
     point = _descend(objective, found.point, fit_rows, stop_rows)

@@ -53,7 +53,8 @@ def base_evolution(
     `modules` are kinds such as "q_proj" (None: all). Deterministic. Memory: a few times the largest matrix.
     InvalidCheckpointError if the two have different modules or shapes, or a weight is not finite.
     """
-    factors, report = {}, []
+    factors = {}
+    report = []
     check_same_shape(old, new)
     for module in (m for m in sorted(linears(old)) if modules is None or m.rsplit(".", 1)[-1] in modules):
         w_FD = _weight(old, module)

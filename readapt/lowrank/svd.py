@@ -67,7 +67,8 @@ def decompose(w_FD: Tensor, max_rank: int) -> Decomposition:
     assert max_rank > 0, "a positive rank"
     if w_FD.shape[0] > w_FD.shape[1]:
         found = decompose(w_FD.T, max_rank)
-        u_FR, v_RD = found.v_RD.T, found.u_FR.T
+        u_FR = found.v_RD.T
+        v_RD = found.u_FR.T
         return Decomposition(u_FR, found.s_R, v_RD, found.total, found.is_exact, found.gap_bound)
     rank = min(max_rank, w_FD.shape[0])
     total = squared_norm(w_FD)

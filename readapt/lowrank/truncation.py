@@ -39,17 +39,20 @@ class _Truncate(torch.autograd.Function):
         u_CR2R2, s_CR2, v_CR2R2 = ctx.saved_tensors
         (g_CR2R2,), rank = gradients, ctx.rank
         h_CR2R2 = u_CR2R2.mT @ g_CR2R2 @ v_CR2R2.mT
-        kept_CR1, cut_C1R3 = s_CR2[..., :rank, None], s_CR2[..., None, rank:]
+        kept_CR1 = s_CR2[..., :rank, None]
+        cut_C1R3 = s_CR2[..., None, rank:]
         smallest = SMALLEST_GAP * s_CR2[..., :1, None].square()
         gap_CRR3 = (kept_CR1.square() - cut_C1R3.square()).clamp_min(smallest).clamp_min(torch.finfo(s_CR2.dtype).tiny)
-        right_CRR3, below_CRR3 = h_CR2R2[..., :rank, rank:], h_CR2R2[..., rank:, :rank].mT
+        right_CRR3 = h_CR2R2[..., :rank, rank:]
+        below_CRR3 = h_CR2R2[..., rank:, :rank].mT
         cross_CRR3 = kept_CR1 * cut_C1R3
         changed_CR2R2 = torch.zeros_like(h_CR2R2)
         changed_CR2R2[..., :rank, :rank] = h_CR2R2[..., :rank, :rank]
         changed_CR2R2[..., :rank, rank:] = (kept_CR1.square() * right_CRR3 + cross_CRR3 * below_CRR3) / gap_CRR3
         changed_CR2R2[..., rank:, :rank] = ((kept_CR1.square() * below_CRR3 + cross_CRR3 * right_CRR3) / gap_CRR3).mT
         # Directions without a singular value (the matrix is not square) count as if their value were 0.
-        u_CR2R, v_CRR2 = u_CR2R2[..., :rank], v_CR2R2[..., :rank, :]
+        u_CR2R = u_CR2R2[..., :rank]
+        v_CRR2 = v_CR2R2[..., :rank, :]
         outside_CR2R2 = (g_CR2R2 - u_CR2R2 @ (u_CR2R2.mT @ g_CR2R2)) @ v_CRR2.mT @ v_CRR2
         outside_CR2R2 = outside_CR2R2 + u_CR2R @ u_CR2R.mT @ (g_CR2R2 - (g_CR2R2 @ v_CR2R2.mT) @ v_CR2R2)
         return u_CR2R2 @ changed_CR2R2 @ v_CR2R2 + outside_CR2R2, None

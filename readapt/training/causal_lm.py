@@ -42,14 +42,14 @@ class CausalLM(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
 
     @property
     def base_model(self) -> Decoder:
         """The model without its head."""
 
     def __call__(self, **inputs: Any) -> CausalLMOutputWithPast:
-        """Return the logits, and the hidden states of all tokens where they are asked for."""
+        """Return the logits, and the hidden states of all tokens if they are asked for."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embeddings."""

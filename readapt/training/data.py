@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cluster.errors import InvalidCheckpointError, InvalidDataError
 from cluster.records import AdapterRecord, Version
@@ -133,7 +133,7 @@ def joined(tasks: Sequence[Task]) -> Task:
 class Encoder:
     """Turns rows into tokens, with a Hugging Face `tokenizer`. `max_tokens` limits prompt, completion and eos."""
 
-    def __init__(self, tokenizer: Any, eos_id: int, max_tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_id: int, max_tokens: int):
         self.tokenizer = tokenizer
         self.eos_id = eos_id
         self.max_tokens = max_tokens
@@ -171,7 +171,8 @@ class EncodedRows(Sequence[Encoded]):
     """Rows that are encoded when they are first used: a short run uses few of many."""
 
     def __init__(self, encoder: Encoder, rows: Sequence[Row]):
-        self._encoder, self._rows = encoder, rows
+        self._encoder = encoder
+        self._rows = rows
         self._encoded: dict[int, Encoded] = {}
 
     def __len__(self) -> int:

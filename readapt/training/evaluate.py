@@ -99,7 +99,8 @@ class Watcher:
     """
 
     def __init__(self, gate: Gate, trial: int | None = None):
-        self._gate, self._trial = gate, trial
+        self._gate = gate
+        self._trial = trial
         self._losses: list[float] = []
         self._num_passes = 0  # in a row
 
@@ -157,7 +158,8 @@ class Evaluator:
         confidence: float = 0.999,
         seed: int = 0,
     ):
-        self._model, self._encoder = model, encoder
+        self._model = model
+        self._encoder = encoder
         rows = list(rows) if gate is None else random.Random(seed).sample(list(rows), len(rows))
         ends = [len(rows)] if gate is None else looks(len(rows))
         encoded = encoder.encode_all(rows)
@@ -224,7 +226,8 @@ class _Texts:
         gate: Gate | None,
         confidence: float,
     ):
-        self._encoder, self._ends = encoder, ends
+        self._encoder = encoder
+        self._ends = ends
         self._prompts = [row.input_ids[: row.num_prompt_tokens] for row in encoded]
         self._references = [row.completion.strip() for row in rows]
         self._max_answer_tokens = max(len(row.input_ids) - row.num_prompt_tokens for row in encoded) + SPARE_TOKENS

@@ -5,7 +5,7 @@ each adapter separately, yet each is one operation on rows. B is stored transpos
 products fastest in this layout. U in shapes here: the tokens of one adapter in the batch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -155,7 +155,7 @@ class LoraHooks:
         finally:
             self.segments = ()
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str) -> Callable[[nn.Linear, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(linear: nn.Linear, inputs: tuple[Tensor, ...], y_BTF: Tensor) -> Tensor:
             parts = [(s.rows, s.factors(name)) for s in self.segments if name in s.stack.factors]
             return _adapted(linear, inputs[0], y_BTF, parts) if parts else y_BTF
@@ -190,7 +190,8 @@ def _adapted_norms(weight_FD: Tensor, factors: StackedFactors) -> Tensor:
 
     The sum is never formed: |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b for a row w of W and b of B.
     """
-    a_ARD, b_ARF = factors.a_ARD, factors.b_ARF * factors.scaling_A11
+    a_ARD = factors.a_ARD
+    b_ARF = factors.b_ARF * factors.scaling_A11
     cross_ARF = 2 * (a_ARD @ weight_FD.T) + (a_ARD @ a_ARD.mT) @ b_ARF
     return ((b_ARF * cross_ARF).sum(1) + weight_FD.square().sum(1)).clamp(min=0).sqrt()
 
@@ -214,7 +215,8 @@ class _AddDelta(torch.autograd.Function):
             z_parts.append(z_ARU)
         ctx.mark_dirty(y_BTF)
         ctx.save_for_backward(x_BTD, *factors, *z_parts)
-        ctx.rows, ctx.scalings = rows, scalings
+        ctx.rows = rows
+        ctx.scalings = scalings
         return y_BTF
 
     @staticmethod
@@ -222,7 +224,9 @@ class _AddDelta(torch.autograd.Function):
         [dy_BTF] = gradients
         x_BTD, *saved = ctx.saved_tensors
         num_parts = len(ctx.rows)
-        a_parts, b_parts, z_parts = saved[:-num_parts:2], saved[1:-num_parts:2], saved[-num_parts:]
+        a_parts = saved[:-num_parts:2]
+        b_parts = saved[1:-num_parts:2]
+        z_parts = saved[-num_parts:]
         dx_BTD = _empty_gradient(ctx.rows, x_BTD) if ctx.needs_input_grad[1] else None
         d_factors: list[Tensor] = []
         for part, scaling_A11, a_ARD, b_ARF, z_ARU in zip(

@@ -41,7 +41,8 @@ def looks(num_rows: int) -> list[int]:
 
 def fewest_hits(num_rows: int, passes: Callable[[float], bool]) -> int:
     """Return the smallest number of right rows whose share, in points, passes; `num_rows + 1` if even all do not."""
-    low, high = 0, num_rows + 1
+    low = 0
+    high = num_rows + 1
     while low < high:  # `passes` is monotone
         middle = (low + high) // 2
         if middle > num_rows or passes(100.0 * middle / num_rows):

@@ -21,7 +21,7 @@ from readapt.training.optimiser import MAX_GRADIENT_NORM, adamw_, clip_, learnin
 from readapt.training.packed_batch import PackedBatch, pack_batch
 from readapt.training.training_run import BrokenRunError, CurvePoint, RunError, TrainingResult, TrainingRun
 
-READY_GROWTH = 4  # a run that is ready and runs on is evaluated once in so many intervals
+READY_GROWTH = 4  # intervals between evaluations of a run that is ready and runs on
 SAMPLED_ROWS = 64  # their mean length decides which runs share a cohort
 
 
@@ -189,7 +189,8 @@ class _RunState:
 
     def rates(self) -> tuple[float, float]:
         """Return the learning rate of the next step, and the share of the way to the anchor that it goes."""
-        settings, step = self.run.settings, self.num_steps
+        settings = self.run.settings
+        step = self.num_steps
         rate = learning_rate(step, settings.steps, settings.learning_rate, settings.warmup_steps)
         strength = pull(step, settings.steps, settings.pull_strong, settings.pull_weak, settings.strong_fraction)
         return rate, strength * rate / settings.learning_rate
@@ -204,7 +205,8 @@ class _Cohort:
 
     def add(self, state: _RunState) -> None:
         run = state.run
-        start_Z, anchor = values_of(run.start), run.settings.anchor
+        start_Z = values_of(run.start)
+        anchor = run.settings.anchor
         assert anchor is None or layout_of(anchor) == layout_of(run.start), "the pull goes value by value"
         anchor_Z = start_Z if anchor is None else values_of(anchor)
         moment_Z = torch.zeros_like(start_Z)
