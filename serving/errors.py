@@ -11,6 +11,7 @@ from cluster.errors import (
     InvalidCheckpointError,
     InvalidDataError,
     InvalidRequestError,
+    MissingPackageError,
     NotFoundError,
     OverloadedError,
     ReloraError,
@@ -52,6 +53,7 @@ HTTP_ERRORS: dict[type[ReloraError], HttpError] = {
     StorageError: HttpError(503, "unavailable_error", "storage_unavailable"),
     ConfigError: HttpError(500, "server_error", "bad_config"),
     TrainingError: HttpError(500, "server_error", "training_failed"),
+    MissingPackageError: HttpError(500, "server_error", "missing_package"),
     ReloraError: HttpError(500, "server_error", "error"),
 }
 

@@ -114,18 +114,12 @@ class EngineLoop:
         (InvalidAdapterError, StorageError, ...), or StorageError after `adapter_load_timeout_s`. The next call tries
         again; if an adapter keeps failing, only after a pause (see `serving.engine.adapter_loader`).
         """
-        if ref.key in self._announced:
+        needed = self._needed_load(ref, folder)
+        if needed is None:
             return
-        queue = self._reads if self._loader.is_on_disk(ref.key) else self._fetches
-        work: Callable[[], None] = partial(self._load, ref, folder)
-        if self.has_adapter(ref.key):
-            mapped = self._engine.mapped_adapter(ref.key)
-            if mapped is None:
-                return
-            queue = self._reads
-            work = mapped.touch  # reads the file here, so that the engine's thread does not wait for the disk
         if not self._is_open:
             raise BackendDiedError("The engine is not running.")
+        queue, work = needed
         load = queue.ask(ref.key, work)
         waiting = asyncio.wrap_future(load)
         waiting.add_done_callback(_retrieve_error)
@@ -148,6 +142,19 @@ class EngineLoop:
         return here + [Residency(key, Tier.DISK) for key in on_disk - {residency.key for residency in here}]
 
     # Any thread.
+
+    def _needed_load(
+        self, ref: AdapterRef, folder: Path | Callable[[], Path]
+    ) -> tuple[LoadQueue, Callable[[], None]] | None:
+        """Return the load that must end before requests name the adapter, and its queue. None if there is none."""
+        if ref.key in self._announced:
+            return None
+        if self.has_adapter(ref.key):
+            mapped = self._engine.mapped_adapter(ref.key)
+            # A mapped file is read on a loader thread, so that the engine's thread does not wait for the disk.
+            return None if mapped is None else (self._reads, mapped.touch)
+        queue = self._reads if self._loader.is_on_disk(ref.key) else self._fetches
+        return queue, partial(self._load, ref, folder)
 
     async def _call(self, command: Callable[[], Result]) -> Result:
         return await asyncio.wrap_future(self._post(command))

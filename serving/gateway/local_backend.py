@@ -58,9 +58,9 @@ class LocalBackend:
             raise BackendDiedError("The engine has stopped.")
 
     async def _with_adapter(self, request: Request, adapter: AdapterRef) -> Request:
-        """Load the request's adapter, and take the time that takes off the first token's deadline.
+        """Load the request's adapter. The load's time counts towards the first token's deadline.
 
-        Resumed requests ignore the deadline, because the client has its first token already.
+        Resumed requests ignore the deadline, because the client already has its first token.
         """
         deadline_s = None if request.resumed_tokens else request.terms.first_token_deadline_s
         started_at = time.monotonic()

@@ -120,7 +120,7 @@ class Reply:
         return self._body(
             self._shape.whole_object,
             [
-                self._choice(index, self._shape.whole(choice, self._answer.prompter), choice.finish_reason)
+                _choice(index, self._shape.whole(choice, self._answer.prompter), choice.finish_reason)
                 for index, choice in sorted(choices.items())
             ],
             usage=self.usage(),
@@ -131,14 +131,14 @@ class Reply:
         index, event = part
         opening = self._shape.opening()
         if index not in self._starts and opening is not None:
-            yield self._chunk([self._choice(index, opening, None)])
+            yield self._chunk([_choice(index, opening, None)])
         piece = Choice(start=self._starts.setdefault(index, 0))
         piece.add(event)
         self._num_completion_tokens += piece.num_tokens
         self._starts[index] += sum(len(self._answer.prompter.token_text(one.token)) for one in piece.logprobs)
         if piece.text or piece.logprobs or piece.finish_reason is not None:
             chunk = self._shape.chunk(piece, self._answer.prompter)
-            yield self._chunk([self._choice(index, chunk, piece.finish_reason)])
+            yield self._chunk([_choice(index, chunk, piece.finish_reason)])
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """Yield the chunks after the last part: with `include_usage` one with the token counts and no choices."""
@@ -157,9 +157,6 @@ class Reply:
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
         return self._body(self._shape.chunk_object, choices, **({"usage": usage} if self._include_usage else {}))
 
-    def _choice(self, index: int, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": index, **content, "finish_reason": finish_reason}
-
     def _body(self, object: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {
             "id": self._id,
@@ -176,6 +173,10 @@ def sse(data: dict[str, Any] | str) -> bytes:
     """Return one server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"), ensure_ascii=False)
     return f"data: {text}\n\n".encode()
+
+
+def _choice(index: int, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
+    return {"index": index, **content, "finish_reason": finish_reason}
 
 
 def _completion_logprobs(choice: Choice, prompter: Prompter) -> dict[str, Any] | None:
