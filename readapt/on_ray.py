@@ -16,7 +16,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,11 +27,12 @@ from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from ray.tune.search import Searcher
 
-from cluster.config import Fleet, ReadaptConfig
-from cluster.errors import ConfigError, TrainingError
+from cluster.config import Fleet
+from cluster.errors import TrainingError
 from readapt.campaign.concurrent_jobs import ConcurrentJobs
 from readapt.campaign.job_queue import JobQueue
 from readapt.campaign.jobs import AdapterJob, JobEnd, JobUpdates, RungReached
+from readapt.campaign.resources import TRIAL_CPUS, check_room
 from readapt.campaign.search_rounds import SearchRounds
 from readapt.campaign.worker import Worker
 from readapt.fusion.objective import FusionObjective, SearchResult
@@ -39,7 +40,6 @@ from readapt.fusion.refine import refine
 
 MAX_WORKER_GROUP_RESTARTS = 16
 TRAINING_NICENESS = 5  # engines run at 0: on shared cores a request goes before a training step
-TRIAL_CPUS = 0.5  # trials are short and share the cores with the workers
 SEARCH_POLL_S = 0.01  # how long a worker waits for a search before it goes on with its other jobs
 _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -175,25 +175,6 @@ class _Service:
             raise TrainingError(f"On Ray, {self._name} failed: {self._error}") from self._error
 
 
-def check_room(config: ReadaptConfig, cluster: Mapping[str, float]) -> None:
-    """Raise ConfigError if a cluster with these resources can never hold all workers and a search beside them.
-
-    Both would wait forever: workers hold their resources until all jobs are done, and a job may need the search.
-    """
-    workers, num_searches = config.workers, int("fused" in config.ladder.rungs)
-    needs = {
-        "CPU": workers.num_workers * workers.cpus_per_worker + num_searches * TRIAL_CPUS,
-        "GPU": (workers.num_workers + num_searches) * workers.gpus_per_worker,
-    }
-    for resource, needed in needs.items():
-        if round(needed - cluster.get(resource, 0.0), 4) > 0:  # Ray counts in ten-thousandths
-            beside = " and the search of the fused rung" if num_searches else ""
-            raise ConfigError(
-                f"[readapt.workers]: the workers{beside} need {needed:g} {resource}s, "
-                f"the cluster has {cluster.get(resource, 0.0):g}."
-            )
-
-
 def _device(fleet: Fleet) -> str:
     return "cuda" if fleet.readapt.workers.gpus_per_worker > 0 else "cpu"
 
@@ -204,20 +185,22 @@ def _work(config: dict[str, Any]) -> None:
     It asks for the next job only after the last one has arrived, so that the workers share the jobs evenly.
     """
     os.setpriority(os.PRIO_PROCESS, 0, TRAINING_NICENESS)
-    queue, max_jobs = config["queue"], config["fleet"].readapt.workers.adapters_per_worker
+    fleet: Fleet = config["fleet"]
+    queue: ActorHandle = config["queue"]
     rank = train.get_context().get_world_rank()
-    jobs = ConcurrentJobs(Worker(config["fleet"], _device(config["fleet"])), partial(_poll_search, queue, {}))
+    jobs = ConcurrentJobs(Worker(fleet, _device(fleet)), partial(_poll_search, queue, {}))
     life = ray.get(queue.enter.remote(rank))
     asked: ray.ObjectRef | None = None
     is_over = False
     while True:
-        if asked is None and not is_over and jobs.num_jobs < max_jobs:
+        if asked is None and not is_over and jobs.num_jobs < fleet.readapt.workers.adapters_per_worker:
             asked = queue.take.remote(rank, life)
         if is_over and not jobs.num_jobs:
             return
         ended: dict[Hashable, JobEnd] = {}
         if asked is not None and ray.wait([asked], timeout=0 if jobs.num_jobs else None)[0]:
-            job, asked = ray.get(asked), None
+            job = ray.get(asked)
+            asked = None
             is_over = job is None
             if job is not None:
                 ended |= jobs.begin(job, partial(queue.update.remote, rank, job.version_id))
@@ -298,7 +281,8 @@ def spread(function: Callable[[ItemT], None], items: Sequence[ItemT], in_flight_
 
     The function is shipped once. The first error is raised and cancels the calls that are under way.
     """
-    shared, call = ray.put(function), ray.remote(num_cpus=1)(_call)
+    shared = ray.put(function)
+    call = ray.remote(num_cpus=1)(_call)
     most = max(1, int(ray.cluster_resources().get("CPU", 1))) * in_flight_per_cpu
     waiting: deque[ItemT] = deque(items)
     running: dict[ray.ObjectRef, ItemT] = {}

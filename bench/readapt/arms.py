@@ -202,7 +202,8 @@ def _ladder(spec: RunSpec, place: Place, clock: _Clock, limit_steps: float) -> t
     """Load what the arm's ladder needs; return it, and the list that will receive its evaluations."""
     config, task = ladder_config(spec), spec.task
     with clock.stage("load"):
-        new_model, encoder = load_base(place.new_base), encoder_for(place.new_base, config.train.max_tokens)
+        new_model = load_base(place.new_base)
+        encoder = encoder_for(place.new_base, config.train.max_tokens)
         old = load_adapter(place.adapter)
         old_model = load_base(place.old_base) if NEEDS_OLD_BASE & set(config.ladder.rungs) else new_model
         rows = load_task(place.data)

@@ -234,7 +234,8 @@ class _Cell:
 
     def _scored(self, arm: Arm) -> Record:
         """Score the old service, or the bare new base, which need no run."""
-        spec, adapter = replace(self._bare, arm=arm), load_adapter(self._place.adapter) if arm == "v1" else None
+        spec = replace(self._bare, arm=arm)
+        adapter = load_adapter(self._place.adapter) if arm == "v1" else None
         return self._kept(spec, lambda: _blank_record(spec, self._bench.score(adapter, on_old=arm == "v1")))
 
     def _kept(self, spec: RunSpec, make: Callable[[], Record]) -> Record:

@@ -29,7 +29,7 @@ from readapt.campaign.prediction import Corners, Rung, climb_seconds, configured
 from readapt.fusion.fuse import Fusion
 from readapt.fusion.points import BARE, COPY, UNDO
 from readapt.fusion.search import split_valid
-from readapt.ladder.relabel import PROMPTS, answered, is_data_free, load_prompts
+from readapt.ladder.relabel import answered, is_data_free, prompts_to_answer
 from readapt.lowrank.delta import cosine
 from readapt.training.data import Row, encoder_for, load_rows, task_folders
 from readapt.training.evaluate import Evaluation, judge
@@ -154,7 +154,8 @@ class Assessor:
 
     def _num_calibration_rows(self, rows: Sequence[Row]) -> int:
         """Estimate how many rows a transplant is fitted on, from the lengths of these rows."""
-        config, new_base = self._fleet.readapt.transplant, self._fleet.base(self._target).path
+        config = self._fleet.readapt.transplant
+        new_base = self._fleet.base(self._target).path
         mean_tokens = sum(len(row.input_ids) for row in self._encoder(new_base).encode_all(rows)) / len(rows)
         num_tokens = config.tokens_per_width * self._base(new_base).config.hidden_size
         return min(config.rows, math.ceil(num_tokens / mean_tokens))
@@ -162,11 +163,11 @@ class Assessor:
     def _valid(self, base: str, adapter: Adapter, data: Sequence[Path]) -> list[Row]:
         """Return the validation rows. The old adapter answers some prompts of folders that have only prompts."""
         rows = [row for folder in data if not is_data_free(folder) for row in load_rows(folder / "valid.jsonl")]
-        prompts = [p for folder in data if is_data_free(folder) for p in load_prompts(folder / PROMPTS)[:NUM_ANSWERED]]
+        prompts = prompts_to_answer(data, NUM_ANSWERED)
         if not prompts:
             return rows
         folder = self._fleet.base(base).path
-        return rows + answered(self._base(folder), adapter, self._encoder(folder), list(dict.fromkeys(prompts)))
+        return rows + answered(self._base(folder), adapter, self._encoder(folder), prompts)
 
     def _corners(self, old: str, adapter: Adapter, evolution: Adapter, rows: Sequence[Row]) -> tuple[Corners, float]:
         """Return the four evaluations, and the seconds that a forward of one row takes."""
@@ -188,7 +189,8 @@ class Assessor:
 def energy_of(pair: BasePair, evolution: Adapter, adapter: Adapter) -> Energy:
     """Return the evolution's energy on the modules of `adapter`, from its factors and its extraction's report."""
     modules = [module for module in pair.modules if module.module in adapter.factors]
-    held, total, at_rank, extracted = dict.fromkeys(SPECTRUM_RANKS, 0.0), 0.0, 0.0, 0.0
+    held = dict.fromkeys(SPECTRUM_RANKS, 0.0)
+    total = at_rank = extracted = 0.0
     for module in modules:
         if module.rank == 0:
             continue

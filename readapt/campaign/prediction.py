@@ -43,7 +43,8 @@ def predict(corners: Corners, tolerance_points: float) -> tuple[Rung, str]:
     is rated from 0 (no better than no adapter) to 1 (as good as today) by its loss. From `WORTH_SHARE` on, a few steps
     of training make it ready; below that it does not help.
     """
-    old, starts = corners.old, {"copy": corners.copy, "undo": corners.undo}
+    old = corners.old
+    starts = {"copy": corners.copy, "undo": corners.undo}
     if not math.isfinite(old.loss):
         return "scratch", "the adapter's own loss on its own base is not a number"
     rungs: dict[str, Rung] = {"copy": "copy", "undo": "fused"}

@@ -1,7 +1,7 @@
 """A worker holds the base models, loaded once, and carries adapters over, job after job."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -15,7 +15,7 @@ from readapt.campaign.jobs import AdapterJob, AdapterResult, RungReached
 from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.ladder.inputs import Bases, LadderTask, TaskRows
 from readapt.ladder.ladder import Ladder, LadderSteps
-from readapt.ladder.relabel import PROMPTS, is_data_free, load_prompts, relabelled
+from readapt.ladder.relabel import is_data_free, prompts_to_answer, relabelled
 from readapt.training.data import Encoder, Row, Task, encoder_for, joined, load_rows
 from readapt.training.evaluate import Gate, golden, judge
 from readapt.training.lora import attached, load_base
@@ -61,7 +61,8 @@ class Worker:
         rows = TaskRows.split(task, self._config.search)
         gate = self._gate(job, rows)
         reference_s = time.perf_counter() - started
-        bases, ladder_task = self._bases(job), LadderTask(self._adapter(job.task_key), rows, gate, job.metric)
+        bases = self._bases(job)
+        ladder_task = LadderTask(self._adapter(job.task_key), rows, gate, job.metric)
         outcome = yield from Ladder(bases, ladder_task, self._config, search_and_keep, report=report_point).climb()
         completions = self._golden(bases, task.valid, outcome.adapter)
         setback = self._setback(job, outcome.adapter) if outcome.accepted and len(job.data) > 1 else None
@@ -77,9 +78,14 @@ class Worker:
     def objective(self, job: AdapterJob) -> FusionObjective:
         """Return the job's search objective, for a search outside the worker."""
         rows = TaskRows.split(self._task(job), self._config.search).search
-        model, encoder = self.new_base(job.new_base), self._encoder(job.new_base)
-        old, evolution = self._adapter(job.task_key), self._evolution(job)
-        return FusionObjective(model, old, evolution, rows, encoder, self._config.search)
+        return FusionObjective(
+            self.new_base(job.new_base),
+            self._adapter(job.task_key),
+            self._evolution(job),
+            rows,
+            self._encoder(job.new_base),
+            self._config.search,
+        )
 
     def _task(self, job: AdapterJob) -> Task:
         """Join the rows of all the job's folders. The old adapter answers the prompts of folders without answers."""
@@ -88,21 +94,23 @@ class Worker:
             for folder in job.data
             if not is_data_free(folder)
         ]
-        prompts = [prompt for folder in job.data if is_data_free(folder) for prompt in load_prompts(folder / PROMPTS)]
+        prompts = prompts_to_answer(job.data)
         if prompts:
-            old_model, encoder = self._old_base(job.old_base), self._encoder(job.old_base)
-            tasks.append(relabelled(old_model, self._adapter(job.task_key), encoder, list(dict.fromkeys(prompts))))
+            old = self._adapter(job.task_key)
+            tasks.append(relabelled(self._old_base(job.old_base), old, self._encoder(job.old_base), prompts))
         return joined(tasks)
 
     def _bases(self, job: AdapterJob) -> Bases:
-        old, new = self._old_base(job.old_base), self.new_base(job.new_base)
-        return Bases(old, new, self._encoder(job.new_base), self._evolution(job))
+        return Bases(
+            old=self._old_base(job.old_base),
+            new=self.new_base(job.new_base),
+            encoder=self._encoder(job.new_base),
+            evolution=self._evolution(job),
+        )
 
     def _gate(self, job: AdapterJob, rows: TaskRows) -> Gate:
         """Return the gate that asks for the old adapter's quality on the old base."""
-        old, encoder = self._adapter(job.task_key), self._encoder(job.old_base)
-        quality = judge(self._old_base(job.old_base), old, encoder, rows.gate, job.metric).quality
-        gate = Gate.beside(quality, self._config.gate)
+        gate = Gate.beside(self._old_quality(job, rows.gate), self._config.gate)
         return gate if has_labels(job) else replace(gate, tolerance_points=self._config.gate.agreement_points)
 
     def _setback(self, job: AdapterJob, adapter: Adapter) -> str | None:
@@ -110,14 +118,18 @@ class Worker:
 
         A stage may always lose one row, because one row of few is many points.
         """
-        old = self._adapter(job.task_key)
         for folder in (folder for folder in job.data if not is_data_free(folder)):
             rows = load_rows(folder / "valid.jsonl")
-            before = judge(self._old_base(job.old_base), old, self._encoder(job.old_base), rows, job.metric).quality
+            before = self._old_quality(job, rows)
             after = judge(self.new_base(job.new_base), adapter, self._encoder(job.new_base), rows, job.metric).quality
             if before - after > max(self._config.gate.max_drop_points, 100.0 / len(rows)) + 1e-6:
                 return f"it passed its gate, but fell from {before:.1f} to {after:.1f} points on the rows in {folder}"
         return None
+
+    def _old_quality(self, job: AdapterJob, rows: Sequence[Row]) -> float:
+        """Return the old adapter's quality on the old base."""
+        old = self._adapter(job.task_key)
+        return judge(self._old_base(job.old_base), old, self._encoder(job.old_base), rows, job.metric).quality
 
     def _golden(self, bases: Bases, rows: list[Row], adapter: Adapter) -> tuple[dict[str, str], ...]:
         """Return the adapter's golden completions of the first distinct prompts that leave room for an answer."""

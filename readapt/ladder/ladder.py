@@ -88,9 +88,9 @@ class Ladder:
         self._bases, self._task, self._config = bases, task, config
         self._search, self._report = search, report
         self._gate = task.gate
-        confidence = config.gate.confidence
-        rows, metric = task.rows.gate, task.metric
-        self._evaluator = Evaluator(bases.new, bases.encoder, rows, metric, gate=task.gate, confidence=confidence)
+        self._evaluator = Evaluator(
+            bases.new, bases.encoder, task.rows.gate, task.metric, gate=task.gate, confidence=config.gate.confidence
+        )
         self._train_rows = EncodedRows(bases.encoder, task.rows.train)
         self._uses_budget = config.ladder.stop == "budget"
         self._attempts: list[Attempt] = []
@@ -219,7 +219,8 @@ class Ladder:
         """Fine-tune the best start, if there is one. A diverged run keeps its best checkpoint."""
         if not self._starts:
             return
-        start, config = self._best_start(), self._config.train
+        start = self._best_start()
+        config = self._config.train
         anchor = anchor_adapter(config.anchor, start.adapter, self._task.old)
         settings = warm_settings(config, anchor, runs_on=self._uses_budget)
         try:

@@ -62,7 +62,8 @@ class Stream:
 
     def _attend(self, attention: Any, x_UD: Tensor, qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the input and the output of o_proj when q, k and v are those given."""
-        mixed, added = [], []
+        mixed: list[Tensor] = []
+        added: list[Tensor] = []
         for is_token_BT, settings, x_BTD, *qkv_BTF in zip(
             self._is_token, self._settings, self._padded(x_UD), *map(self._padded, qkv), strict=True
         ):
@@ -85,7 +86,8 @@ class Stream:
 def check_walk(model: CausalLM, rows: Sequence[Encoded]) -> None:
     """Raise InvalidCheckpointError if the walk computes something else for the first layer than the layer itself."""
     try:
-        batch, layer = collate(rows), model.base_model.layers[0]
+        batch = collate(rows)
+        layer = model.base_model.layers[0]
         x_BTD, settings = _first_layer_call(model, batch)
         own = layer(x_BTD, **settings)
         stream = Stream(model, [batch])
@@ -147,9 +149,10 @@ def _first_layer_call(model: CausalLM, batch: BatchTensors) -> tuple[Tensor, dic
         raise _FirstLayerReached
 
     handle = model.base_model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    inputs, mask = batch.input_ids_BT.to(model.device), batch.attention_mask_BT.to(model.device)
+    input_ids_BT = batch.input_ids_BT.to(model.device)
+    mask_BT = batch.attention_mask_BT.to(model.device)
     try:
-        model.base_model(input_ids=inputs, attention_mask=mask, use_cache=False)
+        model.base_model(input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False)
     except _FirstLayerReached:
         pass
     finally:

@@ -57,7 +57,8 @@ class Outcome:
 
 def attempts_by_rung(result: TrainingResult, rung: Callable[[int], str]) -> list[Attempt]:
     """Split a training run from a start into attempts; `rung` names the rung of a step."""
-    attempts, rung_started_s = [], 0.0
+    attempts: list[Attempt] = []
+    rung_started_s = 0.0
     for name in dict.fromkeys(rung(point.step) for point in result.curve if point.step > 0):
         points = tuple(point for point in result.curve if point.step > 0 and rung(point.step) == name)
         attempts.append(Attempt(name, max(p.quality for p in points), points[-1].seconds - rung_started_s, points))

@@ -50,6 +50,12 @@ def load_prompts(path: Path) -> list[str]:
     return distinct
 
 
+def prompts_to_answer(folders: Sequence[Path], max_per_folder: int | None = None) -> list[str]:
+    """Return the distinct prompts of those folders that have only prompts. See `load_prompts` for the errors."""
+    prompts = [p for folder in folders if is_data_free(folder) for p in load_prompts(folder / PROMPTS)[:max_per_folder]]
+    return list(dict.fromkeys(prompts))
+
+
 def relabelled(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> Task:
     """Return the task defined by the greedy answers of `old` on `model`, the bare old base. It has no test rows.
 

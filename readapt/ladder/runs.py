@@ -66,7 +66,8 @@ def train_scratch(
     report: Callable[[CurvePoint], None] = lambda point: None,
 ) -> TrainingResult:
     """Train a new adapter with the modules, ranks and kind of `like`. `model` is bare before and after."""
-    start, settings = scratch_start(model, like, config.seed), scratch_settings(config)
+    start = scratch_start(model, like, config.seed)
+    settings = scratch_settings(config)
     return fine_tune(model, TrainingRun(start, encoder.encode_all(rows), settings, evaluate, watch, report))
 
 
@@ -90,7 +91,8 @@ def _factors_like(factors: LoraFactors, like: LoraFactors) -> LoraFactors:
     if factors.rank > like.rank:
         factors = LoraFactors(*decompose(factors.delta(), like.rank).factors(like.rank), 1.0)
     missing = like.rank - factors.rank
-    a_RD, b_FR = pad(factors.a_RD, (0, 0, 0, missing)), pad(factors.b_FR, (0, missing))
+    a_RD = pad(factors.a_RD, (0, 0, 0, missing))
+    b_FR = pad(factors.b_FR, (0, missing))
     return replace(like, a_RD=a_RD, b_FR=b_FR * (factors.scaling / like.scaling))
 
 

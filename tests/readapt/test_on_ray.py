@@ -19,10 +19,11 @@ from cluster.registry import Status, Version
 from readapt.campaign.campaign import Campaign
 from readapt.campaign.job_queue import MAX_CRASHES_PER_JOB, JobQueue
 from readapt.campaign.jobs import AdapterJob, JobFailure, RungReached
+from readapt.campaign.resources import check_room
 from readapt.campaign.search_rounds import SearchRounds
 from readapt.fusion.search import FusionObjective, SearchResult, find, split_valid
 from readapt.lowrank.delta import base_evolution
-from readapt.on_ray import RayExecutor, RoundSearcher, _Service, check_room
+from readapt.on_ray import RayExecutor, RoundSearcher, _Service
 from readapt.training.data import encoder_for, load_task
 from readapt.training.lora import load_base
 from readapt.training.training_run import CurvePoint
