@@ -69,13 +69,13 @@ class Unit:
 def run_unit(unit: Unit, run_arm: RunArm, say: Callable[[str], None] = print) -> list[Record]:
     """Run what is missing of the unit; return all its records."""
     rates: dict[Arm, float] = {}
-    bench = _Bench(unit, run_arm, say)
+    context = _UnitContext(unit, run_arm, say)
     for seed in unit.seeds:
-        _Cell(bench, seed, rates).run()
-    return bench.journal.records()
+        _Cell(context, seed, rates).run()
+    return context.journal.records()
 
 
-class _Bench:
+class _UnitContext:
     """What the cells of a unit share: models and rows for scoring, loaded on first use, and the journal."""
 
     def __init__(self, unit: Unit, run_arm: RunArm, say: Callable[[str], None]):
@@ -121,12 +121,12 @@ class _Bench:
 class _Cell:
     """Runs one seed. `rates` are the learning rates per arm; the first cell chooses them and fills them in."""
 
-    def __init__(self, bench: _Bench, seed: int, rates: dict[Arm, float]):
-        unit = bench.unit
-        self._bench, self._rates = bench, rates
+    def __init__(self, context: _UnitContext, seed: int, rates: dict[Arm, float]):
+        unit = context.unit
+        self._context, self._rates = context, rates
         adapter = make_specialist(unit.task, seed, unit.update.old, unit.kit, unit.work)
-        self._place = Place(unit.update.old, unit.update.new, adapter, bench.data)
-        self._bare = RunSpec(unit.update.name, bench.base, unit.task, seed, "v1")
+        self._place = Place(unit.update.old, unit.update.new, adapter, context.data)
+        self._bare = RunSpec(unit.update.name, context.base, unit.task, seed, "v1")
 
     def run(self) -> None:
         """Run all arms."""
@@ -146,7 +146,7 @@ class _Cell:
         if "scratch" not in self._rates:
             self._rates["scratch"] = _rate(self._tune("scratch", v1_gate, lambda runs: _scratch_choice(runs, v1_gate)))
         rate = self._rates["scratch"]
-        tuned = self._bench.journal.find(self._spec("scratch", v1_gate, rate, "tune"))
+        tuned = self._context.journal.find(self._spec("scratch", v1_gate, rate, "tune"))
         full = tuned or self._run("scratch", v1_gate, rate, "full")
         reference = min(v1_gate, full.final.gate)
         ready = full.ready if reference == v1_gate else self._run("scratch", reference, rate, "timed").ready
@@ -192,7 +192,7 @@ class _Cell:
         return replace(spec, config=digest(spec))
 
     def _has_full_budget(self, arm: Arm) -> bool:
-        return arm in FULL_BUDGET or self._bare.seed == self._bench.unit.seeds[0]
+        return arm in FULL_BUDGET or self._bare.seed == self._context.unit.seeds[0]
 
     def _run(
         self,
@@ -208,13 +208,13 @@ class _Cell:
     def _climb(self, spec: RunSpec, limit_steps: float) -> Record:
         started = time.perf_counter()
         try:
-            result = self._bench.climb(spec, self._place, limit_steps)
+            result = self._context.climb(spec, self._place, limit_steps)
         except ReloraError as error:
             seconds = time.perf_counter() - started
-            bare = self._bench.score(None)
+            bare = self._context.score(None)
             return replace(_blank_record(spec, bare), seconds=seconds, error=f"{type(error).__name__}: {error}")
         on_test = spec.purpose != "tune" or spec.arm == "scratch"
-        final = self._bench.score(result.final, on_test=on_test)
+        final = self._context.score(result.final, on_test=on_test)
         ready = result.ready
         return replace(
             _blank_record(spec, final),
@@ -229,22 +229,22 @@ class _Cell:
 
     def _ready(self, ready: ReadyAdapter, final: Adapter, final_score: Scored, on_test: bool) -> ReadyPoint:
         is_same = ready.adapter is final
-        ready_score = final_score if is_same else self._bench.score(ready.adapter, on_test=on_test)
+        ready_score = final_score if is_same else self._context.score(ready.adapter, on_test=on_test)
         return ReadyPoint(ready.rung, ready.step, ready.seconds, ready_score)
 
     def _scored(self, arm: Arm) -> Record:
         """Score the old service, or the bare new base, which need no run."""
         spec = replace(self._bare, arm=arm)
         adapter = load_adapter(self._place.adapter) if arm == "v1" else None
-        return self._kept(spec, lambda: _blank_record(spec, self._bench.score(adapter, on_old=arm == "v1")))
+        return self._kept(spec, lambda: _blank_record(spec, self._context.score(adapter, on_old=arm == "v1")))
 
     def _kept(self, spec: RunSpec, make: Callable[[], Record]) -> Record:
         """Return the run's record; make it if there is none yet."""
-        record = self._bench.journal.find(spec)
+        record = self._context.journal.find(spec)
         if record is None:
             record = make()
-            self._bench.journal.add(spec, record)
-            self._bench.say(_line(record))
+            self._context.journal.add(spec, record)
+            self._context.say(_line(record))
         return record
 
 

@@ -63,17 +63,23 @@ def run_bench(settings: Settings, console: Console) -> dict[str, Any]:
     """Run what is missing, write the JSON file and the plots beside it, print the table; return the figures."""
     started = time.perf_counter()
     forget(settings.work / "records", settings.redo)
-    on = free_cores(settings.jobs)
-    console.print(f"on {len(on)} cores; making missing updates and specialists first")
-    updates = _prepare(settings, on)
+    cores = free_cores(settings.jobs)
+    console.print(f"on {len(cores)} cores; making missing updates and specialists first")
+    updates = _prepare(settings, cores)
     units = sorted(_units(settings), key=_cost, reverse=True)
-    console.print(f"{len(units)} update x task units of {len(settings.scope.seeds)} seeds; {_estimate(units, len(on))}")
-    [(_, grouped)] = run_on(on[:1], [(_grouped, (old_base(settings.kit),))])
+    console.print(
+        f"{len(units)} update x task units of {len(settings.scope.seeds)} seeds; {_estimate(units, len(cores))}"
+    )
+    [(_, grouped)] = run_on(cores[:1], [(_grouped, (old_base(settings.kit),))])
     found: dict[str, Any] = {}
     for num_seeds in range(1, len(settings.scope.seeds) + 1):  # a complete report after each seed
         some = [replace(unit, seeds=unit.seeds[:num_seeds]) for unit in units]
-        records = [record for _, made in run_on(on, [(_run, (unit,)) for unit in some]) for record in made]
-        how = {"updates": [asdict(u) for u in updates], "training_group": grouped, "how": _how(settings, on, started)}
+        records = [record for _, made in run_on(cores, [(_run, (unit,)) for unit in some]) for record in made]
+        how = {
+            "updates": [asdict(u) for u in updates],
+            "training_group": grouped,
+            "how": _how(settings, cores, started),
+        }
         found = write_figures(settings, records, how, grouped["packed_training_speedup"], console)
     return found
 
@@ -93,7 +99,7 @@ def write_figures(
     return found
 
 
-def _prepare(settings: Settings, on: Sequence[int]) -> list[UpdateFacts]:
+def _prepare(settings: Settings, cores: Sequence[int]) -> list[UpdateFacts]:
     """Make missing updates and specialists; return what the updates did."""
     kit, work, scope = settings.kit, settings.work, settings.scope
     recipes = [recipe for recipe in RECIPES if recipe.name in scope.updates]
@@ -103,7 +109,7 @@ def _prepare(settings: Settings, on: Sequence[int]) -> list[UpdateFacts]:
         (make_specialist, (_task(name), seed, base, kit, work)) for seed in scope.seeds for base, name in tasks
     ]
     rows = [(write_bench_task, (_task(name), kit, base, work)) for base, name in tasks]
-    made = dict(run_on(on, [*updates, *specialists, *rows]))
+    made = dict(run_on(cores, [*updates, *specialists, *rows]))
     independent = UpdateFacts("control", relative_change(control(kit).old, control(kit).new), {}, {}, 0, 0.0)
     return [*(made[index][1] for index in range(len(updates))), *([independent] if scope.control_tasks else [])]
 
@@ -157,11 +163,11 @@ def _budgets_left(unit: Unit) -> float:
     return (scratch + tuned) * max(0.0, 1 - len(Journal(unit.journal)) / num_records)
 
 
-def _how(settings: Settings, on: Sequence[int], started: float) -> dict[str, Any]:
+def _how(settings: Settings, cores: Sequence[int], started: float) -> dict[str, Any]:
     """Return how this was measured: machine, scope, settings and definitions."""
     return {
         "facts": facts(PACKAGES, _device()),
-        "workers_one_thread_each": len(on),
+        "workers_one_thread_each": len(cores),
         "wall_clock_of_this_call_s": round(time.perf_counter() - started, 1),
         "scope": asdict(settings.scope),
         "tasks": [asdict(task) for task in TASKS if task.name in settings.scope.tasks],

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from cluster.errors import ReloraError
 from readapt.campaign.jobs import AdapterJob, AdapterResult, JobEnd, JobFailure, RungReached
 from readapt.campaign.worker import JobSearch, Worker
-from readapt.ladder.ladder import LadderSteps
+from readapt.ladder.ladder import LadderSteps, advance
 from readapt.training.training_group import TrainingGroup
 from readapt.training.training_run import RunError, TrainingResult
 
@@ -60,10 +60,9 @@ class ConcurrentJobs:
     def _advance(self, version_id: Hashable, result: TrainingResult | RunError | None = None) -> dict[Hashable, JobEnd]:
         """Take one job to its next training, search or end."""
         assert self._training is not None, "a job has begun"
-        ladder = self._ladders[version_id]
         self._searching.discard(version_id)
         try:
-            run = ladder.throw(result) if isinstance(result, Exception) else ladder.send(result)
+            run = advance(self._ladders[version_id], result)
             if run is None:
                 self._searching.add(version_id)
             else:

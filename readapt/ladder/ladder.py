@@ -23,7 +23,6 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 from cluster.adapter_files import Adapter
@@ -40,7 +39,7 @@ from readapt.training.data import EncodedRows
 from readapt.training.evaluate import Evaluation, Evaluator, Watcher
 from readapt.training.lora import attached
 from readapt.training.training_group import fine_tune
-from readapt.training.training_run import BrokenRunError, CurvePoint, RunSettings, TrainingResult, TrainingRun
+from readapt.training.training_run import BrokenRunError, CurvePoint, RunError, RunSettings, TrainingResult, TrainingRun
 
 FAR_POINTS = 3.0  # a smaller gap is closed by short training; measured: a gap of 8 points took it 440 steps
 
@@ -116,17 +115,17 @@ class Ladder:
     def climb_alone(self) -> Outcome:
         """Climb to the end, with each training run alone on the new base."""
         climb = self.climb()
-        advance = partial(next, climb)
+        result: TrainingResult | BrokenRunError | None = None
         while True:
             try:
-                run = advance()
+                run = advance(climb, result)
             except StopIteration as stop:
                 outcome: Outcome = stop.value
                 return outcome
             try:
-                advance = partial(climb.send, None if run is None else fine_tune(self._bases.new, run))
+                result = None if run is None else fine_tune(self._bases.new, run)
             except BrokenRunError as error:
-                advance = partial(climb.throw, error)
+                result = error
 
     def _rungs(self) -> Iterable[str]:
         config = self._config.ladder
@@ -224,9 +223,10 @@ class Ladder:
         anchor = anchor_adapter(config.anchor, start.adapter, self._task.old)
         settings = warm_settings(config, anchor, runs_on=self._uses_budget)
         try:
-            result = yield from _trained(self._run(start.adapter, settings, self._warm_rung, start.evaluation))
+            result = yield self._run(start.adapter, settings, self._warm_rung, start.evaluation)
         except BrokenRunError as error:
             result = error.kept
+        assert result is not None, "the driver sends each run's result"
         self._attempts += attempts_by_rung(result, self._warm_rung)
         rung = self._warm_rung(result.best_step)
         self._candidates.append(_Candidate(rung, result.best, result.best_evaluation, start.alpha, start.beta))
@@ -237,10 +237,11 @@ class Ladder:
         start = scratch_start(self._bases.new, self._task.old, self._config.train.seed)
         settings = scratch_settings(self._config.train, runs_on=self._uses_budget)
         try:
-            result = yield from _trained(self._run(start, settings, lambda step: "scratch"))
+            result = yield self._run(start, settings, lambda step: "scratch")
         except BrokenRunError as error:
             self._last_error = error
             return
+        assert result is not None, "the driver sends each run's result"
         self._attempts.append(Attempt("scratch", result.best_quality, result.curve[-1].seconds, tuple(result.curve)))
         self._candidates.append(_Candidate("scratch", result.best, result.best_evaluation, 0.0, 0.0))
         self._note_ready(result, lambda step: "scratch")
@@ -311,8 +312,6 @@ class Ladder:
         )
 
 
-def _trained(run: TrainingRun) -> LadderSteps[TrainingResult]:
-    """Hand a run to the driver of the climb and return its result. Raises the run's error."""
-    result = yield run
-    assert result is not None, "the driver sends a result for each training run"
-    return result
+def advance(climb: LadderSteps[ReturnT], result: TrainingResult | RunError | None) -> TrainingRun | None:
+    """Send the last run's result to a climb, or throw its error in; return what the climb yields next."""
+    return climb.throw(result) if isinstance(result, Exception) else climb.send(result)
