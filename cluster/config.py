@@ -1,7 +1,4 @@
-"""The settings of a fleet, one frozen dataclass per section of fleet.toml, which `cluster.fleet_file` reads.
-
-The string under a field documents it; `cluster.config_reference` writes the repository's fleet.toml from these strings.
-"""
+"""The settings of a fleet. The string under a field is its comment in fleet.toml (see `cluster.config_reference`)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -236,8 +233,8 @@ class GateConfig:
     tolerance_points: PositiveOrZero = 1.0
     """Points that a new version may lose against the old version on the old base."""
     max_drop_points: PositiveOrZero = 5.0
-    """If scratch training on the new base loses more than `tolerance_points`, its result is the target, but at most
-    this much may be lost. A stage of `relora continual` may not cost an earlier stage more either."""
+    """If scratch training on the new base loses more than `tolerance_points`, the new version may lose as much, up to
+    this limit. It also limits what a stage of `relora continual` may cost an earlier stage."""
     agreement_points: PositiveOrZero = 5.0
     """The tolerance if there are only prompts, so that the old service's answers count as correct."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -287,7 +284,7 @@ class RolloutConfig:
 
 @frozen
 class Fleet:
-    """The whole fleet file. All paths and local URLs in it are absolute once it is loaded."""
+    """The whole fleet file. Its paths and local URLs are absolute once it is loaded."""
 
     name: Name
     """The fleet's name."""
@@ -306,7 +303,7 @@ class Fleet:
 
     @model_validator(mode="after")
     def _fill_in_ranks(self) -> Self:
-        """Set the transplant's ranks that are left open: the defaults, but no more than the engines serve."""
+        """Set the transplant's ranks that are not given: the defaults, but no more than the engines serve."""
         given = self.readapt.transplant
         rank, wide_rank = (min(rank, self.serving.max_rank) for rank in given.ranks)
         filled = replace(given, rank=given.rank or rank, wide_rank=given.wide_rank or wide_rank)

@@ -1,4 +1,4 @@
-"""The rules of the house (docs/architecture.md), held by a test: who may import whom, where Ray and Triton may be."""
+"""The rules of docs/architecture.md as tests: which package imports which, and where Ray and Triton may be used."""
 
 import ast
 import re
@@ -23,9 +23,9 @@ FOLDERS = {  # from the top down: a folder imports only itself and folders below
     "readapt": ["campaign", "ladder", "continual", "extraction", "fusion", "training", "lowrank"],
 }
 TOP = ["upgrade.py", "relora.py"]  # these compose the packages: relora.py may import upgrade.py and every package
-ROOMS = set(MAY_IMPORT) | {"relora", "upgrade", "tests"}
+PACKAGES = set(MAY_IMPORT) | {"relora", "upgrade", "tests"}
 SOURCES = [
-    *sorted(path for room in MAY_IMPORT for path in (ROOT / room).glob("**/*.py")),
+    *sorted(path for package in MAY_IMPORT for path in (ROOT / package).glob("**/*.py")),
     *(ROOT / name for name in TOP),
 ]
 
@@ -48,13 +48,13 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != ROOT], ids=name_of)
-def test_a_room_imports_only_the_rooms_below_it(path: Path):
-    room = path.relative_to(ROOT).parts[0]
-    strangers = (imported_roots(path) & ROOMS) - MAY_IMPORT[room] - {room}
-    assert not strangers, f"{name_of(path)} imports {sorted(strangers)}"
+def test_a_package_imports_only_the_packages_below_it(path: Path):
+    package = path.relative_to(ROOT).parts[0]
+    forbidden = (imported_roots(path) & PACKAGES) - MAY_IMPORT[package] - {package}
+    assert not forbidden, f"{name_of(path)} imports {sorted(forbidden)}"
 
 
-def test_upgrade_does_not_import_the_command_line_or_what_is_built_on_it():
+def test_upgrade_imports_neither_the_command_line_nor_demo_and_bench():
     assert not imported_roots(ROOT / "upgrade.py") & {"relora", "tests", "bench", "demo"}
 
 
@@ -64,7 +64,7 @@ def test_every_module_is_installed():
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module of ours that a file imports, at its head or inside a function."""
+    """Return our modules that a file imports, at module level or inside a function."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
     names = {name for node in nodes for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))}
     return {name for name in names if name in MODULES}
@@ -83,11 +83,11 @@ def test_a_folder_imports_only_the_folders_below_it(path: Path):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """Not even through an import inside a function: where one is needed, the two belong in one file or in three."""
+    """Not even with an import inside a function: if two modules need each other, merge them or split off a third."""
     left = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
     while left:
         leaves = [name for name, imported in left.items() if not imported & left.keys()]
-        assert leaves, f"in circles: {sorted(left)}"
+        assert leaves, f"import cycle among: {sorted(left)}"
         left = {name: imported for name, imported in left.items() if name not in leaves}
 
 
@@ -136,9 +136,9 @@ def test_a_side_effect_in_an_assert_is_found(expression: str):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_file_outgrows_its_reader(path: Path):
-    """No hard law of length, but a file beyond this wants to be two rooms."""
-    assert len(path.read_text().splitlines()) <= 420, f"{name_of(path)} is too long to hold in mind"
+def test_no_file_is_too_long(path: Path):
+    """A file longer than this should be split."""
+    assert len(path.read_text().splitlines()) <= 420, f"{name_of(path)} is too long"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -151,16 +151,16 @@ def test_functions_stay_short(path: Path):
     assert not long, f"{name_of(path)}: {long}"
 
 
-def test_every_error_is_drawn_in_the_tree():
+def test_every_error_is_in_the_tree_of_the_docstring():
     from cluster import errors
 
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.ReloraError)]
-    undrawn = [c.__name__ for c in classes if c.__name__ not in (errors.__doc__ or "")]
+    missing = [c.__name__ for c in classes if c.__name__ not in (errors.__doc__ or "")]
     assert len(classes) > 5
-    assert not undrawn, f"missing in the docstring of cluster/errors.py: {undrawn}"
+    assert not missing, f"missing in the docstring of cluster/errors.py: {missing}"
 
 
-def test_errors_travel_between_processes():
+def test_errors_can_be_pickled():
     import pickle
 
     from cluster import errors
@@ -200,12 +200,12 @@ def test_links_in_docs_lead_somewhere(path: Path):
 
 def test_every_package_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = [path.parent for room in MAY_IMPORT for path in (ROOT / room).glob("**/__init__.py")]
+    found = [path.parent for package in MAY_IMPORT for path in (ROOT / package).glob("**/__init__.py")]
     assert sorted(listed) == sorted(name_of(folder).replace("/", ".") for folder in found)
 
 
 def module_level_imports(path: Path) -> set[str]:
-    """The top names of what a file imports when it is imported itself; imports for type checks do not count."""
+    """Return the packages that a file imports at module level; imports for type checks do not count."""
     nodes = ast.parse(path.read_text()).body
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -219,7 +219,7 @@ def test_optional_packages_are_imported_only_where_they_are_used(path: Path):
     optional = module_level_imports(path) & set(EXTRAS)
     is_rival = path.relative_to(ROOT).parts[0] == "bench" and optional == {"peft"}
     assert is_rival or not optional, (
-        f"{name_of(path)} imports {sorted(optional)} at its head; `cluster.extras` says how"
+        f"{name_of(path)} imports {sorted(optional)} at module level; import it where it is used"
     )
 
 
@@ -248,7 +248,7 @@ def test_the_license_is_the_one_that_the_project_names():
 
 
 def test_importing_a_package_is_light():
-    """`kernels` has the name of an optional package of transformers, which heavy imports there would break."""
+    """`kernels` has the name of an optional package of transformers, which would break if it imported much."""
     heavy = "('torch', 'transformers', 'ray')"
     code = f"import sys, kernels, cluster, serving, readapt; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

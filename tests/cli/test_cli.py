@@ -1,4 +1,4 @@
-"""The command line as people meet it: what it offers, what it shows, and errors that are one line and exit code 1."""
+"""The command line: its commands, their output, and errors of one line with exit code 1."""
 
 import shutil
 import time
@@ -21,13 +21,13 @@ from tests.worlds.readapt import write_task
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
-NO_RAY = "would go on to start Ray"
+NO_RAY = "no Ray cluster is running here"
 COMMANDS = sorted(typer.main.get_command(relora.app).commands)  # type: ignore[attr-defined] (it is a group)
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs `relora ARGUMENTS` in this process; gives its exit code, standard output and standard error."""
+    """Run `relora ARGUMENTS` in this process; return exit code, standard output and standard error."""
 
     def runner(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["relora", *map(str, arguments)])
@@ -87,7 +87,7 @@ def test_before_anything_is_registered_status_says_so_and_makes_no_file(run: Run
     assert run("status", file) == (0, said, "")
     assert list(tmp_path.iterdir()) == [file]
     open_registry(load_fleet(file)).close()
-    assert run("status", file) == (0, said, ""), "also where the registry is there and empty"
+    assert run("status", file) == (0, said, ""), "also if the registry exists and is empty"
 
 
 def test_register_then_status(run: Run, fleet_file: Path):
@@ -122,7 +122,7 @@ def test_status_shows_quality_and_rung(run: Run, fleet_file: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("valid", "named"), [(None, "data: no such folder"), ('{"prompt": "a"}', "data/valid.jsonl:1: field 'completion'")]
 )
-def test_register_checks_the_rows_too(run: Run, fleet_file: Path, tmp_path: Path, valid: str | None, named: str):
+def test_register_also_checks_the_rows(run: Run, fleet_file: Path, tmp_path: Path, valid: str | None, named: str):
     folder = Path(shutil.copytree(fleet_file.parent, tmp_path / "fleet"))
     (folder / "registry.db").unlink(missing_ok=True)
     if valid is None:
@@ -135,7 +135,7 @@ def test_register_checks_the_rows_too(run: Run, fleet_file: Path, tmp_path: Path
     assert not (folder / "registry.db").exists()
 
 
-def test_register_tells_of_files_that_were_replaced(run: Run, fleet_file: Path, tmp_path: Path):
+def test_register_reports_replaced_files(run: Run, fleet_file: Path, tmp_path: Path):
     folder = Path(shutil.copytree(fleet_file.parent, tmp_path / "fleet"))
     run("register", folder / "fleet.toml")
     shutil.rmtree(folder / "intent")
@@ -146,7 +146,7 @@ def test_register_tells_of_files_that_were_replaced(run: Run, fleet_file: Path, 
 
 
 class Idle:
-    """In the place of `RayExecutor`: takes one job up and never gets anywhere with it, or fails all at once."""
+    """Replaces `RayExecutor`: starts one job and never finishes it, or fails every job at once."""
 
     is_endless = True
 
@@ -158,14 +158,14 @@ class Idle:
             while self.is_endless:
                 time.sleep(0.05)
                 self.num_polls += 1
-                assert self.num_polls < 400, "nobody has stopped it"
+                assert self.num_polls < 400, "it was not stopped"
                 yield None
             yield job, JobFailure("it was to fail")
 
 
 @pytest.fixture
 def upgradable(fleet_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fleet file of its own, on a cluster that is said to run."""
+    """A separate fleet file, and a fake running cluster."""
     folder = Path(shutil.copytree(fleet_file.parent, tmp_path / "fleet"))
     (folder / "registry.db").unlink(missing_ok=True)
     for name in ("cluster.on_ray.connect", "serving.on_ray.check_gateway"):
@@ -190,19 +190,19 @@ def test_an_engine_that_cannot_be_started_ends_the_upgrade_at_once(
     assert "stopping the campaign: Ray Serve could not start the engine of v2: no room\n" in output
     assert errors == "error: Ray Serve could not start the engine of v2: no room\n"
     (version,) = registry.versions(base="v2")
-    assert version.status is Status.PLANNED, "put back, for the next upgrade"
+    assert version.status is Status.PLANNED, "the next upgrade can take it"
     assert registry.routes()["intent"].live.number == 1
     registry.close()
 
 
-def test_an_upgrade_ends_though_another_base_without_an_engine_has_a_candidate(
+def test_an_upgrade_ends_even_if_a_base_without_an_engine_has_a_candidate(
     run: Run, upgradable: Path, monkeypatch: pytest.MonkeyPatch
 ):
     probed: list[str] = []
 
     def probe(fleet: Fleet, version: Version) -> None:
         probed.append(version.label)
-        assert len(probed) < 4, "it asks for ever"
+        assert len(probed) < 4, "it probes forever"
         raise OverloadedError("no engine yet")
 
     monkeypatch.setattr("serving.on_ray.deploy_base", lambda fleet, base: None)

@@ -1,4 +1,4 @@
-"""`relora rollout`: what takes candidates to live without an upgrade."""
+"""`relora rollout` makes candidates live without an upgrade."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ TEXT = 'name = "tiny"\n[rollout]\ncanary_s = 0.0\npoll_s = 0.01\n'
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs `relora rollout` on the fleet in this process; gives its exit code, standard output and standard error."""
+    """Run `relora rollout` on the fleet in this process; return exit code, standard output and standard error."""
 
     def runner(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["relora", "rollout", str(tmp_path / "fleet.toml"), *map(str, arguments)])
@@ -32,7 +32,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """Two adapters that are live on v1, a base v2 beside it."""
+    """Two adapters that are live on v1, and a second base v2."""
     (tmp_path / "fleet.toml").write_text(TEXT)
     registry = open_registry(load_fleet(tmp_path / "fleet.toml"))
     for base in ("v1", "v2"):
@@ -46,12 +46,12 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def deployed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A cluster that is said to run, with an engine of v1; gives the bases for which one was started."""
+    """A fake running cluster with an engine for v1; returns the bases for which an engine was started."""
     started: list[str] = []
 
     def probe(fleet: Fleet, version: Version) -> None:
         if "broken" in version.details:
-            raise InvalidAdapterError("it answers otherwise")
+            raise InvalidAdapterError("its answers are different")
 
     for name in ("cluster.on_ray.connect", "serving.on_ray.check_gateway"):
         monkeypatch.setattr(name, lambda *arguments, **settings: None)
@@ -66,7 +66,7 @@ def candidate(registry: Registry, adapter: str, base: str, **details: bool) -> V
     return registry.add_version(adapter, base, status, "key", "key", parent_id=parent.id, details=details)
 
 
-def test_candidates_go_live_and_engines_start_where_there_is_none(run: Run, registry: Registry, deployed: list[str]):
+def test_candidates_go_live_and_missing_engines_are_started(run: Run, registry: Registry, deployed: list[str]):
     first, second = candidate(registry, "intent", "v1"), candidate(registry, "intent", "v1")
     other = candidate(registry, "topic", "v2")
     code, output, _ = run()
@@ -78,7 +78,7 @@ def test_candidates_go_live_and_engines_start_where_there_is_none(run: Run, regi
     assert deployed == ["v2"]
 
 
-def test_one_base_alone(run: Run, registry: Registry, deployed: list[str]):
+def test_only_the_given_base_is_rolled_out(run: Run, registry: Registry, deployed: list[str]):
     left, moved = candidate(registry, "topic", "v2"), candidate(registry, "intent", "v1")
     assert run("--base", "v1")[0] == 0
     assert [registry.version(v.id).status for v in (left, moved)] == [Status.CANDIDATE, Status.LIVE]
@@ -86,7 +86,7 @@ def test_one_base_alone(run: Run, registry: Registry, deployed: list[str]):
 
 
 @pytest.mark.usefixtures("deployed")
-def test_what_fails_is_rolled_back_and_makes_the_command_fail(run: Run, registry: Registry):
+def test_a_failed_version_is_rolled_back_and_the_command_exits_with_1(run: Run, registry: Registry):
     broken = candidate(registry, "intent", "v1", broken=True)
     code, output, _ = run()
     assert code == 1
@@ -95,7 +95,7 @@ def test_what_fails_is_rolled_back_and_makes_the_command_fail(run: Run, registry
 
 
 @pytest.mark.usefixtures("deployed")
-def test_nothing_to_move(run: Run, registry: Registry):
+def test_without_candidates_there_is_nothing_to_do(run: Run, registry: Registry):
     assert run()[:2] == (0, "done: nothing was left to do\n")
 
 

@@ -45,7 +45,7 @@ def logits_of_peft(checkpoint: Path, folder: Path) -> torch.Tensor:
 def logits_of_merged(checkpoint: Path, adapter: Adapter) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     if "lm_head" in adapter.factors or "model.embed_tokens" in adapter.factors:
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # where they are tied
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # untie it from the embedding
     with torch.no_grad():
         for module, factors in adapter.factors.items():
             weight = model.get_submodule(module).weight
@@ -58,7 +58,7 @@ def assert_same_logits(ours: torch.Tensor, reference: torch.Tensor) -> None:
 
 
 def random_adapter(checkpoint: Path, *, is_rslora: bool, keep: str = "") -> Adapter:
-    """Ranks and scalings of its own in every module."""
+    """Return an adapter with different ranks and scalings in every module."""
     generator = torch.Generator().manual_seed(3)
     shapes = open_checkpoint(checkpoint).linear_shapes()
     factors = {}
@@ -140,11 +140,11 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["embedding-tying", "embedding", "head", "both"],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's remarks on tied weights and saved embeddings
-def test_embeddings_and_heads_go_to_and_fro(
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns about tied weights and saved embeddings
+def test_embeddings_and_heads_survive_a_round_trip_through_peft(
     tmp_path: Path, checkpoint: Path, tied: Path, is_tied: bool, targets: dict[str, Any], use_dora: bool
 ):
-    """What PEFT writes means the same to us, and what we then write the same to PEFT."""
+    """We read what PEFT writes with the same meaning, and PEFT then reads what we write."""
     from peft import LoraConfig, get_peft_model
 
     base = tied if is_tied else checkpoint
@@ -186,7 +186,7 @@ def test_a_convolution_is_flattened_and_written_back(tmp_path: Path):
         torch.testing.assert_close(PeftModel.from_pretrained(network(), tmp_path / "ours").eval()(images), reference)
 
 
-def test_a_copy_of_the_base_has_to_be_the_bases(tmp_path: Path, checkpoint: Path):
+def test_a_stored_copy_of_a_base_weight_must_equal_the_base(tmp_path: Path, checkpoint: Path):
     folder = make_adapter(tmp_path / "adapter", checkpoint, modules=("embed_tokens", "lm_head"))
     stored = open_checkpoint(checkpoint)
     table, head = (stored.load(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
@@ -234,7 +234,7 @@ def test_writing_and_reading_gives_the_same_adapter(
         assert theirs.scaling == pytest.approx(ours.scaling, rel=1e-14, abs=1e-300)
 
 
-def test_the_usual_settings_are_written_as_the_usual_numbers(tmp_path: Path):
+def test_whole_alphas_are_written_as_whole_numbers(tmp_path: Path):
     factors = LoraFactors(torch.ones(8, 4), torch.ones(3, 8), 16 / math.sqrt(8))
     save_adapter(Adapter({"model.layers.0.mlp.up_proj": factors}, is_rslora=True), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -242,7 +242,7 @@ def test_the_usual_settings_are_written_as_the_usual_numbers(tmp_path: Path):
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
-def test_what_a_killed_save_left_behind_does_not_block_the_next(tmp_path: Path, checkpoint: Path):
+def test_leftovers_of_a_killed_save_do_not_block_the_next_one(tmp_path: Path, checkpoint: Path):
     adapter = random_adapter(checkpoint, is_rslora=False)
     save_adapter(adapter, tmp_path / "adapter")
     shutil.copytree(tmp_path / "adapter", tmp_path / ".adapter.old")
@@ -250,7 +250,7 @@ def test_what_a_killed_save_left_behind_does_not_block_the_next(tmp_path: Path, 
     assert load_adapter(tmp_path / "adapter").factors.keys() == adapter.factors.keys()
 
 
-def test_a_save_that_fails_at_the_last_moment_puts_the_older_adapter_back(
+def test_a_save_that_fails_at_the_last_step_restores_the_older_adapter(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder = tmp_path / "adapter"
@@ -270,7 +270,7 @@ def test_a_save_that_fails_at_the_last_moment_puts_the_older_adapter_back(
     assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
 
 
-def test_saving_replaces_an_older_adapter_whole_and_leaves_nothing_else(tmp_path: Path, checkpoint: Path):
+def test_saving_replaces_an_older_adapter_completely(tmp_path: Path, checkpoint: Path):
     save_adapter(random_adapter(checkpoint, is_rslora=False), tmp_path / "adapter")
     (tmp_path / "adapter/stale.txt").write_text("from before")
     newer = random_adapter(checkpoint, is_rslora=True, keep="q_proj")
@@ -300,7 +300,7 @@ def test_sizes_are_as_stored(folder: Path, checkpoint: Path):
     )
 
 
-# Faults, each named
+# Errors, each with its cause
 
 
 def rewrite_config(folder: Path, **changes: Any) -> None:
@@ -393,7 +393,7 @@ def test_missing_files_are_named_and_pickles_refused(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
-def test_a_configuration_that_is_no_json_object_is_refused(folder: Path, content: bytes):
+def test_a_configuration_that_is_not_a_json_object_is_refused(folder: Path, content: bytes):
     (folder / "adapter_config.json").write_bytes(content)
     assert_refused(folder, "adapter_config.json")
 
@@ -405,7 +405,7 @@ def test_truncated_weights_are_refused(folder: Path, kept: int):
     assert_refused(folder, "truncated")
 
 
-def test_a_header_that_promises_the_moon_is_refused(folder: Path):
+def test_a_header_with_an_absurd_size_is_refused(folder: Path):
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     assert_refused(folder, "truncated")
 
@@ -428,7 +428,7 @@ def test_fit_is_checked_module_by_module(folder: Path, checkpoint: Path):
 
 
 @pytest.mark.parametrize("limit_bytes", [100, 5_000])
-def test_a_full_disk_is_told_and_the_old_files_stay(folder: Path, limit_bytes: int):
+def test_a_full_disk_is_reported_and_the_old_files_stay(folder: Path, limit_bytes: int):
     before = load_adapter(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
-    """A server of the S3 protocol: its host and port."""
+    """Host and port of a server of the S3 protocol."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -75,7 +75,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_what_was_put_is_fetched(url: str, folder: Path, tmp_path: Path):
+def test_a_stored_folder_can_be_fetched(url: str, folder: Path, tmp_path: Path):
     store = BlobStore(url, tmp_path / "cache")
     key = store.put_folder(folder)
     assert key == content_hash(folder)
@@ -87,7 +87,7 @@ def test_what_was_put_is_fetched(url: str, folder: Path, tmp_path: Path):
     assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == [key]
 
 
-def test_a_fetched_folder_outlives_the_store(url: str, folder: Path, tmp_path: Path):
+def test_a_fetched_folder_is_available_without_the_store(url: str, folder: Path, tmp_path: Path):
     store = BlobStore(url, tmp_path / "cache")
     key = store.put_folder(folder)
     fetched = store.fetch_folder(key)
@@ -114,7 +114,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_fetched_anew_or_told(folder: Path, tmp_path: Path, damage: str):
+def test_a_damaged_cache_is_fetched_again_or_reported(folder: Path, tmp_path: Path, damage: str):
     store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
     key = store.put_folder(folder)
     cached = store.fetch_folder(key)
@@ -127,7 +127,7 @@ def test_a_damaged_cache_is_fetched_anew_or_told(folder: Path, tmp_path: Path, d
         store.fetch_folder(key)
 
 
-def test_two_fetchers_of_a_damaged_cache_never_put_a_good_folder_aside(
+def test_two_fetchers_of_a_damaged_cache_never_move_a_good_folder_away(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
@@ -154,7 +154,7 @@ def test_two_fetchers_of_a_damaged_cache_never_put_a_good_folder_aside(
     assert key not in aside
 
 
-def test_a_damaged_folder_that_cannot_be_put_aside_is_not_handed_out(
+def test_a_damaged_folder_that_cannot_be_moved_away_is_not_returned(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
@@ -179,7 +179,7 @@ def test_the_same_content_is_one_blob(url: str, folder: Path, tmp_path: Path):
     assert len(objects(url)) == 2
 
 
-def test_the_hash_sees_names_and_bytes_and_their_borders(folder: Path):
+def test_the_hash_covers_names_and_bytes_and_where_they_end(folder: Path):
     seen = {content_hash(folder)}
     (folder / "weights.bin").rename(folder / "weights2.bin")
     seen.add(content_hash(folder))
@@ -192,7 +192,7 @@ def test_the_hash_sees_names_and_bytes_and_their_borders(folder: Path):
     assert len(seen) == 5
 
 
-def test_links_are_stored_as_what_they_lead_to(folder: Path, tmp_path: Path):
+def test_links_are_stored_as_the_files_they_point_to(folder: Path, tmp_path: Path):
     linked = tmp_path / "linked"
     (linked / "deep").mkdir(parents=True)
     (linked / "weights.bin").symlink_to(folder / "weights.bin")
@@ -213,7 +213,7 @@ def test_an_unknown_or_hostile_key_is_not_found(url: str, tmp_path: Path, key: s
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "swapped"])
-def test_a_damaged_blob_is_never_handed_out(folder: Path, tmp_path: Path, damage: str):
+def test_a_damaged_blob_is_never_returned(folder: Path, tmp_path: Path, damage: str):
     store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
     key = store.put_folder(folder)
     blob = tmp_path / "store" / f"{key}.tar"
@@ -258,7 +258,7 @@ class FullFileSystem(MemoryFileSystem):
         return super()._open(path, mode, **options)
 
 
-def test_a_full_store_is_told_and_left_clean(folder: Path, tmp_path: Path):
+def test_a_full_store_is_reported_and_left_clean(folder: Path, tmp_path: Path):
     fsspec.register_implementation("full", FullFileSystem, clobber=True)
     store = BlobStore("full://store", tmp_path / "cache")
     with pytest.raises(StorageError, match="No space left"):
@@ -269,21 +269,21 @@ def test_a_full_store_is_told_and_left_clean(folder: Path, tmp_path: Path):
 
 @pytest.fixture
 def file_size_limit() -> Iterator[None]:
-    """The kernel refuses what a process writes beyond 30 kB in a file, as a full disk would."""
+    """The kernel refuses to write more than 30 kB to a file, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_refuses_the_write_is_left_clean(folder: Path, tmp_path: Path, file_size_limit: None):
+def test_a_failed_write_leaves_the_disk_clean(folder: Path, tmp_path: Path, file_size_limit: None):
     store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
     with pytest.raises(StorageError, match="storing"):
         store.put_folder(folder)
     assert objects(str(tmp_path / "store")) == []
 
 
-def test_a_disk_that_refuses_the_fetch_is_left_clean(folder: Path, tmp_path: Path, request: pytest.FixtureRequest):
+def test_a_failed_fetch_leaves_the_disk_clean(folder: Path, tmp_path: Path, request: pytest.FixtureRequest):
     store = BlobStore(str(tmp_path / "store"), tmp_path / "cache")
     key = store.put_folder(folder)
     request.getfixturevalue("file_size_limit")
@@ -292,7 +292,7 @@ def test_a_disk_that_refuses_the_fetch_is_left_clean(folder: Path, tmp_path: Pat
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_a_store_out_of_reach_is_told(folder: Path, tmp_path: Path):
+def test_an_unreachable_store_is_reported(folder: Path, tmp_path: Path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match="storing"):
         BlobStore(str(tmp_path / "file"), tmp_path / "cache").put_folder(folder)
@@ -302,7 +302,7 @@ def test_a_store_out_of_reach_is_told(folder: Path, tmp_path: Path):
         BlobStore(str(tmp_path / "store"), tmp_path / "cache").put_folder(tmp_path / "absent")
 
 
-def test_an_object_store_out_of_reach_is_told(folder: Path, tmp_path: Path, s3_server: str, s3_credentials: None):
+def test_an_unreachable_object_store_is_reported(folder: Path, tmp_path: Path, s3_server: str, s3_credentials: None):
     with pytest.raises(StorageError, match="nowhere"):
         BlobStore(s3_url(s3_server, "nowhere"), tmp_path / "cache").put_folder(folder)
     with pytest.raises(StorageError, match="names no bucket"):
@@ -312,7 +312,7 @@ def test_an_object_store_out_of_reach_is_told(folder: Path, tmp_path: Path, s3_s
     assert "secret" not in str(refused.value)
 
 
-def test_google_cloud_storage_is_opened_without_further_packages(tmp_path: Path):
+def test_google_cloud_storage_needs_no_further_packages(tmp_path: Path):
     filesystem, root = _open("gs://anonymous@bucket/prefix")
     assert (filesystem.fs.type_name, root) == ("gcs", "bucket/prefix")
 
@@ -326,7 +326,7 @@ class CountingFile(MemoryFile):
 
 
 def test_a_blob_is_read_in_large_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each read of an object store is a request: tar's own 10 kB would be hundreds of them for a small adapter."""
+    """Each read of an object store is a request: with tar's default of 10 kB a small adapter would take hundreds."""
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "weights.bin").write_bytes(bytes(2 * _BLOCK_BYTES))
     store = BlobStore(f"memory://{tmp_path}", tmp_path / "cache")
@@ -343,7 +343,7 @@ def put_and_fetch(url: str, folder: Path, cache: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_many_may_put_and_fetch_the_same_at_once(folder: Path, tmp_path: Path, kind: str):
+def test_many_processes_can_store_and_fetch_the_same_blob_at_once(folder: Path, tmp_path: Path, kind: str):
     url, expected = str(tmp_path / "store"), files(folder)
     context = multiprocessing.get_context("spawn")
     pool = ThreadPoolExecutor(8) if kind == "threads" else ProcessPoolExecutor(3, mp_context=context)

@@ -32,7 +32,7 @@ def assert_refused(folder: Path, *words: str) -> None:
         assert word in str(raised.value)
 
 
-def test_single_and_sharded_hold_the_same_tensors(single: Path, sharded: Path):
+def test_single_and_sharded_checkpoints_have_the_same_tensors(single: Path, sharded: Path):
     expected = load_file(single / "model.safetensors")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     for checkpoint in (open_checkpoint(single), open_checkpoint(sharded)):
@@ -66,7 +66,7 @@ def test_tensors_keep_their_stored_dtype(tmp_path: Path, dtype: torch.dtype):
     assert checkpoint.fingerprint() != before
 
 
-def test_a_fingerprint_sees_one_bit_and_one_name(tmp_path: Path):
+def test_a_fingerprint_changes_with_one_bit_or_one_name(tmp_path: Path):
     folder = make_checkpoint(tmp_path / "base")
     before = open_checkpoint(folder).fingerprint()
     tensors = load_file(folder / "model.safetensors")
@@ -91,7 +91,7 @@ def test_scalars_and_empty_tensors_have_fingerprints(tmp_path: Path):
     assert len(checkpoint.fingerprint()) == 64
 
 
-def test_the_tokenizer_fingerprint_goes_by_what_decides_ids(tmp_path: Path, single: Path):
+def test_the_tokenizer_fingerprint_depends_on_what_determines_token_ids(tmp_path: Path, single: Path):
     folder = make_checkpoint(tmp_path / "base", seed=5)
     expected = open_checkpoint(single).tokenizer_fingerprint()
     file = folder / "tokenizer.json"

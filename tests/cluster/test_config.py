@@ -71,19 +71,21 @@ def test_a_fleet_file_needs_little_and_its_paths_become_absolute(tmp_path: Path)
     assert fleet.serving.memory_bytes == 256 * 1024**2
 
 
-def test_relative_to_the_file_and_not_to_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_are_relative_to_the_file_and_not_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write(tmp_path, f'name = "f"\n{BASES}')
     monkeypatch.chdir(tmp_path)
     assert load_fleet(Path("fleet.toml")).base("v1").path == tmp_path / "models/v1"
 
 
-def test_urls_of_other_machines_stay_as_they_are(tmp_path: Path):
+def test_urls_stay_as_they_are(tmp_path: Path):
     text = 'name = "f"\nregistry = "postgresql+psycopg://u:p@db/relora"\nblobs = "s3://bucket/fleet"\n'
     fleet = load_fleet(write(tmp_path, text))
     assert (fleet.registry, fleet.blobs) == ("postgresql+psycopg://u:p@db/relora", "s3://bucket/fleet")
 
 
-def test_an_unknown_base_is_not_found_with_the_known_ones_listed(tmp_path: Path):
+def test_the_error_for_an_unknown_base_lists_the_known_ones(tmp_path: Path):
     fleet = load_fleet(write(tmp_path, f'name = "f"\n{BASES}'))
     with pytest.raises(NotFoundError, match=r"'v7'.*v1"):
         fleet.base("v7")
@@ -134,7 +136,7 @@ def test_a_bad_value_is_named_by_its_key(tmp_path: Path, text: str, words: str):
     assert words in complaint(tmp_path, f'name = "f"\n{text}\n')
 
 
-def test_a_ladder_without_a_transplant_does_not_ask_for_its_rank(tmp_path: Path):
+def test_a_ladder_without_a_transplant_does_not_check_its_rank(tmp_path: Path):
     text = 'name = "f"\n[serving]\nmax_rank = 16\n[readapt.ladder]\nrungs = ["fused", "train"]\n'
     assert load_fleet(write(tmp_path, text)).readapt.ladder.rungs == ("fused", "train")
 
@@ -147,18 +149,18 @@ def test_both_ranks_of_a_transplant_default_to_at_most_the_engines_limit(
     assert (fleet.readapt.transplant.rank, fleet.readapt.transplant.wide_rank) == ranks
 
 
-def test_all_faults_are_told_at_once_one_on_a_line(tmp_path: Path):
+def test_all_faults_are_reported_at_once_one_per_line(tmp_path: Path):
     lines = complaint(tmp_path, "[serving]\nport = -1\nspeed = 9\n[rollout]\npoll_s = 0\n").splitlines()
     assert [line.split(": ")[1] for line in lines] == ["name", "serving.port", "serving.speed", "rollout.poll_s"]
 
 
-def test_malformed_toml_is_told_with_its_line(tmp_path: Path):
+def test_malformed_toml_is_reported_with_its_line(tmp_path: Path):
     assert "line 3" in complaint(tmp_path, 'name = "f"\n\nblobs = = 3\n')
     with pytest.raises(ConfigError, match=r"absent\.toml"):
         load_fleet(tmp_path / "absent.toml")
 
 
-def test_a_fleet_is_frozen_and_travels_between_processes(tmp_path: Path):
+def test_a_fleet_is_frozen_and_can_be_pickled(tmp_path: Path):
     fleet = load_fleet(EXAMPLE)
     assert pickle.loads(pickle.dumps(fleet)) == fleet
     with pytest.raises(AttributeError):
@@ -177,5 +179,5 @@ def test_settings_that_belong_to_no_fleet_have_the_default_ranks():
 
 
 @pytest.mark.parametrize("section", [ServingConfig, TrainConfig, SearchConfig])
-def test_code_may_build_sections_of_its_own(section: type):
+def test_code_can_build_single_sections(section: type):
     assert TypeAdapter(section).validate_python(section()) == section()

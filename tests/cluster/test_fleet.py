@@ -1,4 +1,4 @@
-"""A fleet file made known to the registry, and what is not read twice for it."""
+"""Registering a fleet file, and which weights are read for it."""
 
 import os
 from dataclasses import replace
@@ -29,7 +29,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return folders
 
 
-def test_weights_are_read_once_as_long_as_their_files_are_the_same(fleet: Fleet, read: list[Path]):
+def test_weights_are_read_once_while_their_files_stay_the_same(fleet: Fleet, read: list[Path]):
     registry = open_registry(fleet)
     first = register_base(fleet, registry, "v1")
     assert register_base(fleet, registry, "v1") == first
@@ -38,7 +38,7 @@ def test_weights_are_read_once_as_long_as_their_files_are_the_same(fleet: Fleet,
     registry.close()
 
 
-def test_files_that_were_only_touched_are_read_again_and_found_the_same(fleet: Fleet, read: list[Path]):
+def test_touched_files_are_read_again_and_found_unchanged(fleet: Fleet, read: list[Path]):
     registry = open_registry(fleet)
     first = register_base(fleet, registry, "v1")
     os.utime(fleet.base("v1").path / "model.safetensors", ns=(1, 1))
@@ -50,7 +50,7 @@ def test_files_that_were_only_touched_are_read_again_and_found_the_same(fleet: F
     registry.close()
 
 
-def test_exchanged_weights_are_found_out_however_often_the_old_ones_were_seen(fleet: Fleet):
+def test_replaced_weights_are_detected_every_time(fleet: Fleet):
     registry = open_registry(fleet)
     register_base(fleet, registry, "v1")
     make_checkpoint(fleet.base("v1").path, seed=5)
@@ -66,8 +66,8 @@ def with_adapter(fleet: Fleet) -> Fleet:
     return replace(fleet, blobs=str(fleet.folder / "blobs"), adapters=(spec,))
 
 
-def test_files_that_replace_those_of_a_registered_adapter_are_not_left_unsaid(fleet: Fleet):
-    """Else a person would think that the new ones are served, while the old ones are."""
+def test_replaced_files_of_a_registered_adapter_are_an_error(fleet: Fleet):
+    """Otherwise a user would believe that the new files are served, but the old ones are."""
     fleet = with_adapter(fleet)
     registry, blobs = open_registry(fleet), open_blobs(fleet)
     (first,) = register_adapters(fleet, registry, blobs)
@@ -80,7 +80,7 @@ def test_files_that_replace_those_of_a_registered_adapter_are_not_left_unsaid(fl
     registry.close()
 
 
-def test_another_base_for_a_registered_adapter_is_not_left_unsaid(fleet: Fleet):
+def test_another_base_for_a_registered_adapter_is_an_error(fleet: Fleet):
     fleet = with_adapter(fleet)
     registry, blobs = open_registry(fleet), open_blobs(fleet)
     register_adapters(fleet, registry, blobs)
@@ -94,7 +94,7 @@ def test_another_base_for_a_registered_adapter_is_not_left_unsaid(fleet: Fleet):
     registry.close()
 
 
-def test_a_registry_is_looked_for_without_being_made(fleet: Fleet):
+def test_looking_for_a_registry_does_not_create_it(fleet: Fleet):
     assert not has_registry(fleet)
     assert not (fleet.folder / "registry.db").exists()
     open_registry(fleet).close()

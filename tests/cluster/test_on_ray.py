@@ -1,4 +1,4 @@
-"""The local cluster, the connection and the job API, on real Ray processes."""
+"""The local cluster, the connection and the job API, with real Ray processes."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def cluster():
         yield running
 
 
-def test_a_job_runs_and_its_log_comes_back(cluster: LocalCluster, tmp_path: Path):
+def test_a_job_runs_and_returns_its_log(cluster: LocalCluster, tmp_path: Path):
     (tmp_path / "hello.py").write_text("import os\nprint('one', flush=True)\nprint('two', os.environ['WORD'])\n")
     job = submit_job(cluster.dashboard_url, f"{sys.executable} hello.py", env={"WORD": "ready"}, working_dir=tmp_path)
     lines = list(job.tail(poll_s=0.1))
@@ -52,19 +52,19 @@ def test_a_job_can_be_submitted_as_soon_as_the_cluster_has_started():
         assert "accepted" in job.logs()
 
 
-def test_nothing_listens_at_a_wrong_address():
+def test_a_wrong_address_is_a_storage_error():
     with pytest.raises(StorageError, match="No Ray dashboard"):
         submit_job("http://127.0.0.1:9", "true")
 
 
-def test_two_clusters_beside_each_other_and_nothing_left_after_stop(cluster: LocalCluster):
+def test_two_clusters_run_side_by_side_and_stop_leaves_no_process(cluster: LocalCluster):
     with LocalCluster(num_cpus=1) as second:
         connect(second.address)
         assert ray.cluster_resources()["CPU"] == 1
         assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == 0, (
             "with Ray's default of 15 the service would starve"
         )
-        job = submit_job(second.dashboard_url, "sleep 987654")  # a driver that never joins Ray dies as well
+        job = submit_job(second.dashboard_url, "sleep 987654")  # a driver that never joins Ray also has to end
         deadline = time.monotonic() + 30
         while not _sleepers() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -72,12 +72,12 @@ def test_two_clusters_beside_each_other_and_nothing_left_after_stop(cluster: Loc
         pids = {process.pid for process in second.processes()}
         agents = {p.pid for p in psutil.process_iter(["cmdline"]) if _is_agent(p)}
         assert len(pids) > 5
-        assert agents & pids, "agents have overwritten their environment, and are known all the same"
+        assert agents & pids, "agents have overwritten their environment, but are found"
     assert not ray.is_initialized()
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
     assert not _sleepers()
     assert not second.folder.exists()
-    assert cluster.processes(), "the other cluster lives on"
+    assert cluster.processes(), "the other cluster still runs"
 
 
 def _is_agent(process: psutil.Process) -> bool:

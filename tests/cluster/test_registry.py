@@ -71,7 +71,7 @@ TO_CANARY = (S.ADAPTING, S.CANDIDATE, S.READY, S.CANARY)
 # Base models and adapters
 
 
-def test_a_base_is_its_weights(registry: Registry):
+def test_a_base_is_identified_by_its_weights(registry: Registry):
     first = registry.base("v1")
     assert (first.path, first.fingerprint) == ("models/v1", "f1")
     assert registry.add_base("v1", "models/v1", "f1") == first
@@ -82,7 +82,7 @@ def test_a_base_is_its_weights(registry: Registry):
         registry.base("v3")
 
 
-def test_a_base_that_was_moved_is_found_where_it_lies_now(registry: Registry):
+def test_a_base_that_was_moved_gets_its_new_path(registry: Registry):
     registry.add_base("w1", "/old/place", "aa")
     assert registry.add_base("w1", "/new/place", "aa").path == "/new/place"
     assert registry.base("w1").path == "/new/place"
@@ -91,7 +91,7 @@ def test_a_base_that_was_moved_is_found_where_it_lies_now(registry: Registry):
     assert registry.base("w1").path == "/new/place"
 
 
-def test_two_that_register_a_fleet_at_once_do_no_harm(
+def test_two_processes_can_register_a_fleet_at_once(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     base = BaseSpec(name="w1", path=make_checkpoint(tmp_path / "w1"))
@@ -99,7 +99,9 @@ def test_two_that_register_a_fleet_at_once_do_no_harm(
     fleet = Fleet(name="f", folder=tmp_path, blobs=str(tmp_path / "blobs"), bases=(base,), adapters=(spec,))
     (first,) = register_adapters(fleet, registry, open_blobs(fleet))
     assert register_adapters(fleet, registry, open_blobs(fleet)) == []
-    monkeypatch.setattr(registry, "versions", lambda **conditions: [])  # as seen before the other one's first version
+    monkeypatch.setattr(
+        registry, "versions", lambda **conditions: []
+    )  # as if the other process had not yet added its version
     assert register_adapters(fleet, registry, open_blobs(fleet)) == []
     monkeypatch.undo()
     assert registry.versions(adapter="fresh") == [first]
@@ -115,7 +117,7 @@ def test_an_adapter_is_added_once_and_kept_up_to_date(registry: Registry):
         registry.adapter("absent")
 
 
-def test_bad_names_never_get_in(registry: Registry):
+def test_bad_names_are_refused(registry: Registry):
     with pytest.raises(InvalidRequestError):
         registry.add_base("../v1", "x", "f")
     with pytest.raises(InvalidRequestError):
@@ -152,7 +154,7 @@ def test_versions_are_numbered_per_adapter(registry: Registry):
         lambda r: r.log("note", version_id=99),
     ],
 )
-def test_what_does_not_exist_is_not_found_and_leaves_no_trace(registry: Registry, call: Callable[[Registry], object]):
+def test_unknown_entries_raise_not_found_and_change_nothing(registry: Registry, call: Callable[[Registry], object]):
     before = registry.events()
     with pytest.raises(NotFoundError):
         call(registry)
@@ -160,7 +162,7 @@ def test_what_does_not_exist_is_not_found_and_leaves_no_trace(registry: Registry
     assert registry.versions() == []
 
 
-def test_a_move_sets_what_it_is_given_and_merges_details(registry: Registry):
+def test_a_move_sets_the_given_values_and_merges_details(registry: Registry):
     version = registry.add_version("intent", "v2", S.PLANNED, details={"a": 1, "b": 1})
     registry.move(version.id, S.PLANNED, S.ADAPTING)
     moved = registry.move(
@@ -186,7 +188,7 @@ def test_a_lost_swap_changes_nothing(registry: Registry):
     assert registry.events() == before
 
 
-def test_promotion_retires_the_version_before(registry: Registry):
+def test_promotion_retires_the_previous_version(registry: Registry):
     old = registry.add_version("intent", "v1", S.LIVE)
     new = walk(registry, registry.add_version("intent", "v2", S.PLANNED), *TO_CANARY)
     with pytest.raises(ConflictError, match="intent@1 is live"):
@@ -215,7 +217,7 @@ def test_routes_name_the_live_version_and_its_canary(registry: Registry):
     assert registry.routes()["intent"].canary is None
 
 
-def test_events_are_told_in_order_and_by_what_they_concern(registry: Registry):
+def test_events_are_ordered_and_can_be_filtered(registry: Registry):
     version = registry.add_version("intent", "v1", S.LIVE)
     registry.log("canary_failure", version_id=version.id, reason="timeout", status=504)
     registry.log("note", adapter="intent")
@@ -227,7 +229,7 @@ def test_events_are_told_in_order_and_by_what_they_concern(registry: Registry):
     assert ids == sorted(set(ids))
 
 
-# The statuses as a whole
+# Sequences of moves
 
 
 def replay(registry: Registry) -> dict[int, Status]:
@@ -291,7 +293,7 @@ def test_no_sequence_of_moves_breaks_the_rules(
     registry.close()
 
 
-# Many at once
+# Concurrency
 
 
 def claim(url: str, version_ids: list[int], worker: int) -> list[int]:
@@ -307,7 +309,7 @@ def claim(url: str, version_ids: list[int], worker: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_of_many_that_claim_a_version_one_wins(registry: Registry, url: str, kind: str):
+def test_one_of_many_claimants_wins_a_version(registry: Registry, url: str, kind: str):
     ids = [registry.add_version("intent", "v2", S.PLANNED).id for _ in range(25)]
     context = multiprocessing.get_context("spawn")
     pool = ThreadPoolExecutor(4) if kind == "threads" else ProcessPoolExecutor(4, mp_context=context)
@@ -319,7 +321,7 @@ def test_of_many_that_claim_a_version_one_wins(registry: Registry, url: str, kin
     assert replay(registry) == dict.fromkeys(ids, S.ADAPTING)
 
 
-def test_threads_may_share_one_registry(registry: Registry):
+def test_threads_can_share_one_registry(registry: Registry):
     ids = [registry.add_version("intent", "v2", S.PLANNED).id for _ in range(20)]
 
     def work(id: int) -> str:
@@ -339,7 +341,7 @@ def write_for_ever(url: str) -> None:
         registry.promote(version.id)
 
 
-def test_a_writer_that_is_killed_leaves_whole_changes(registry: Registry, url: str):
+def test_a_killed_writer_leaves_only_complete_changes(registry: Registry, url: str):
     for _ in range(3):
         before = len(registry.events())
         writer = multiprocessing.get_context("spawn").Process(target=write_for_ever, args=(url,))
@@ -350,7 +352,7 @@ def test_a_writer_that_is_killed_leaves_whole_changes(registry: Registry, url: s
         writer.kill()
         writer.join()
         assert replay(registry) == {version.id: version.status for version in registry.versions()}
-    registry.log("note")  # the dead hold no lock
+    registry.log("note")  # a dead process holds no lock
 
 
 def write_much(url: str, worker: int) -> None:
@@ -379,7 +381,7 @@ def open_and_close(url: str) -> bool:
     return True
 
 
-def test_many_may_create_the_same_registry(url: str):
+def test_many_processes_can_create_the_same_registry(url: str):
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert all(task.result() for task in [pool.submit(open_and_close, url) for _ in range(8)])
 
@@ -399,7 +401,7 @@ def test_a_new_registry_is_opened_while_another_process_writes_its_first_page(tm
 # The database
 
 
-def test_what_was_written_is_there_after_reopening(registry: Registry, url: str):
+def test_a_reopened_registry_has_its_content(registry: Registry, url: str):
     version = registry.add_version("intent", "v1", S.LIVE, details={"golden": [{"prompt": "ä", "completion": "\n"}]})
     again = Registry(url)
     assert again.version(version.id) == version
@@ -425,18 +427,18 @@ def test_another_schema_version_is_refused_with_advice(tmp_path: Path):
         ("no url", "cannot be opened"),
     ],
 )
-def test_a_registry_out_of_reach_is_told(url: str, words: str):
+def test_an_unreachable_registry_is_reported(url: str, words: str):
     with pytest.raises(StorageError, match=words):
         Registry(url)
 
 
-def test_a_file_that_is_no_database_is_told(tmp_path: Path):
+def test_a_file_that_is_not_a_database_is_reported(tmp_path: Path):
     (tmp_path / "registry.db").write_bytes(b"something else entirely" * 100)
     with pytest.raises(StorageError, match="not a database"):
         Registry(f"sqlite:///{tmp_path}/registry.db")
 
 
-def test_a_registry_that_fails_in_use_is_told(tmp_path: Path):
+def test_a_registry_that_fails_during_use_is_reported(tmp_path: Path):
     registry = Registry(f"sqlite:///{tmp_path}/registry.db")
     populate(registry)
     with sqlite3.connect(tmp_path / "registry.db") as connection:
@@ -445,7 +447,7 @@ def test_a_registry_that_fails_in_use_is_told(tmp_path: Path):
     for call in (registry.events, lambda: registry.log("note"), lambda: registry.add_version("intent", "v1", S.LIVE)):
         with pytest.raises(StorageError, match="events"):
             call()
-    assert registry.versions() == []  # the version and its event come together or not at all
+    assert registry.versions() == []  # a version is never added without its event
     registry.close()
 
 

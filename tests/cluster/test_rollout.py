@@ -78,7 +78,7 @@ def test_a_version_that_fails_its_probe_is_rolled_back(world: ManualRollout):
     assert world.tick() == {}
 
 
-def test_a_busy_replica_is_asked_again(world: ManualRollout):
+def test_a_busy_replica_is_probed_again(world: ManualRollout):
     world.candidate("intent")
     world.faults["intent@2"] = OverloadedError("queue full")
     assert world.tick() == {}
@@ -87,7 +87,7 @@ def test_a_busy_replica_is_asked_again(world: ManualRollout):
     assert world.probed == ["intent@2", "intent@2"]
 
 
-def test_a_fault_of_our_own_is_not_taken_for_a_bad_version(world: ManualRollout):
+def test_a_bug_of_ours_does_not_roll_a_version_back(world: ManualRollout):
     version = world.candidate("intent")
     world.faults["intent@2"] = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
@@ -96,7 +96,7 @@ def test_a_fault_of_our_own_is_not_taken_for_a_bad_version(world: ManualRollout)
 
 
 @pytest.mark.parametrize("waited_s", [0.5, 3.5])
-def test_a_canary_that_fails_is_rolled_back_however_late_one_looks(world: ManualRollout, waited_s: float):
+def test_a_failed_canary_is_rolled_back_even_after_its_time(world: ManualRollout, waited_s: float):
     version = world.candidate("intent")
     world.tick()
     world.tick()
@@ -107,7 +107,7 @@ def test_a_canary_that_fails_is_rolled_back_however_late_one_looks(world: Manual
     assert world.registry.routes()["intent"].live.number == 1
 
 
-def test_failures_of_others_do_not_count(world: ManualRollout):
+def test_failures_of_other_versions_do_not_count(world: ManualRollout):
     first, second = world.candidate("intent"), world.candidate("other")
     world.tick()
     world.tick()
@@ -128,7 +128,7 @@ def test_versions_advance_independently(world: ManualRollout):
     assert [world.status(v) for v in (a, b, c, late)] == [S.LIVE, S.ROLLED_BACK, S.LIVE, S.CANARY]
 
 
-def test_an_adapter_tries_one_canary_at_a_time(world: ManualRollout):
+def test_an_adapter_has_one_canary_at_a_time(world: ManualRollout):
     first, second = world.candidate("intent"), world.candidate("intent")
     world.tick()
     assert world.tick() == {"intent@2": S.CANARY}
@@ -140,7 +140,7 @@ def test_an_adapter_tries_one_canary_at_a_time(world: ManualRollout):
     assert (world.status(first), world.status(second)) == (S.RETIRED, S.LIVE)
 
 
-def test_a_version_that_somebody_else_moves_is_left_to_them(world: ManualRollout):
+def test_a_version_that_another_process_moves_is_left_alone(world: ManualRollout):
     version = world.candidate("intent")
 
     def probe(_: Version) -> None:
@@ -152,7 +152,7 @@ def test_a_version_that_somebody_else_moves_is_left_to_them(world: ManualRollout
     assert world.status(version) is S.ROLLED_BACK
 
 
-def test_another_rollout_goes_on_where_one_stopped(world: ManualRollout):
+def test_another_rollout_continues_where_one_stopped(world: ManualRollout):
     version = world.candidate("intent")
     for _ in range(2):
         world.tick()
@@ -164,7 +164,7 @@ def test_another_rollout_goes_on_where_one_stopped(world: ManualRollout):
 
 
 def test_candidates_of_other_bases_neither_move_nor_keep_it_busy(world: ManualRollout):
-    """Their base may have no engine: they would be asked again for ever."""
+    """Their base may have no engine, so that they would be probed forever."""
     elsewhere, here = world.candidate("other", base="v1"), world.candidate("intent")
     assert world.tick() == {here.label: S.READY}
     assert world.tick() == {here.label: S.CANARY}
@@ -175,7 +175,7 @@ def test_candidates_of_other_bases_neither_move_nor_keep_it_busy(world: ManualRo
     assert world.probed == [here.label]
 
 
-def test_a_canary_that_a_dead_rollout_left_on_another_base_does_not_hold_up_its_adapter_for_ever(world: ManualRollout):
+def test_a_canary_that_a_dead_rollout_left_on_another_base_does_not_block_its_adapter(world: ManualRollout):
     left = world.candidate("intent", base="v1")
     world.registry.move(left.id, S.CANDIDATE, S.READY)
     world.registry.move(left.id, S.READY, S.CANARY)
@@ -190,7 +190,7 @@ def test_a_canary_that_a_dead_rollout_left_on_another_base_does_not_hold_up_its_
     assert (world.status(left), world.status(version)) == (S.RETIRED, S.LIVE)
 
 
-def test_the_rule_uses_allowed_steps_only():
+def test_a_rollout_uses_only_allowed_transitions():
     path = [S.CANDIDATE, S.READY, S.CANARY, S.LIVE, S.RETIRED]
     assert all(after in TRANSITIONS[before] for before, after in pairwise(path))
     assert all(S.ROLLED_BACK in TRANSITIONS[status] for status in path[:3])

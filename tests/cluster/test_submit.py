@@ -1,4 +1,4 @@
-"""Submitting a job to a cluster whose job agent is not up yet, with a fake in the place of Ray's client."""
+"""Submitting a job to a cluster whose job agent is not up yet, with a fake instead of Ray's client."""
 
 import sys
 
@@ -68,7 +68,7 @@ def head_that(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(on_ray, "_head_command", lambda *settings: [sys.executable, "-c", code])
 
 
-def test_a_head_that_never_answers_is_an_error_that_says_what_was_awaited(monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_a_head_that_never_answers_names_what_was_awaited(monkeypatch: pytest.MonkeyPatch):
     head_that(monkeypatch, "import time; print('starting', flush=True); time.sleep(60)")
     with pytest.raises(StorageError, match=r"(?s)job API at http://127.0.0.1:\d+/api/jobs/ did not answer .*starting"):
         LocalCluster(timeout_s=2.0)
@@ -80,7 +80,7 @@ def test_a_head_that_ends_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch):
         LocalCluster()
 
 
-def test_a_cluster_is_started_only_where_none_runs(monkeypatch: pytest.MonkeyPatch):
+def test_a_cluster_is_started_only_if_none_runs(monkeypatch: pytest.MonkeyPatch):
     started: list[str] = []
 
     class FakeCluster:

@@ -1,4 +1,4 @@
-"""A tiny fleet for campaigns: real specialists on a small random base, and a second base on which copies fail."""
+"""A tiny fleet for campaigns: trained specialists on a small random base, and a second base on which copies fail."""
 
 import json
 import random
@@ -25,7 +25,7 @@ TRAIN = {"full_steps": 40, "short_steps": 10, "scratch_steps": 60, "eval_every":
 
 
 def make_fleet(folder: Path, names: tuple[str, ...] = ("calm", "busy", "usual")) -> Fleet:
-    """Two bases and one specialist of v1 for each name, all in fleet.toml; "busy" has more traffic than "usual"."""
+    """Make two bases and one specialist of v1 per name, all in fleet.toml; "busy" has more traffic than "usual"."""
     torch.manual_seed(0)
     v1 = make_checkpoint(folder / "v1")
     evolve(v1, make_checkpoint(folder / "v2"))
@@ -43,20 +43,20 @@ def make_fleet(folder: Path, names: tuple[str, ...] = ("calm", "busy", "usual"))
 
 
 def copy_of(world: Path, folder: Path) -> Fleet:
-    """A fleet of its own for a test, from the folder of one that `make_fleet` made."""
+    """Copy a folder of `make_fleet`, so that a test has its own fleet."""
     shutil.copytree(world, folder / "fleet")
     return load_fleet(folder / "fleet" / "fleet.toml")
 
 
 def registered(fleet: Fleet) -> Registry:
-    """The fleet's registry, with its adapters live on v1."""
+    """Return the fleet's registry, with its adapters live on v1."""
     registry = open_registry(fleet)
     register_adapters(fleet, registry, open_blobs(fleet))
     return registry
 
 
 def evolve(old: Path, new: Path, strength: float = 0.6) -> None:
-    """Makes `new` the old base plus a strong change of rank 3 in every linear of its layers."""
+    """Write to `new` the old base plus a strong change of rank 3 in every linear module of its layers."""
     weights = load_file(old / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
     for name, weight in weights.items():
