@@ -1,12 +1,10 @@
-"""The operations as a CPU does them quickly: no Python loop over tokens, nor over sequences that only decode.
+"""The operations on a CPU in batched torch; `kernels.reference` defines each one.
 
-Same names, signatures and meaning as `kernels.reference`. Shape letters: T tokens, U those of them that have an
-adapter, D in, F out, W either of them, R rank, P pages, L layers, K key/value heads, N query heads (in `q_TNH`) or
-sequences, A query heads, H head dim, B blocks, C tokens of context, Q new tokens of a sequence.
+There is no Python loop over tokens, nor over sequences that decode.
 
-Adapter rows are gathered through overlapping windows of the arena: row i of the view is the W elements from offset i,
-so that one `index_select` copies whole rows wherever they lie (24 times faster at W = 192 than an index for every
-element; one thread of a Xeon with AVX512, torch 2.13, 2026-11-22).
+Adapter rows are gathered through overlapping windows of the arena: row i of the view is the `width` elements from
+offset i. One `index_select` then copies whole rows from anywhere. At width 192 this is 24 times faster than an index
+for every element (one thread of a Xeon with AVX512, torch 2.13, 2026-11-22).
 """
 
 from collections import defaultdict
@@ -36,10 +34,11 @@ __all__ = [
 
 
 class _Way(Enum):
-    """How to multiply tokens with their adapters' matrices; all are quick somewhere.
+    """How to multiply tokens with their adapters' matrices. Each is the fastest for some batches.
 
-    LOOP: segment by segment. ALL: every token with every segment's rows, of which its own count: few calls, and rows
-    are read once. TOKENS: a product for each token with a copy of its own rows.
+    LOOP: one product per segment. ALL: one product of every token with every segment's rows, of which only its own
+    segment's results are used; few calls, and rows are read once. TOKENS: one product per token, with a copy of its
+    rows.
     """
 
     LOOP = auto()
@@ -47,18 +46,19 @@ class _Way(Enum):
     TOKENS = auto()
 
 
-# Costs in ns (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-22): an element of a row to read, a product's
-# multiplication, an element of a token's own copy; the calls of each way, of LOOP for each segment and module.
+# Costs in ns (one thread of an AMD EPYC with AVX2, torch 2.13, 2026-11-22). Per element: reading a row, a
+# multiplication, a token's copy. Per call of each way: for LOOP, per segment and module.
 _READ, _MULTIPLY, _COPY = 0.13, 0.023, 0.14
 _LOOP_CALLS, _ALL_CALLS, _TOKENS_CALLS = 10_000.0, 14_000.0, 13_000.0
-_MAX_COPIED = 1 << 22  # elements; more of them cost page faults every time, 2 ns each
-# Keys gathered for one fused attention: 1 MB in float32 stays in the cache; more of them cost page faults every time.
+_MAX_COPIED = 1 << 22  # elements; larger copies cause page faults in every call, 2 ns per element
+# Keys gathered for one fused attention: 1 MB in float32 stays in the cache, more causes page faults in every call.
 _ELEMENTS_PER_GROUP = 1 << 18
 
 
 def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
-    """Project each token onto its adapter's rows of `lora_a`; see `kernels.reference.lora_shrink`."""
-    windows, num_adapted = _windows(arena, x_TD.shape[1]), len(group.token_segments)
+    """Multiply each token with its adapter's `lora_a`; see `kernels.reference.lora_shrink`."""
+    windows = _windows(arena, x_TD.shape[1])
+    num_adapted = len(group.token_segments)
     way = _cheapest_way(group, num_adapted, x_TD.shape[1] * group.num_columns, len(group.modules))
     h_TR = torch.zeros(x_TD.shape[0], group.num_columns, dtype=torch.float32)
     if group.num_columns == 0:
@@ -69,12 +69,12 @@ def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
         h_TR[where] = h_UR.mul_(scales_UR)
     elif way is _Way.ALL:
         rows = _gather(windows, group.inputs_by_segment.rows.flatten())
-        own_TR = (x_TD[:num_adapted].float() @ rows.T).view(-1, group.num_columns)
+        own_UR = (x_TD[:num_adapted].float() @ rows.T).view(-1, group.num_columns)
         if group.num_segments > 1:
-            own_TR = own_TR.index_select(0, group.token_places)
-        torch.mul(own_TR, group.token_scales, out=h_TR[:num_adapted])
-        if len(group.spared_tokens):
-            h_TR[group.spared_tokens] = 0.0  # not another's infinity times zero
+            own_UR = own_UR.index_select(0, group.token_places)
+        torch.mul(own_UR, group.token_scales, out=h_TR[:num_adapted])
+        if len(group.unadapted_tokens):
+            h_TR[group.unadapted_tokens] = 0.0  # a foreign row's infinity times scale 0 would be NaN
     else:
         for module, column in zip(group.modules, group.columns, strict=True):
             for start, end, rank, table_start, scaling in _each_segment(module):
@@ -98,12 +98,14 @@ def lora_lookup(ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) 
 
 
 def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
-    """Add each adapter's contribution to `out_TF`, in place; see `kernels.reference.lora_expand`."""
-    parts, num_adapted = out_TF.split(group.widths, 1), len(group.token_segments)
-    for index, (module, column, part_TF) in enumerate(zip(group.modules, group.columns, parts, strict=True)):
+    """Add `h @ lora_b^T` of each token's adapter to `out_TF`; see `kernels.reference.lora_expand`."""
+    num_adapted = len(group.token_segments)
+    parts = zip(group.modules, group.columns, out_TF.split(group.widths, 1), strict=True)
+    for index, (module, column, part_TF) in enumerate(parts):
         if module.max_rank == 0:
             continue
-        own_TR, windows = h_TR[:, column : column + module.max_rank], _windows(arena, part_TF.shape[1])
+        own_TR = h_TR[:, column : column + module.max_rank]
+        windows = _windows(arena, part_TF.shape[1])
         way = _cheapest_way(group, num_adapted, part_TF.shape[1] * module.max_rank, 1)
         if way is _Way.TOKENS:
             where, rows_UR = group.b_rows_by_token[index]
@@ -118,7 +120,7 @@ def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -
 
 
 def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor | None) -> None:
-    """Scale the base's part of the outputs as DoRA adapters do; see `kernels.reference.dora_scale`."""
+    """Scale the base model's outputs as DoRA adapters do; see `kernels.reference.dora_scale`."""
     biases = (None,) * len(group.modules) if bias_F is None else bias_F.split(group.widths)
     for module, bias, part_TF in zip(group.modules, biases, out_TF.split(group.widths, 1), strict=True):
         if module.gain_rows is not None:
@@ -130,7 +132,7 @@ def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor |
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
-    """Write this step's keys and values to their pages, in place; see `kernels.reference.store_kv`."""
+    """Write the keys and values of new tokens to their pages; see `kernels.reference.store_kv`."""
     page_tokens = kv_pages.shape[3]
     where = (slots_T // page_tokens, slots_T % page_tokens)
     kv_pages[:, layer, 0].index_put_(where, k_TKH)
@@ -146,10 +148,10 @@ def paged_attention(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Causal attention over paged keys and values; see `kernels.reference.paged_attention`.
+    """Attend causally over paged keys and values; see `kernels.reference.paged_attention`.
 
-    Sequences with the same number of new tokens and about as many pages are padded to the longest of them and go
-    through one fused attention: all that decode are a few calls, a prefill chunk is usually a call of its own.
+    Sequences with equally many new tokens and about equally many pages share one fused attention, padded to the longest
+    of them. So all decoding sequences need only a few calls; a prefill chunk usually has its own call.
     """
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype)
     for num_query, num_context, rows_B in _each_group(metadata, kv_pages):
@@ -171,8 +173,9 @@ def _gather(windows: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _cheapest_way(group: LoraGroup, num_tokens: int, matrix: int, num_modules: int) -> _Way:
-    """The way to multiply so many tokens with their segments' matrices of so many elements in all modules."""
-    num_segments, copied = group.num_segments, num_tokens * matrix
+    """Return the cheapest way for `num_tokens` tokens and matrices of `matrix` elements per segment, in all modules."""
+    num_segments = group.num_segments
+    copied = num_tokens * matrix
     read, multiply = _READ * num_segments * matrix, _MULTIPLY * copied
     costs = [
         (read + multiply + num_segments * num_modules * _LOOP_CALLS, _Way.LOOP),
@@ -183,12 +186,12 @@ def _cheapest_way(group: LoraGroup, num_tokens: int, matrix: int, num_modules: i
     return min(costs, key=itemgetter(0))[1]
 
 
-def _spread(own_TR: Tensor, group: LoraGroup) -> Tensor:
-    """Each token's h in the columns of its own segment, zero in those of the others."""
+def _spread(own_UR: Tensor, group: LoraGroup) -> Tensor:
+    """Return [U, S * R]: each token's h in the columns of its own segment, zero in all others."""
     if group.num_segments == 1:
-        return own_TR
-    spread = torch.zeros(len(own_TR) * group.num_segments, own_TR.shape[1])
-    return spread.index_copy_(0, group.token_places, own_TR).view(len(own_TR), -1)
+        return own_UR
+    spread = torch.zeros(len(own_UR) * group.num_segments, own_UR.shape[1])
+    return spread.index_copy_(0, group.token_places, own_UR).view(len(own_UR), -1)
 
 
 def _add(part_TF: Tensor, where: Tensor | slice, delta_UF: Tensor) -> None:
@@ -199,6 +202,7 @@ def _add(part_TF: Tensor, where: Tensor | slice, delta_UF: Tensor) -> None:
 
 
 def _each_segment(segments: LoraSegments) -> Iterator[tuple[int, int, int, int, float]]:
+    """Yield the first token, end, rank, start in the row table and scaling of each segment that has a rank."""
     starts = segments.token_starts.tolist()
     ranks, table_starts = segments.ranks.tolist(), segments.table_starts.tolist()
     for s, scaling in enumerate(segments.scalings.tolist()):
@@ -207,7 +211,7 @@ def _each_segment(segments: LoraSegments) -> Iterator[tuple[int, int, int, int, 
 
 
 def _each_group(metadata: AttentionMetadata, kv_pages: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Sequences to attend together: new tokens of each, context of the longest in whole pages, their numbers."""
+    """Yield sequences to attend together: new tokens of each, context of the longest in whole pages, their indices."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     page_tokens, num_kv_heads, head_dim = kv_pages.shape[3:]
     num_blocks = [-(-num_context // page_tokens) for num_context in metadata.context_lens.tolist()]
@@ -228,9 +232,9 @@ def _seen(context_lens_B: Tensor, num_query: int, num_context: int, window: int 
 
 
 def _context(kv_pages: Tensor, layer: int, blocks_BW: Tensor, is_seen_BQX: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of some sequences, [N, C, K, H] each, zero where no query sees them.
+    """Return keys and values of some sequences, [B, X, K, H] each, zero where no query sees them.
 
-    What lies beyond a sequence's end is somebody's old data: even weighted by zero, a NaN there would spread.
+    Beyond a sequence's end there is stale data, and a NaN in it would spread even with weight zero.
     """
     num_sequences, _, num_context = is_seen_BQX.shape
     unseen = (~is_seen_BQX.any(1)).flatten().nonzero()[:, 0]
@@ -243,7 +247,7 @@ def _context(kv_pages: Tensor, layer: int, blocks_BW: Tensor, is_seen_BQX: Tenso
 
 
 def _attend(q_BQNH: Tensor, k_BXKH: Tensor, v_BXKH: Tensor, is_seen_BQX: Tensor, scale: float) -> Tensor:
-    """One fused attention; the query heads of a key/value head are laid out as further queries of it."""
+    """Run one fused attention. The query heads of a key/value head become further queries of it."""
     num_sequences, num_query, num_heads, head_dim = q_BQNH.shape
     num_kv_heads = k_BXKH.shape[2]
     group = num_heads // num_kv_heads

@@ -1,7 +1,4 @@
-"""Operations on each row by itself, with torch, on any device; same names and meaning as in `kernels.reference`.
-
-Shape letters: T tokens, D hidden size, F gate and up features, N heads, H head dim, C = H / 2 frequencies.
-"""
+"""Operations on single rows in torch, for any device; `kernels.reference` defines each one."""
 
 import torch
 from torch import Tensor
@@ -9,22 +6,22 @@ from torch.nn.functional import silu
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm of each row; see `kernels.reference.rms_norm`."""
+    """Normalise each row; see `kernels.reference.rms_norm`."""
     x = x_TD.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return weight_D * x.to(x_TD.dtype)
 
 
 def rotate(x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
-    """Turn each pair of each head by its angle, in place; see `kernels.reference.rotate`."""
+    """Apply rotary position embedding, in place; see `kernels.reference.rotate`."""
     first_TNJ, second_TNJ = x_TNH.chunk(2, dim=-1)
     cos_T1J, sin_T1J = cos_TJ[:, None], sin_TJ[:, None]
-    turned_TNJ = first_TNJ * cos_T1J - second_TNJ * sin_T1J
+    rotated_TNJ = first_TNJ * cos_T1J - second_TNJ * sin_T1J
     second_TNJ.mul_(cos_T1J).addcmul_(first_TNJ, sin_T1J)
-    first_TNJ.copy_(turned_TNJ)
+    first_TNJ.copy_(rotated_TNJ)
 
 
 def silu_mul(gate_up_TF: Tensor) -> Tensor:
-    """The gated unit of each row; see `kernels.reference.silu_mul`."""
+    """Return `silu(gate) * up` of each row; see `kernels.reference.silu_mul`."""
     gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
     return silu(gate_TF) * up_TF

@@ -1,11 +1,7 @@
-"""The torch twins: what each operation is, said as plainly as possible. The truth in tests; right on any device.
+"""The definition of each operation in plain torch: the twins that every implementation is tested against.
 
-Shape letters: T tokens, D in, F out (of a group: all its modules'), R rank (of a group: the sum of its modules'
-max_rank), P pages, L layers, K key/value heads, H head dim, N query heads (in `q_TNH`) or sequences (in
-`block_tables_NB`), B blocks of the longest sequence, C tokens of context, Q tokens of one query, G query heads per
-key/value head.
-
-Everything is computed in float32 and rounded once to the dtype of the output.
+They work on any device. Everything is computed in float32 and rounded once to the dtype of the output. R of a group is
+its number of columns of h (`LoraGroup.num_columns`), F the sum of its modules' out features.
 """
 
 from collections.abc import Iterator
@@ -18,12 +14,14 @@ from kernels.segments import LoraGroup, LoraSegments
 
 
 def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
-    """Project each token onto its adapter's rows of `lora_a` in each module of the group, and scale.
+    """Multiply each token with its adapter's `lora_a` in each module of the group, and scale.
 
-    Semantics: `h[t, column : column + rank] = scaling * (x[t] @ A^T)` with A the [rank, D] matrix of t's segment in the
-    module that owns the columns from `column` on; zero beyond its rank and for tokens without adapter.
+    `h[t, c : c + rank] = scaling * (x[t] @ A^T)`, where A is the `[rank, D]` matrix of t's segment in the module whose
+    columns of h start at c. Columns beyond the rank and tokens without an adapter are zero.
 
-    x_TD: any float dtype. arena: flat. Returns float32 [T, group.num_columns].
+    x_TD:  any float dtype
+    arena: flat, same dtype
+    Returns float32 [T, R].
     """
     h_TR = torch.zeros(x_TD.shape[0], group.num_columns, dtype=torch.float32, device=x_TD.device)
     for module, column in zip(group.modules, group.columns, strict=True):
@@ -34,14 +32,16 @@ def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
 
 
 def lora_lookup(ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) -> Tensor:
-    """`lora_shrink` where x is one-hot, as the input of an embedding is: the columns of `lora_a` that the ids name.
+    """Read the column of its adapter's `lora_a` that each token id names, and scale it.
 
-    Rows of vocabulary size are cut into pieces of `width` elements (the last one shorter): row i of piece k is entry
-    `table_starts[s] + k * ranks[s] + i` of a_rows.
+    This is `lora_shrink` for the embedding, whose input is one-hot: `h[t, :rank] = scaling * A[:, ids[t]]`. Columns
+    beyond the rank and tokens without an adapter are zero.
 
-    Semantics: `h[t, :rank] = scaling * A[:, ids[t]]`; zero beyond its rank and for tokens without adapter.
-
-    ids_T: int64. Returns float32 [T, module.max_rank].
+    ids_T: int64
+    arena: flat, any float dtype
+    width: rows of A are cut into pieces of `width` elements (the last is shorter); row i of piece k is entry
+           `table_starts[s] + k * ranks[s] + i` of a_rows
+    Returns float32 [T, module.max_rank].
     """
     h_TR = torch.zeros(ids_T.shape[0], module.max_rank, dtype=torch.float32, device=ids_T.device)
     for tokens, rank, table_start, scaling in _each_segment(module):
@@ -53,13 +53,15 @@ def lora_lookup(ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) 
 
 
 def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
-    """Add each adapter's contribution to the outputs of the group's modules, in place.
+    """Add `h @ lora_b^T` of each token's adapter to the outputs of the group's modules, in place.
 
-    Semantics: `out[t, module's columns] += h[t, column : column + rank] @ B^T` with B^T the [rank, width] matrix of t's
-    segment in the module; other tokens are left as they are.
+    In each module's columns, `out[t] += h[t, c : c + rank] @ B^T`, where B^T is the `[rank, width]` matrix of t's
+    segment and the module's columns of h start at c. Tokens without an adapter do not change.
 
-    h_TR: float32, from `lora_shrink` or `lora_lookup`. out_TF: any float dtype, the modules' outputs side by side. The
-    rows of lora_b are finite (packing sees to it), so that zero times another adapter's row is zero.
+    h_TR:   float32, from `lora_shrink` or `lora_lookup`
+    arena:  flat, any float dtype; rows of lora_b must be finite (packing checks it), because an implementation may
+            multiply another adapter's row by zero
+    out_TF: the arena's dtype or float32; the modules' outputs side by side
     """
     parts = out_TF.split(group.widths, 1)
     for module, column, part_TF in zip(group.modules, group.columns, parts, strict=True):
@@ -69,10 +71,14 @@ def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -
 
 
 def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor | None) -> None:
-    """Scale the base's part of the outputs as DoRA adapters do (arXiv 2402.09353, section 4.1), in place.
+    """Scale the base model's outputs as DoRA adapters do (arXiv 2402.09353, section 4.1), in place.
 
-    Semantics: `out[t] += gain * (out[t] - bias)` in the columns of each module, with the gains of t's segment there:
-    what DoRA's factor (magnitude / norm) has over 1. Tokens of other adapters are left as they are.
+    In each module's columns, `out[t] += gain * (out[t] - bias)` with the gains of t's segment: DoRA's factor
+    (magnitude / norm) minus 1. Tokens of other adapters do not change.
+
+    arena:  flat, any float dtype
+    out_TF: the arena's dtype or float32; the modules' outputs side by side
+    bias_F: the bias that the outputs already contain
     """
     biases = (0.0,) * len(group.modules) if bias_F is None else [b.float() for b in bias_F.split(group.widths)]
     for module, bias, part_TF in zip(group.modules, biases, out_TF.split(group.widths, 1), strict=True):
@@ -86,12 +92,14 @@ def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor |
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
-    """Write this step's keys and values to their pages, in place.
+    """Write the keys and values of new tokens to their pages, in place.
 
-    Semantics: with `page, offset = divmod(slots[t], page_tokens)`: `kv_pages[page, layer, 0, offset] = k[t]` and
+    With `page, offset = divmod(slots[t], page_tokens)`: `kv_pages[page, layer, 0, offset] = k[t]` and
     `kv_pages[page, layer, 1, offset] = v[t]`.
 
-    kv_pages: [P, L, 2, page_tokens, K, H], a view of the arena. slots_T: int64, all different.
+    k_TKH, v_TKH: any float dtype
+    kv_pages:     [P, L, 2, page_tokens, K, H], same dtype, a view of the arena
+    slots_T:      int64, all different
     """
     page_tokens = kv_pages.shape[3]
     for t, slot in enumerate(slots_T.tolist()):
@@ -109,14 +117,15 @@ def paged_attention(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Causal attention of each sequence's new tokens over all its tokens, the new ones included (they are stored).
+    """Attend causally from each sequence's new tokens to all its tokens, whose keys and values are already stored.
 
-    Semantics: query j of sequence n is at position `context_lens[n] - query_len + j`, and sees key positions p with
-    `position - window < p <= position` (from 0 where there is no window). Query heads `g * G ... g * G + G - 1` read
-    key/value head g (grouped-query attention).
+    Query j of sequence b is at position `context_lens[b] - num_query + j` and sees the key positions p with
+    `position - window < p <= position` (all `p <= position` without a window). Query heads `g * G` to `g * G + G - 1`
+    read key/value head g (grouped-query attention).
 
-    query_starts: int32 [N + 1]. context_lens: int32 [N]. block_tables_NB: int32, pages in order, padded with any page.
-    max_query_tokens, max_context_tokens: host-side bounds for the launch. Returns [T, N, H] in q's dtype.
+    q_TNH:    any float dtype
+    kv_pages: [P, L, 2, page_tokens, K, H], same dtype, a view of the arena
+    Returns [T, N, H] in q's dtype.
     """
     out_TNH = torch.empty_like(q_TNH)
     starts = metadata.query_starts.tolist()
@@ -128,20 +137,25 @@ def paged_attention(
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm of each row (arXiv 1910.07467), rounded before the weight is applied, as transformers does.
+    """Normalise each row by its root mean square (arXiv 1910.07467): `weight * (x / sqrt(mean(x ** 2) + eps))`.
 
-    Semantics: `out[t] = weight * (x[t] / sqrt(mean(x[t] ** 2) + eps))`. Returns a new tensor in x's dtype.
+    As in transformers, the normalised row is rounded before the weight is applied.
+
+    x_TD, weight_D: any float dtype, the same
+    Returns a new tensor [T, D] in x's dtype.
     """
     x = x_TD.float()
     return weight_D * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()).to(x_TD.dtype)
 
 
 def rotate(x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
-    """Turn each pair of each head by its token's angles, in place: rotary position embedding (arXiv 2104.09864).
+    """Apply rotary position embedding (arXiv 2104.09864), in place: rotate each pair of each head by an angle.
 
-    Semantics: with C = H / 2, x[i] becomes `x[i] cos[i] - x[i + C] sin[i]`, x[i + C] `x[i + C] cos[i] + x[i] sin[i]`.
+    Elements i and i + J of a head are a pair, with J = H / 2: x[i] becomes `x[i] cos[i] - x[i + J] sin[i]`, and
+    x[i + J] becomes `x[i + J] cos[i] + x[i] sin[i]`.
 
-    x_TNH: the heads of a token side by side; may be a slice of a projection's output.
+    x_TNH:          any float dtype; each token's heads side by side, possibly a slice of a projection's output
+    cos_TJ, sin_TJ: same dtype
     """
     first, second = x_TNH.float().chunk(2, -1)
     cos, sin = cos_TJ[:, None].float(), sin_TJ[:, None].float()
@@ -149,8 +163,9 @@ def rotate(x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
 
 
 def silu_mul(gate_up_TF: Tensor) -> Tensor:
-    """The gated unit of each row (SwiGLU, arXiv 2002.05202): `silu(gate) * up`, whose columns are side by side.
+    """Return `silu(gate) * up` of each row, the gated unit of SwiGLU (arXiv 2002.05202).
 
+    gate_up_TF: any float dtype; the gate's columns, then those of up
     Returns [T, F / 2] in the same dtype.
     """
     gate_TF, up_TF = gate_up_TF.float().chunk(2, -1)
@@ -158,6 +173,7 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
 
 
 def _each_segment(segments: LoraSegments) -> Iterator[tuple[slice, int, int, float]]:
+    """Yield the tokens, rank, start in the row table and scaling of each segment that has a rank."""
     starts = segments.token_starts.tolist()
     columns = zip(segments.ranks.tolist(), segments.table_starts.tolist(), segments.scalings.tolist(), strict=True)
     for s, (rank, table_start, scaling) in enumerate(columns):

@@ -1,11 +1,8 @@
-"""What the LoRA operations read: which tokens use which adapter, and where in the arena its rows lie.
+"""What the LoRA operations read: which tokens use which adapter, and where its rows are in the arena.
 
-Shape letters: T tokens, U those of them that have an adapter, S segments, D in, F out, R rank (of a group: the sum of
-its modules' largest ranks), N rows in the row table.
-
-The arena is one flat tensor of equal pages shared by KV cache and adapter weights (S-LoRA, arXiv 2311.03285, section
-5.1, taken to grouped-query attention by counting in elements instead of hidden-size cells). A row of `lora_a` (D
-elements) or of `lora_b` transposed (F elements) never straddles a page, so one element offset says where it is.
+The arena is one tensor of equal pages that KV cache and adapter weights share (S-LoRA, arXiv 2311.03285, section 5.1;
+we count in elements instead of hidden-size cells, to support grouped-query attention). A row of `lora_a` (D elements)
+or of `lora_b` transposed (F elements) never crosses a page border, so a single element offset locates it.
 """
 
 from array import array
@@ -23,19 +20,18 @@ from torch import Tensor
 class LoraSegments:
     """The adapters of one target module over one batch.
 
-    Tokens are sorted so that those of one adapter are adjacent: segment s is rows `token_starts[s]:token_starts[s + 1]`
-    of x (half-open). Tokens at or after `token_starts[S]` have no adapter. A segment whose adapter leaves this module
-    alone has rank 0.
+    Tokens are sorted by adapter: segment s is rows `token_starts[s]:token_starts[s + 1]` of x. Tokens from
+    `token_starts[S]` on have no adapter. If a segment's adapter does not change this module, its rank is 0.
 
     token_starts: int32 [S + 1]
     ranks:        int32 [S]
     scalings:     float32 [S]
-    table_starts: int64 [S]; row i of segment s is entry `table_starts[s] + i` of both tables
-    a_rows:       int64 [N]; element offset in the arena of row i of lora_a (D elements)
-    b_rows:       int64 [N]; element offset in the arena of row i of lora_b transposed (F elements)
-    max_rank, max_tokens: the largest rank and segment, known on the host for the launch
-    gain_rows:    int64 [S]; element offset of a DoRA's gains (F elements), -1 where a segment has none; None where no
-                  segment has any
+    table_starts: int64 [S]; row i of segment s is entry `table_starts[s] + i` of both row tables
+    a_rows:       int64 [I]; where rows of lora_a (D elements) start in the arena, in elements
+    b_rows:       int64 [I]; where rows of lora_b transposed (F elements) start
+    max_rank:     the largest rank, known on the host for the launch
+    max_tokens:   the number of tokens of the longest segment, known on the host for the launch
+    gain_rows:    int64 [S]; where a DoRA's gains (F elements) start, -1 for other adapters; None if there is no DoRA
     """
 
     token_starts: Tensor
@@ -50,7 +46,7 @@ class LoraSegments:
 
     @cached_property
     def gains_by_token(self) -> tuple[Tensor, Tensor]:
-        """The tokens whose adapter is a DoRA, and the element offset of each one's gains; both int64."""
+        """The tokens whose adapter is a DoRA, and where each one's gains start; both int64."""
         assert self.gain_rows is not None
         rows_U = self.gain_rows[torch.repeat_interleave(self.token_starts.diff())]
         tokens = (rows_U >= 0).nonzero()[:, 0]
@@ -59,10 +55,10 @@ class LoraSegments:
 
 @dataclass(frozen=True)
 class LoraGroup:
-    """Modules that read the same input, or pieces of one module's output: one product with all their `lora_a`.
+    """Modules that read the same input, or pieces of one module's output, computed together.
 
-    `modules[i]` owns `widths[i]` columns of the output, side by side, and the columns of h from `columns[i]` on. All
-    have the same token_starts. Those that no segment adapts have max_rank 0; not all have.
+    Module i owns `widths[i]` columns of the output, side by side, and `max_rank` columns of h from `columns[i]` on. All
+    modules have the same token_starts. A module that no adapter changes has max_rank 0; at least one has more.
     """
 
     modules: tuple[LoraSegments, ...]
@@ -71,18 +67,18 @@ class LoraGroup:
 
     @classmethod
     def of(cls, modules: Sequence[LoraSegments], widths: Sequence[int]) -> "LoraGroup":
-        """Each module with columns of h of its own."""
+        """Return a group in which each module has its own columns of h."""
         columns = accumulate((module.max_rank for module in modules[:-1]), initial=0)
         return cls(tuple(modules), tuple(widths), tuple(columns))
 
     @cached_property
     def num_columns(self) -> int:
-        """Columns of h, the R of the operations."""
+        """The number of columns of h: R in the operations."""
         return max(first + module.max_rank for first, module in zip(self.columns, self.modules, strict=True))
 
     @cached_property
     def num_segments(self) -> int:
-        """S."""
+        """The number of segments, S."""
         return self.modules[0].ranks.shape[0]
 
     @cached_property
@@ -92,45 +88,45 @@ class LoraGroup:
 
     @cached_property
     def addresses(self) -> "GroupAddresses":
-        """Where the tables lie, for compiled code on a CPU."""
+        """The addresses of the tables, for compiled code on a CPU."""
         return GroupAddresses.of(self)
 
-    # What follows is worked out once for all who ask: it takes longer than the products of a decode.
+    # The rest is cached for all layers, because computing it takes longer than the products of a decode step.
 
     @cached_property
     def token_segments(self) -> Tensor:
-        """The segment of each token that has one, int64."""
+        """The segment of each token that has one: int64 [U]."""
         return torch.repeat_interleave(self.modules[0].token_starts.diff())
 
     @cached_property
     def token_places(self) -> Tensor:
-        """Where each token's own segment is among all pairs (token, segment), int64."""
-        first_T = torch.arange(len(self.token_segments), device=self.token_segments.device) * self.num_segments
-        return first_T + self.token_segments
+        """The index of (token, its own segment) among all pairs of a token and a segment: int64 [U]."""
+        first_U = torch.arange(len(self.token_segments), device=self.token_segments.device) * self.num_segments
+        return first_U + self.token_segments
 
     @cached_property
     def inputs_by_segment(self) -> "InputRows":
-        """The rows of lora_a of each segment."""
+        """The rows of lora_a by segment: [S, R]."""
         return InputRows(slice(None), *_padded_a(self.modules))
 
     @cached_property
     def token_scales(self) -> Tensor:
-        """The scalings by token and column of h, 0 beyond the rank."""
+        """The scalings by token and column of h, 0 beyond the rank: [U, R]."""
         return self.inputs_by_segment.scales[self.token_segments]
 
     @cached_property
     def is_adapted_by_token(self) -> Tensor:
-        """Whether the adapter of each token that has one changes any of the modules."""
+        """Whether each token's adapter changes any of the modules: bool [U]."""
         return torch.stack([module.ranks for module in self.modules]).any(0)[self.token_segments]
 
     @cached_property
-    def spared_tokens(self) -> Tensor:
-        """The tokens whose adapter leaves all of the modules alone, int64: their rows of lora_a are another's."""
+    def unadapted_tokens(self) -> Tensor:
+        """Tokens whose adapter changes none of the modules, int64. `inputs_by_segment` has foreign rows for them."""
         return (~self.is_adapted_by_token).nonzero()[:, 0]
 
     @cached_property
     def inputs_by_token(self) -> "InputRows":
-        """The rows of lora_a of each token whose adapter has any."""
+        """The rows of lora_a by token, for the tokens whose adapter changes any of the modules."""
         tokens = self.is_adapted_by_token.nonzero()[:, 0]
         _, rows_SR, scales_SR = self.inputs_by_segment
         segment_U = self.token_segments[tokens]
@@ -138,26 +134,26 @@ class LoraGroup:
 
     @cached_property
     def b_rows_by_segment(self) -> tuple[Tensor, ...]:
-        """The rows of lora_b of each segment, by module: int64 [S, its max_rank]."""
+        """The rows of lora_b by segment, for each module: int64 [S, max_rank]."""
         return tuple(_padded_rows(module, module.b_rows) for module in self.modules)
 
     @cached_property
     def b_rows_by_token(self) -> "tuple[OutputRows, ...]":
-        """The same of each token that has a rank there, by module."""
+        """The rows of lora_b by token, for each module and the tokens whose adapter changes it."""
         tokens = [module.ranks[self.token_segments].nonzero()[:, 0] for module in self.modules]
         pairs = zip(tokens, self.b_rows_by_segment, strict=True)
         return tuple(OutputRows(_as_slice(own), rows_SR[self.token_segments[own]]) for own, rows_SR in pairs)
 
 
 class GroupAddresses(NamedTuple):
-    """A group as `cpu_ops.cpp` reads it: the address of its struct, and the arrays that it and its modules lie in."""
+    """A group for `cpu_ops.cpp`: the address of its C++ struct, and the arrays that own the structs' memory."""
 
     group: int
     arrays: tuple["array[int]", "array[int]"]
 
     @classmethod
     def of(cls, group: LoraGroup) -> "GroupAddresses":
-        """Write the structs Group and Module; they point into the group's tensors, which have to live as long."""
+        """Write the C++ structs Group and Module. They point into the group's tensors, which must outlive them."""
         out_columns = accumulate(group.widths[:-1], initial=0)
         modules = array("q")
         for module, h_column, out_column, width in zip(
@@ -174,11 +170,11 @@ class GroupAddresses(NamedTuple):
 
 
 class InputRows(NamedTuple):
-    """Rows of lora_a, all modules' side by side: an offset for each column of h, by segment or by token.
+    """Where the rows of lora_a start, one for each column of h (all modules side by side), by segment or by token.
 
-    Offsets beyond a rank repeat a row of the same adapter, since another's infinity times zero would be NaN; `scales`,
-    the scalings, are 0 there. A segment without any row has another's: what comes of it is not to be used (see
-    `spared_tokens`). `where` are the tokens, as a slice if adjacent.
+    Beyond a rank, the start of a row of the same adapter is repeated and `scales`, the scalings, are 0: another
+    adapter's infinity times zero would be NaN. A segment without any row has another segment's rows, so its results
+    must be dropped (see `unadapted_tokens`). `where` selects the tokens; it is a slice if they are adjacent.
     """
 
     where: "Tensor | slice"
@@ -187,21 +183,21 @@ class InputRows(NamedTuple):
 
 
 class OutputRows(NamedTuple):
-    """One module's rows of lora_b by token, and which tokens: a slice if adjacent."""
+    """Where one module's rows of lora_b start, by token. `where` selects the tokens; a slice if they are adjacent."""
 
     where: "Tensor | slice"
     rows: Tensor
 
 
 def _as_slice(tokens: Tensor) -> "Tensor | slice":
-    """The same tokens, as a slice where they are adjacent: far cheaper to index with."""
+    """Return the tokens as a slice if they are adjacent: indexing with a slice is far cheaper."""
     if len(tokens) and int(tokens[-1] - tokens[0]) == len(tokens) - 1:
         return slice(int(tokens[0]), int(tokens[-1]) + 1)
     return tokens
 
 
 def _padded_rows(module: LoraSegments, table: Tensor) -> Tensor:
-    """The table's rows of each segment, S x max_rank: the last one again beyond a rank, another's where it is 0."""
+    """Return the table's rows by segment, [S, max_rank]. A rank's last row repeats; rank 0 gets another segment's."""
     others = module.table_starts[module.ranks.argmax()]
     starts_S1 = torch.where(module.ranks > 0, module.table_starts, others)[:, None]
     last_S1 = (module.ranks[:, None] - 1).clamp(min=0)
@@ -210,7 +206,7 @@ def _padded_rows(module: LoraSegments, table: Tensor) -> Tensor:
 
 
 def _padded_a(modules: Sequence[LoraSegments]) -> tuple[Tensor, Tensor]:
-    """Rows of lora_a by segment and column of h, and the scalings, 0 where a column is beyond the rank."""
+    """Return the rows of lora_a by segment and column of h, and the scalings, 0 beyond the rank; [S, R] each."""
     rows, scales = [], []
     for module in modules:
         row_R = torch.arange(module.max_rank, device=module.ranks.device)
@@ -220,7 +216,7 @@ def _padded_a(modules: Sequence[LoraSegments]) -> tuple[Tensor, Tensor]:
 
 
 def _own_rows_only(modules: Sequence[LoraSegments], rows: Sequence[Tensor]) -> Tensor:
-    """The modules' rows side by side; those of a module that a segment leaves alone are its row of another module."""
+    """Join the modules' rows. Where a segment has no rank in a module, repeat one of its rows from another module."""
     pairs = [pair for pair in zip(modules, rows, strict=True) if pair[0].max_rank]
     own_S1 = pairs[0][1][:, :1]
     for module, rows_SR in pairs:

@@ -1,15 +1,13 @@
-"""Paged attention and KV store on CUDA. Same names, signatures and meaning as `kernels.reference`.
+"""Paged attention and KV store on CUDA; `kernels.reference` defines each operation.
 
-Shape letters: T tokens, N query heads (in `q_TNH`) or sequences, K key/value heads, G query heads per key/value head,
-H head dim, P pages, L layers, B blocks, C keys of one tile, M rows of one query tile.
-
-One kernel serves decode and chunked prefill: a row of a query tile is one (token, query head of the group) pair, so
-that the heads that share keys and values read them once (grouped-query attention), and a decoding sequence fills G rows
-of its only tile. Softmax is computed online, tile by tile of keys (FlashAttention-2, arXiv 2307.08691, section 3.1).
+One kernel serves decode and chunked prefill. A row of a query tile is one pair of a token and one of the G query heads
+that share a key/value head. So these heads read their keys and values once, and a decoding sequence fills G rows of a
+single tile. The softmax is computed online, one tile of keys after the other (FlashAttention-2, arXiv 2307.08691,
+section 3.1).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
-# (the arguments of a kernel have types of Triton's, not of Python's)
+# (the arguments of a kernel have Triton's types, not Python's)
 
 import torch
 import triton
@@ -17,13 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import AttentionMetadata
-
-# The interpreter multiplies the bit patterns of bfloat16 (triton 3.7.1); widened right after each load it is exact.
-_UPCAST = triton.knobs.runtime.interpret
+from kernels.triton_common import UPCAST, span
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, kv_pages: Tensor, layer: int, slots_T: Tensor) -> None:
-    """Write this step's keys and values to their pages, in place; see `kernels.reference.store_kv`."""
+    """Write the keys and values of new tokens to their pages; see `kernels.reference.store_kv`."""
     num_tokens, num_kv_heads, head_dim = k_TKH.shape
     assert kv_pages.is_contiguous()
     assert k_TKH.stride()[1:] == v_TKH.stride()[1:] == (head_dim, 1)
@@ -50,7 +46,7 @@ def paged_attention(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Causal attention over paged keys and values; see `kernels.reference.paged_attention`."""
+    """Attend causally over paged keys and values; see `kernels.reference.paged_attention`."""
     _, num_heads, head_dim = q_TNH.shape
     num_kv_heads = kv_pages.shape[4]
     assert kv_pages.is_contiguous()
@@ -67,7 +63,7 @@ def paged_attention(
         metadata.query_starts,
         metadata.context_lens,
         metadata.block_tables_BW,
-        scale * 1.4426950408889634,  # log2(e): the kernel's exponentials are powers of two
+        scale * 1.4426950408889634,  # log2(e): the kernel computes powers of two
         metadata.max_context_tokens if window is None else window,
         q_TNH.stride(0),
         q_TNH.stride(1),
@@ -79,7 +75,7 @@ def paged_attention(
         BLOCK_ROWS=block_rows,
         BLOCK_X=32,
         BLOCK_H=max(16, triton.next_power_of_2(head_dim)),
-        UPCAST=_UPCAST,
+        UPCAST=UPCAST,
     )
     return out_TNH
 
@@ -97,7 +93,7 @@ def store_kernel(
     PAGE_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy row `program_id(0)` of the keys (`program_id(1)` 0) or of the values (1) to its slot of one layer."""
+    """Copy token `program_id(0)`'s keys (if `program_id(1)` is 0) or values (if 1) to their slot in one layer."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     column = tl.arange(0, BLOCK)
@@ -132,14 +128,13 @@ def attention_kernel(
     BLOCK_H: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One tile of one sequence's (token, head of the group) rows over all the keys that any of them sees.
+    """Attention of one tile of a sequence's (token, query head) rows over all the keys that any of them sees.
 
-    Every row of a real token sees at least its own key, which its tile reaches; rows beyond the sequence are computed
-    from zeros and not stored.
+    Each row of a real token sees at least its own key. Rows beyond the sequence are computed from zeros and not stored.
     """
     sequence = tl.program_id(2)
-    start = tl.load(query_starts_ptr + sequence)
-    num_query = tl.load(query_starts_ptr + sequence + 1) - start
+    start, end = span(query_starts_ptr)
+    num_query = end - start
     first_row = tl.program_id(0) * BLOCK_ROWS
     if first_row < num_query * GROUP:
         context = tl.load(context_lens_ptr + sequence)
@@ -181,14 +176,14 @@ def attention_kernel(
 
 @triton.jit
 def _offsets(table_ptr, key, is_key, page_stride, token_stride, PAGE_TOKENS: tl.constexpr):
-    """Where the keys of one tile begin, through the sequence's block table."""
+    """Return the offset of each key of a tile, read through the sequence's block table."""
     page = tl.load(table_ptr + key // PAGE_TOKENS, mask=is_key, other=0).to(tl.int64)
     return page * page_stride + (key % PAGE_TOKENS) * token_stride
 
 
 @triton.jit
 def _accumulate(scores, v, best, total, acc):
-    """One tile's step of the online softmax; `best` stays -inf, and the weights 0, while a row has seen no key."""
+    """Add one tile of keys to the online softmax. Until a row sees a key, its `best` is -inf and its weights are 0."""
     new_best = tl.maximum(best, tl.max(scores, 1))
     base = tl.where(new_best == float("-inf"), 0.0, new_best)
     weights, decay = tl.exp2(scores - base[:, None]), tl.exp2(best - base)

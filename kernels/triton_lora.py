@@ -1,14 +1,13 @@
-"""Segmented LoRA on CUDA: one program per tile of one segment, at the segment's true rank.
+"""Segmented LoRA on CUDA; `kernels.reference` defines each operation.
 
-Same names, signatures and meaning as `kernels.reference`. Shape letters: T tokens, S segments, D in, F out, R rank.
-
-The grid depends on host-side bounds only (tokens and rank of the largest segment, number of segments), so that no
-launch waits for the device; programs beyond their own segment's tokens or rank return at once. No atomics: each output
-element has one owner, which makes the results the same in every run.
+One program computes one tile of one segment, at the segment's true rank. The grid depends only on numbers that the host
+knows: how many segments there are, the most tokens of any, and the largest rank. So no launch waits for the device, and
+programs beyond their segment's tokens or rank return at once. There are no atomics: each output element has one owner,
+so every run gives the same results.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
-# (the arguments of a kernel have types of Triton's, not of Python's)
+# (the arguments of a kernel have Triton's types, not Python's)
 
 import torch
 import triton
@@ -16,13 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.segments import LoraGroup, LoraSegments
-
-# The interpreter multiplies the bit patterns of bfloat16 (triton 3.7.1); widened right after each load it is exact.
-_UPCAST = triton.knobs.runtime.interpret
+from kernels.triton_common import UPCAST, span
 
 
 def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
-    """Project each token onto its adapter's rows of `lora_a`; see `kernels.reference.lora_shrink`."""
+    """Multiply each token with its adapter's `lora_a`; see `kernels.reference.lora_shrink`."""
     num_in = x_TD.shape[1]
     assert x_TD.stride(1) == arena.stride(0) == 1
     h_TR = torch.zeros(x_TD.shape[0], group.num_columns, dtype=torch.float32, device=x_TD.device)
@@ -48,7 +45,7 @@ def lora_shrink(x_TD: Tensor, arena: Tensor, group: LoraGroup) -> Tensor:
             BLOCK_T=block_t,
             BLOCK_R=block_r,
             BLOCK_D=min(128, max(16, triton.next_power_of_2(num_in))),
-            UPCAST=_UPCAST,
+            UPCAST=UPCAST,
         )
     return h_TR
 
@@ -79,7 +76,7 @@ def lora_lookup(ids_T: Tensor, arena: Tensor, module: LoraSegments, width: int) 
 
 
 def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -> None:
-    """Add each adapter's contribution to `out_TF`, in place; see `kernels.reference.lora_expand`."""
+    """Add `h @ lora_b^T` of each token's adapter to `out_TF`; see `kernels.reference.lora_expand`."""
     assert out_TF.stride(1) == h_TR.stride(1) == arena.stride(0) == 1
     for module, column, part_TF in zip(group.modules, group.columns, out_TF.split(group.widths, 1), strict=True):
         if module.max_rank == 0:
@@ -106,7 +103,7 @@ def lora_expand(h_TR: Tensor, arena: Tensor, group: LoraGroup, out_TF: Tensor) -
 
 
 def dora_scale(arena: Tensor, group: LoraGroup, out_TF: Tensor, bias_F: Tensor | None) -> None:
-    """Scale the base's part of the outputs as DoRA adapters do; see `kernels.reference.dora_scale`."""
+    """Scale the base model's outputs as DoRA adapters do; see `kernels.reference.dora_scale`."""
     assert out_TF.stride(1) == arena.stride(0) == 1
     biases = (None,) * len(group.modules) if bias_F is None else bias_F.split(group.widths)
     for module, bias, part_TF in zip(group.modules, biases, out_TF.split(group.widths, 1), strict=True):
@@ -149,14 +146,12 @@ def shrink_kernel(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """`h[tile of T, tile of R] = scaling * (x @ A^T)` of segment `program_id(2)`; whole D in one program, in order."""
+    """`h[tile of T, tile of R] = scaling * (x @ A^T)` of segment `program_id(2)`, summed over D in order."""
     segment = tl.program_id(2)
-    start = tl.load(token_starts_ptr + segment)
-    end = tl.load(token_starts_ptr + segment + 1)
+    first_token, token, end = _token_tile(token_starts_ptr, BLOCK_T)
     rank = tl.load(ranks_ptr + segment * ranks_stride)
-    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if (start + tl.program_id(0) * BLOCK_T < end) & (tl.program_id(1) * BLOCK_R < rank):
+    if (first_token < end) & (tl.program_id(1) * BLOCK_R < rank):
         is_token, is_row = token < end, row < rank
         entry = tl.load(table_starts_ptr + segment * table_stride) + row
         a_offset = tl.load(a_rows_ptr + entry, mask=is_row, other=0)
@@ -193,14 +188,12 @@ def lookup_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`h[tile of T, tile of R] = scaling * A[:, ids]^T` of segment `program_id(2)`, A's rows being cut in pieces."""
+    """`h[tile of T, tile of R] = scaling * A[:, ids]^T` of segment `program_id(2)`; A's rows come in pieces."""
     segment = tl.program_id(2)
-    start = tl.load(token_starts_ptr + segment)
-    end = tl.load(token_starts_ptr + segment + 1)
+    first_token, token, end = _token_tile(token_starts_ptr, BLOCK_T)
     rank = tl.load(ranks_ptr + segment * ranks_stride)
-    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if (start + tl.program_id(0) * BLOCK_T < end) & (tl.program_id(1) * BLOCK_R < rank):
+    if (first_token < end) & (tl.program_id(1) * BLOCK_R < rank):
         is_token = token < end
         is_value = is_token[:, None] & (row < rank)
         id = tl.load(ids_ptr + token, mask=is_token, other=0)
@@ -232,15 +225,13 @@ def expand_kernel(
 ):
     """`out[tile of T, tile of F] += h @ B^T` of segment `program_id(2)`.
 
-    Rows of 16 bits are widened to h's float32, so that nothing is rounded before the sum.
+    16-bit rows are widened to float32, the dtype of h, so that nothing is rounded before the sum.
     """
     segment = tl.program_id(2)
-    start = tl.load(token_starts_ptr + segment)
-    end = tl.load(token_starts_ptr + segment + 1)
+    first_token, token, end = _token_tile(token_starts_ptr, BLOCK_T)
     rank = tl.load(ranks_ptr + segment * ranks_stride)
-    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    if (start + tl.program_id(0) * BLOCK_T < end) & (rank > 0):
+    if (first_token < end) & (rank > 0):
         is_token, is_column = token < end, column < num_out
         table_start = tl.load(table_starts_ptr + segment * table_stride)
         acc = tl.zeros((BLOCK_T, BLOCK_F), dtype=tl.float32)
@@ -273,12 +264,10 @@ def dora_kernel(
 ):
     """`out[tile of T, tile of F] += gain * (out - bias)` of segment `program_id(2)`."""
     segment = tl.program_id(2)
-    start = tl.load(token_starts_ptr + segment)
-    end = tl.load(token_starts_ptr + segment + 1)
+    first_token, token, end = _token_tile(token_starts_ptr, BLOCK_T)
     gain_row = tl.load(gain_rows_ptr + segment)
-    token = start + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    if (start + tl.program_id(0) * BLOCK_T < end) & (gain_row >= 0):
+    if (first_token < end) & (gain_row >= 0):
         is_column = column < num_out
         is_out = (token < end)[:, None] & is_column
         out_offset = out_ptr + (token.to(tl.int64) * out_stride)[:, None] + column
@@ -290,11 +279,19 @@ def dora_kernel(
         tl.store(out_offset, (out + gain * base).to(out_ptr.dtype.element_ty), mask=is_out)
 
 
+@triton.jit
+def _token_tile(token_starts_ptr, BLOCK_T: tl.constexpr):
+    """Return the first token of this program's tile, all its tokens, and the end of its segment."""
+    start, end = span(token_starts_ptr)
+    first = start + tl.program_id(0) * BLOCK_T
+    return first, first + tl.arange(0, BLOCK_T), end
+
+
 def _grid(module: LoraSegments, block_t: int, num_columns: int, block_columns: int) -> tuple[int, int, int]:
     num_segments = module.ranks.shape[0]
     return triton.cdiv(module.max_tokens, block_t), triton.cdiv(num_columns, block_columns), num_segments
 
 
 def _tile(size: int, largest: int) -> int:
-    """A power of two from 16 (the least that `tl.dot` takes) to `largest` that covers `size` where it can."""
+    """Return the smallest power of two that covers `size`, at least 16 (`tl.dot` takes no less), at most `largest`."""
     return min(largest, max(16, triton.next_power_of_2(size)))
