@@ -1,8 +1,4 @@
-"""One step's work as flat tensors: all that the model and the kernels ever see.
-
-Shape letters: T tokens in the batch, N sequences, B blocks (pages of KV) of the longest sequence, S adapter segments,
-M target modules of the whole model, O rows whose logits are wanted.
-"""
+"""One step's work as flat tensors. The model and the kernels see nothing else."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +14,11 @@ from serving.adapters.device_copy import PendingCopy
 
 @dataclass(frozen=True)
 class LoraLayout:
-    """The target modules of a model by index: those of the layers, then the embedding, then the head.
+    """The target modules of a model by index: the layers' modules, then the embedding, then the head.
 
-    `widths` has the out features of layers' modules that read the same input, by the index of the first of them. Rows
-    of vocabulary size are cut into `num_pieces` pieces of `piece_width` elements, the last one shorter, so that each
-    fits a page.
+    `widths` maps the index of the first of the modules that read the same input to the out features of all of them.
+    Rows of vocabulary size are cut into `num_pieces` pieces of `piece_width` elements (the last is shorter), so that
+    each piece fits a page.
     """
 
     widths: Mapping[int, tuple[int, ...]]
@@ -33,60 +29,60 @@ class LoraLayout:
 
     @property
     def head(self) -> int:
-        """The index of the head."""
+        """The module index of the head."""
         return self.embedding + 1
 
     @property
     def order(self) -> tuple[int, ...]:
-        """All modules in the order in which a forward pass reads them."""
+        """All module indices, in the order in which a forward pass reads the modules."""
         return (self.embedding, *range(self.embedding), self.head)
 
     @property
     def num_pieces(self) -> int:
-        """Pieces of a row of vocabulary size."""
+        """The number of pieces of a row of vocabulary size."""
         return -(-self.vocab_size // self.piece_width)
 
     @property
     def piece_widths(self) -> tuple[int, ...]:
-        """The width of each piece."""
+        """The width of each piece, in elements."""
         last = self.vocab_size - (self.num_pieces - 1) * self.piece_width
         return (*(self.piece_width,) * (self.num_pieces - 1), last)
 
 
 @dataclass(frozen=True)
 class LoraBatch:
-    """The adapters of a batch, for every target module at once.
+    """The adapters of a batch, for all target modules.
 
-    Column m of the [S, M] tables gives the segments of module m. The row table is the same for all modules, and so are
-    the token ranges, but for the head, which sees only the rows whose logits are wanted. see
-    `serving.adapters.packing` for an adapter's entries in the table, and `kernels.segments.LoraSegments` for the rest.
+    Column m of the [S, M] tables describes the segments of module m. All modules share the row tables and, except for
+    the head, the token ranges: the head sees only the rows whose logits are wanted. `kernels.segments.LoraSegments`
+    explains the fields, `serving.adapters.packing` an adapter's entries in the row tables.
     `pending_copies` are of adapters whose rows are still being copied: call `wait_for` before reading a module's rows.
     """
 
     layout: LoraLayout
     token_starts: Tensor  # int32 [S + 1]
-    sample_starts: Tensor  # int32 [S + 1]; the same in rows of O
+    sample_starts: Tensor  # int32 [S + 1]; the same borders in rows of O
     ranks_SM: Tensor  # int32
     scalings_SM: Tensor  # float32
     table_starts_SM: Tensor  # int64
     is_dora_SM: Tensor  # bool
-    a_rows: Tensor  # int64
-    b_rows: Tensor  # int64
-    max_ranks: tuple[int, ...]  # per module, on the host; 0 means that no adapter of the batch touches the module
+    a_rows: Tensor  # int64 [I]
+    b_rows: Tensor  # int64 [I]
+    max_ranks: tuple[int, ...]  # per module, on the host; 0 means that no adapter of the batch changes the module
     has_dora: tuple[bool, ...]  # per module, on the host
     max_tokens: int
     max_samples: int
     pending_copies: tuple[PendingCopy, ...] = ()
 
     def wait_for(self, module: int, num_modules: int = 1) -> None:
-        """Let the work that is queued from now on wait for some modules' rows."""
+        """Make all work that is queued from now on wait for the rows of `num_modules` modules from `module` on."""
         for copy in self.pending_copies:
             for index in range(module, module + num_modules):
                 copy.wait_for(index)
 
     @cached_property
     def groups(self) -> dict[int, LoraGroup]:
-        """The layers' modules that read the same input, by the index of the first, where any adapter touches any."""
+        """The groups of layers' modules that any adapter changes, by the index of each group's first module."""
         return {
             first: LoraGroup.of([self._module(first + i) for i in range(len(widths))], widths)
             for first, widths in self.layout.widths.items()
@@ -95,14 +91,14 @@ class LoraBatch:
 
     @cached_property
     def embedding(self) -> LoraGroup | None:
-        """The embedding alone."""
+        """The embedding as a group of one module, or None if no adapter changes it."""
         if not self.max_ranks[self.layout.embedding]:
             return None
         return LoraGroup.of([self._module(self.layout.embedding)], [self.layout.hidden_size])
 
     @cached_property
     def head(self) -> LoraGroup | None:
-        """The pieces of the head, which all read the same columns of h."""
+        """The pieces of the head, which all read the same columns of h. None if no adapter changes a wanted logit."""
         if not self.max_ranks[self.layout.head] or not self.max_samples:
             return None
         pieces = tuple(self._module(self.layout.head, piece) for piece in range(self.layout.num_pieces))
@@ -126,17 +122,19 @@ class LoraBatch:
     def _gain_rows(self, index: int, piece: int) -> Tensor:
         num_pieces = self.layout.num_pieces if index == self.layout.head else 1
         entries = self.table_starts_SM[:, index] + num_pieces * self.ranks_SM[:, index] + piece
-        rows = self.b_rows[entries.clamp(max=len(self.b_rows) - 1)]
+        rows = self.b_rows[entries.clamp(max=len(self.b_rows) - 1)]  # only a DoRA has this entry
         return torch.where(self.is_dora_SM[:, index], rows, -1)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: sequences ordered by adapter (base-only last), each one's tokens adjacent.
+    """The input of one forward pass.
+
+    Sequences are ordered by adapter, those without one last. A sequence's tokens are adjacent.
 
     tokens_T, positions_T: int64
-    slots_T:       int64; where each token's KV goes: page * page_tokens + offset in the page
-    logit_rows_O:  int64; rows of T whose logits are wanted: the last token of each sequence that samples, in order
+    slots_T:      int64; where each token's keys and values go: page * page_tokens + offset in the page
+    logit_rows_O: int64; rows of T whose logits are wanted: the last token of each sequence that samples, in order
     """
 
     tokens_T: Tensor

@@ -1,7 +1,7 @@
-"""What the engine must know of a model's config.json, checked: which architecture, which sizes, which options.
+"""Read and check a model's config.json: architecture, sizes, options.
 
-transformers' own config classes read the file, so that defaults, old spellings and rope settings mean what they mean
-there. What our model code does not do is refused by name, never ignored.
+transformers' own config classes read the file, so defaults, old spellings and rope settings mean the same as there.
+Options that our model code does not support are refused by name, never ignored.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ _MODEL_TYPES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# Options of other models or of quantised checkpoints: with any of these set, the plain forward pass would be wrong.
+# Options of other models or of quantised checkpoints. If any is set, our forward pass would give wrong results.
 _REFUSED_OPTIONS = ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier")
 
 
 @dataclass(frozen=True, eq=False)
 class ModelConfig:
-    """One model of the Llama family. `windows` has the sliding window of each layer, None where it sees everything."""
+    """The settings of one Llama-family model. `windows` has each layer's sliding window, None for full attention."""
 
     architecture: str
     vocab_size: int
@@ -48,13 +48,13 @@ class ModelConfig:
 
 
 def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Check the content of a config.json; InvalidCheckpointError names what of it is not served."""
+    """Check the content of a config.json. Raises InvalidCheckpointError naming the first unsupported setting."""
     architecture = _architecture(raw)
     _refuse_options(raw)
     config = _parse(architecture, raw)
     _check_rope(config.rope_parameters)
     if config.hidden_act not in ("silu", "swish"):
-        raise InvalidCheckpointError(f"config.json: hidden_act {config.hidden_act!r} is not supported, only 'silu'.")
+        raise InvalidCheckpointError(f"config.json: hidden_act {config.hidden_act!r} is not supported. Use 'silu'.")
     has_bias = bool(getattr(config, "attention_bias", False)) and architecture != "MistralForCausalLM"
     return ModelConfig(
         architecture=architecture,
@@ -82,7 +82,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     if len(names) != 1 or names[0] not in _MODEL_TYPES:
         supported = ", ".join(_MODEL_TYPES)
         raise InvalidCheckpointError(
-            f"config.json: architecture {names[0]!r} is not supported; these are: {supported}."
+            f"config.json: architecture {names[0]!r} is not supported. Supported are: {supported}."
         )
     return names[0]
 
@@ -104,10 +104,10 @@ def _check_rope(parameters: Mapping[str, Any]) -> None:
     rope_type = parameters.get("rope_type")
     if rope_type not in _ROPE_TYPES:
         raise InvalidCheckpointError(
-            f"config.json: rope type {rope_type!r} is not supported; these are: {', '.join(_ROPE_TYPES)}."
+            f"config.json: rope type {rope_type!r} is not supported. Supported are: {', '.join(_ROPE_TYPES)}."
         )
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InvalidCheckpointError("config.json: partial_rotary_factor other than 1 is not supported.")
+        raise InvalidCheckpointError("config.json: partial_rotary_factor must be 1; other values are not supported.")
 
 
 def _num_kv_heads(config: PretrainedConfig) -> int:
@@ -120,10 +120,10 @@ def _num_kv_heads(config: PretrainedConfig) -> int:
 
 
 def _windows(architecture: str, config: PretrainedConfig) -> tuple[int | None, ...]:
-    """Llama has none, Mistral has one for all layers, Qwen's layer types say which layers have one."""
+    """Return each layer's window. Llama has none, Mistral one for all layers, Qwen one in some types of layers."""
     window = None if architecture == "LlamaForCausalLM" else config.sliding_window
     if window is not None and window < 1:
-        raise InvalidCheckpointError(f"config.json: sliding_window {window} is not a positive number.")
+        raise InvalidCheckpointError(f"config.json: sliding_window {window} is not positive.")
     if architecture in ("LlamaForCausalLM", "MistralForCausalLM"):
         return (window,) * config.num_hidden_layers
     return tuple(_layer_window(layer_type, window) for layer_type in config.layer_types)
@@ -134,6 +134,6 @@ def _layer_window(layer_type: str, window: int | None) -> int | None:
         return None
     if layer_type != "sliding_attention" or window is None:
         raise InvalidCheckpointError(
-            f"config.json: layer type {layer_type!r} with sliding_window {window} is not served."
+            f"config.json: layer type {layer_type!r} with sliding_window {window} is not supported."
         )
     return window

@@ -1,10 +1,7 @@
-"""The decoder layers of the Llama family, as `serving.model` stacks them.
+"""The decoder layers of the Llama family and their rotary tables.
 
-Weights are plain tensors in small classes. Modules that read the same input share one GEMM of the base model; each
-one's adapters add to their slice of its output.
-
-Shape letters: T tokens, D hidden size, F out features, N query heads, K key/value heads, H head dim, C = H / 2
-frequencies, P pages, L layers.
+Modules that read the same input share one GEMM of the base model. Each module's adapters then add to its slice of the
+output.
 """
 
 from collections.abc import Sequence
@@ -20,8 +17,8 @@ from serving.model.batch import Batch
 from serving.model.config import ModelConfig
 
 MODULE_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PARENTS = ("self_attn",) * 4 + ("mlp",) * 3  # of the kinds above
-PROJECTIONS = (0, 0, 0, 1, 2, 2, 3)  # which of a layer's projections each kind is in
+PARENTS = ("self_attn",) * 4 + ("mlp",) * 3  # by module kind
+PROJECTIONS = (0, 0, 0, 1, 2, 2, 3)  # by module kind: the index in `Layer.projections`
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,25 +34,25 @@ class Step:
 
 
 class Norm:
-    """RMSNorm over the last dimension: in float32, rounded before the weight is applied, as transformers does."""
+    """RMSNorm over the last dimension, see `kernels.reference.rms_norm`."""
 
     def __init__(self, size: int, eps: float, like: Tensor):
         self.weight_D = torch.empty(size, dtype=like.dtype, device=like.device)
         self.eps = eps
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        """Return the normed x, in its dtype."""
+        """Return the normalised x, in its dtype."""
         return step.ops.rms_norm(x_TD, self.weight_D, self.eps)
 
     def of_heads(self, x_TNH: Tensor, step: Step) -> Tensor:
-        """Norm each head by itself."""
+        """Normalise each head by itself."""
         return self(x_TNH.reshape(-1, x_TNH.shape[2]), step).view(x_TNH.shape)
 
 
 class Projection:
     """Target modules of one layer that read the same input: one base GEMM, then each module's adapters.
 
-    `widths` are the modules' out features, from module index `first_module` on.
+    `first_module` is the first one's module index, `widths` are the out features of all.
     """
 
     def __init__(self, first_module: int, widths: Sequence[int], num_in: int, has_bias: bool, like: Tensor):
@@ -77,11 +74,11 @@ class Projection:
         return out_TF
 
     def to_blocked(self) -> None:
-        """Lay the weight out for the product."""
+        """Convert the weight to oneDNN's blocked layout, if that is supported."""
         self.weight_FD = to_blocked(self.weight_FD)
 
     def parameters(self) -> dict[str, Tensor]:
-        """Views of each module's weight and bias, by name within the layer; of a packed weight, of a copy."""
+        """Return each module's weight and bias by name within the layer: views, or copies of a blocked weight."""
         named = {}
         weights = from_blocked(self.weight_FD).split(self.widths)
         biases = (None,) * len(weights) if self.bias_F is None else self.bias_F.split(self.widths)
@@ -95,7 +92,7 @@ class Projection:
 
 
 class Layer:
-    """One decoder layer: attention and gated MLP, each behind its norm and added to the stream."""
+    """One decoder layer: attention and gated MLP, each with its norm and residual connection."""
 
     def __init__(self, config: ModelConfig, index: int, like: Tensor):
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -115,7 +112,7 @@ class Layer:
         self.down = Projection(module + 6, (hidden,), inner, config.has_mlp_bias, like)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        """Return the stream after this layer."""
+        """Return the hidden state after this layer, [T, D]."""
         x_TD = x_TD + self._attention(self.input_norm(x_TD, step), step)
         return x_TD + self._mlp(self.mlp_norm(x_TD, step), step)
 
@@ -134,16 +131,16 @@ class Layer:
         return self.o(o_TNH.flatten(1), step)
 
     def _heads(self, qkv_TF: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values by head, the first two at their positions."""
+        """Return queries, keys and values by head; queries and keys are rotated to their positions."""
         heads_TNH = qkv_TF.unflatten(-1, (-1, self.head_dim))
         q_TNH, k_TKH, v_TKH = heads_TNH.split(self.num_heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm.of_heads(q_TNH, step), self.k_norm.of_heads(k_TKH, step)
             step.ops.rotate(q_TNH, step.cos_TJ, step.sin_TJ)
             step.ops.rotate(k_TKH, step.cos_TJ, step.sin_TJ)
-        else:  # side by side, as the projection left them
-            num_turned = q_TNH.shape[1] + k_TKH.shape[1]
-            step.ops.rotate(heads_TNH[:, :num_turned], step.cos_TJ, step.sin_TJ)
+        else:  # queries and keys are still adjacent: one call for both
+            num_rotated = q_TNH.shape[1] + k_TKH.shape[1]
+            step.ops.rotate(heads_TNH[:, :num_rotated], step.cos_TJ, step.sin_TJ)
         return q_TNH, k_TKH, v_TKH
 
     def _mlp(self, x_TD: Tensor, step: Step) -> Tensor:
@@ -151,11 +148,11 @@ class Layer:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """Those of target modules, in the order of the module index."""
+        """The projections of target modules, in the order of their module indices."""
         return self.qkv, self.o, self.gate_up, self.down
 
     def parameters(self) -> dict[str, Tensor]:
-        """All weights, by name within the layer."""
+        """Return all weights by name within the layer."""
         named = {
             "input_layernorm.weight": self.input_norm.weight_D,
             "post_attention_layernorm.weight": self.mlp_norm.weight_D,
@@ -169,7 +166,10 @@ class Layer:
 
 
 def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of all positions, [P, C] each: computed in float32 and rounded once, as transformers does."""
+    """Return the cosines and sines of all positions, [P, J] each (rotary position embedding, arXiv 2104.09864).
+
+    As in transformers, they are computed in float32 and rounded once.
+    """
     frequencies_J, scaling = _rope_frequencies(config)
     positions_P1 = torch.arange(config.max_position, dtype=torch.float32, device=device)[:, None]
     angles_PJ = positions_P1 * frequencies_J.to(device)
@@ -177,7 +177,7 @@ def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
 
 
 def _rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies, and the factor on cosines and sines that some rope types have."""
+    """Return the rotary frequencies, and the factor that some rope types apply to cosines and sines (else 1)."""
     parameters = config.rope.rope_parameters
     if parameters["rope_type"] != "default":
         return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config.rope)

@@ -1,9 +1,6 @@
-"""The Llama family (Llama, Mistral, Qwen2, Qwen3) as the engine runs it: a flat batch in, logits out, KV in pages.
+"""The forward pass of the Llama family (Llama, Mistral, Qwen2, Qwen3): a flat batch in, logits out, KV in pages.
 
-Inference only, under the caller's `torch.inference_mode()`.
-
-Shape letters: T tokens, D hidden size, H head dim, C = H / 2 frequencies, K key/value heads, V vocabulary, O rows whose
-logits are wanted, P positions, L layers.
+Inference only; the caller enters `torch.inference_mode()`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,11 +21,11 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class CausalLM:
-    """A language model of the Llama family. The weights are unset until `serving.model.weights.load_model` fills them.
+    """A language model of the Llama family. `serving.model.weights.load_model` fills its weights, which start unset.
 
-    `target_shapes` has (out, in) of every module that adapters may change, by its path, in the order of the module
-    index: `linear_shapes`, then the embedding (whose input is one-hot), then the head. `vocab_size` bounds token ids,
-    `max_position` the tokens of a context. `is_compiled` asks for compiled kernels (see `kernels.ops.ops_for`).
+    `target_shapes` maps the path of every module that adapters may change to (out, in), in the order of the module
+    index: `linear_shapes`, then the embedding (its input counts as one-hot), then the head. Token ids are below
+    `vocab_size`, positions below `max_position`. `is_compiled` asks for compiled kernels (see `kernels.ops.ops_for`).
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, is_compiled: bool = False):
@@ -50,7 +47,7 @@ class CausalLM:
         self._ops = ops_for(device, is_compiled=is_compiled)
 
     def to_blocked(self) -> None:
-        """Lay all weights out for their products, once they are set. A head tied to the embedding becomes a copy."""
+        """Convert all weights to blocked ones, after they are set. A head tied to the embedding becomes a copy."""
         for layer in self.layers:
             for projection in layer.projections:
                 projection.to_blocked()
@@ -59,9 +56,9 @@ class CausalLM:
             self.head_VD = self._blocked_head_VD
 
     def parameters(self) -> dict[str, Tensor]:
-        """All weights under their names in a checkpoint; those of fused GEMMs are views of their slice.
+        """Return all weights under their names in a checkpoint.
 
-        Those that `to_blocked` has laid out anew are copies.
+        Weights of fused GEMMs are views of their slice. Blocked weights (see `to_blocked`) are copies.
         """
         named = {"model.embed_tokens.weight": self.embedding_VD, "model.norm.weight": self.norm.weight_D}
         if self.head_VD is not self.embedding_VD:
@@ -71,9 +68,10 @@ class CausalLM:
         return named
 
     def forward(self, batch: Batch, arena: Tensor, page_tokens: int) -> Tensor:
-        """Run one step: stores the batch's keys and values, and returns float32 logits of the rows that want them.
+        """Run one step: store the batch's keys and values, and return the logits of `batch.logit_rows_O`.
 
-        arena: flat, in the model's dtype; whole pages of L * 2 * page_tokens * K * H elements. Returns [O, V].
+        arena: flat, in the model's dtype; whole pages of L * 2 * page_tokens * K * H elements
+        Returns float32 [O, V].
         """
         step = Step(
             ops=self._ops,
@@ -89,11 +87,14 @@ class CausalLM:
         return self._logits(self.norm(x_TD[batch.logit_rows_O], step), step)
 
     def target_weights(self) -> Mapping[str, Tensor]:
-        """The weight (out, in) of each target module, in the order of their index; the embedding's is transposed."""
+        """Return the weight (out, in) of each target module by path, in the order of the module index.
+
+        The embedding is transposed. Blocked weights are converted on access.
+        """
         return _TargetWeights(self)
 
     def lora_layout(self, page_elements: int) -> LoraLayout:
-        """Which target modules share an input, and how rows of vocabulary size are cut."""
+        """Return which target modules share an input, and how rows of vocabulary size are cut into pieces."""
         projections = [projection for layer in self.layers for projection in layer.projections]
         return LoraLayout(
             widths={projection.first_module: projection.widths for projection in projections},
@@ -137,7 +138,7 @@ class CausalLM:
 
 
 class _TargetWeights(Mapping[str, Tensor]):
-    """Weights by path, unpacked when asked for: few of them are."""
+    """Weights by path, converted from blocked ones on access, because callers read only a few."""
 
     def __init__(self, model: CausalLM):
         self._model = model

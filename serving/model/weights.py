@@ -1,4 +1,4 @@
-"""Loads a base model from a Hugging Face checkpoint: one tensor at a time, straight into the fused parameters."""
+"""Load a base model from a Hugging Face checkpoint, one tensor at a time, directly into the fused parameters."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,18 +12,19 @@ from serving.model.config import read_model_config
 from serving.model.llama import CausalLM
 
 _HEAD = "lm_head.weight"
-_RECOMPUTED = "rotary_emb.inv_freq"  # old checkpoints carry these buffers
+_RECOMPUTED = "rotary_emb.inv_freq"  # a buffer in old checkpoints
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device, *, is_compiled: bool = False) -> CausalLM:
-    """Load a model to a device, converted to `dtype`; `is_compiled` asks for compiled kernels where a CPU has them.
+    """Load a model to a device, converted to `dtype`. `is_compiled` asks for compiled kernels (see `ops_for`).
 
-    Raises InvalidCheckpointError naming the file, architecture, option or tensor that cannot be used: missing, of
-    another shape, or one that the architecture has no place for (its outputs would be silently wrong without).
+    Raises InvalidCheckpointError naming the file, architecture, option or tensor that cannot be used. A tensor is
+    refused if it is missing, has another shape, or has no place in the architecture: dropping it would silently give
+    wrong outputs.
     """
     checkpoint = open_checkpoint(folder)
     config = read_model_config(checkpoint.config)
-    # A head in the file counts even where the config ties it to the embedding: it may have been trained apart.
+    # A head in the file is loaded even if the config ties it to the embedding: it may have been trained separately.
     config = replace(config, is_tied=config.is_tied and _HEAD not in checkpoint.names())
     model = CausalLM(config, dtype, torch.device(device), is_compiled=is_compiled)
     parameters = model.parameters()
@@ -32,7 +33,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device, *, 
         shape = checkpoint.shape(name)
         if shape != tuple(parameter.shape):
             raise InvalidCheckpointError(
-                f"{folder}: tensor {name!r} has shape {shape}; config.json asks for {tuple(parameter.shape)}."
+                f"{folder}: tensor {name!r} has shape {shape}, but config.json asks for {tuple(parameter.shape)}."
             )
         parameter.copy_(checkpoint.load(name))
     model.to_blocked()
