@@ -1,7 +1,7 @@
 """The tables of docs/results.md, each made from a record in docs/records: `relora bench tables`.
 
 A record is the JSON report of a benchmark, or the part of it that the tables need. To publish a new run, commit its
-report as the record and run the command.
+report as the record and run the command. For the demo, that report is result.json with `facts` added by hand.
 """
 
 from collections.abc import Mapping

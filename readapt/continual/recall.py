@@ -6,7 +6,8 @@ drawn from Gaussians, one for each token of each label. A Gaussian has its own m
 place in the label. So the readout learns old and new classes together, although no row is kept.
 
 Each stage trains a new readout, because the statistics hold everything that the previous one was taught. A readout that
-is trained further clings to the Gaussians of the first classes (docs/experiments.md).
+is trained further clings to the Gaussians of the first classes (see
+docs/experiments/extraction-and-continual.md).
 
 Related: classifier alignment on class statistics for images (SLCA, arXiv 2303.05118). Here the classifier is the last
 layer of the LM.
