@@ -415,7 +415,7 @@ def test_another_schema_version_is_refused_with_advice(tmp_path: Path):
     with sqlite3.connect(tmp_path / "registry.db") as connection:
         connection.execute("UPDATE schema_version SET number = 99")
     connection.close()
-    with pytest.raises(StorageError, match=r"version 99.*reads 2.*name another"):
+    with pytest.raises(StorageError, match=r"version 99.*reads 2.*set another"):
         Registry(url)
 
 
