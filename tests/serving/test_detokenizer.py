@@ -1,4 +1,4 @@
-"""Streaming text: the pieces together are what the tokenizer decodes up to the first stop string."""
+"""The streamed pieces add up to what the tokenizer decodes, up to the first stop string."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2's and Mistral's: sentencepiece BPE, a space before the text, unknown characters as byte tokens."""
+    """A tokenizer like Llama 2's: sentencepiece BPE, a space before the text, unknown characters as byte tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token=None, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -57,7 +57,7 @@ def _without_added(content: str, names: Sequence[str]) -> str:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """Unigram pieces with a metaspace decoder, which drops the space of the first piece only."""
+    """A tokenizer with unigram pieces and a metaspace decoder, which drops only the first piece's space."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -70,7 +70,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 def wrap(tokenizer: Tokenizer, eos: str) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token="<pad>")
-    fast.add_tokens(["<tool>"])  # added, but not special: it is shown
+    fast.add_tokens(["<tool>"])  # added but not special, so it is shown
     return fast
 
 
@@ -88,7 +88,7 @@ def whole(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
 
 
 def tokens_to_stop(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], stop: Sequence[str]) -> list[int]:
-    """The tokens up to the first after which a stop string is in the decoded text: by brute force."""
+    """Return the tokens up to the first one that completes a stop string, found by brute force."""
     for count in range(1, len(tokens) + 1):
         if any(one in whole(tokenizer, tokens[:count]) for one in stop):
             return list(tokens[:count])
@@ -96,7 +96,7 @@ def tokens_to_stop(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], st
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the stop string that is complete first, read character by character."""
+    """Return the text before the stop string that is complete first, found character by character."""
     for end in range(1, len(text) + 1):
         starts = [end - len(one) for one in stop if text[:end].endswith(one)]
         if starts:
@@ -105,7 +105,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
 
 
 def token_lists(name: str) -> st.SearchStrategy[list[int]]:
-    """Noise of all tokens, rich in byte and special tokens, and real text in between."""
+    """Draw random tokens with many byte and special tokens, mixed with real text."""
     tokenizer = TOKENIZERS[name]
     anything = st.lists(st.integers(0, len(tokenizer) - 1), max_size=12)
     low = st.lists(st.integers(0, 258), max_size=6)
@@ -116,7 +116,7 @@ def token_lists(name: str) -> st.SearchStrategy[list[int]]:
 @each_tokenizer
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_pieces_together_are_the_decoded_text(name: str, data: st.DataObject):
+def test_the_pieces_add_up_to_the_decoded_text(name: str, data: st.DataObject):
     tokens = data.draw(token_lists(name))
     assert "".join(pieces_of(TOKENIZERS[name], tokens)) == whole(TOKENIZERS[name], tokens)
 
@@ -143,7 +143,7 @@ def test_text_ends_before_the_first_stop_string(name: str, data: st.DataObject, 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_unfinished_characters_are_never_shown(name: str, data: st.DataObject):
-    """Of real text no replacement character is ever seen, wherever its tokens are cut."""
+    """Real text never shows a replacement character, wherever its tokens are cut."""
     tokenizer = TOKENIZERS[name]
     text = data.draw(st.text(alphabet="abé 数😀👍🏽\nß", max_size=20))
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -162,7 +162,7 @@ def test_text_is_shown_as_soon_as_it_is_decided(name: str):
 
 
 def test_a_stop_string_in_a_byte_token_stops_at_once():
-    """Byte tokens are shown late, as the run they belong to may still turn out invalid; a stop string does not wait."""
+    """Byte tokens are shown late, because their run may still become invalid. A stop string does not wait for that."""
     tokenizer = TOKENIZERS["byte_fallback"]
     newline = tokenizer.convert_tokens_to_ids("<0x0A>")
     tokens = [*tokenizer.encode("The fox", add_special_tokens=False), newline]
@@ -174,7 +174,7 @@ def test_a_stop_string_in_a_byte_token_stops_at_once():
 
 
 def spell(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """One token per character."""
+    """Encode each character on its own."""
     return [token for letter in text for token in tokenizer.encode(letter, add_special_tokens=False)]
 
 
@@ -193,27 +193,27 @@ def spell(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
         ("the", ("the",), ""),
     ],
 )
-def test_stop_strings_by_hand(encode: Callable, text: str, stop: tuple[str, ...], shown: str):
+def test_stop_strings_in_short_texts(encode: Callable, text: str, stop: tuple[str, ...], shown: str):
     tokenizer = TOKENIZERS["byte_level"]
     assert "".join(pieces_of(tokenizer, encode(tokenizer, text), stop)) == shown
 
 
-def test_special_tokens_are_silent_and_other_added_ones_are_not():
+def test_special_tokens_have_no_text_and_other_added_tokens_do():
     tokenizer = TOKENIZERS["byte_level"]
     eos, tool = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<tool>")
     tokens = [*tokenizer.encode("a", add_special_tokens=False), eos, tool, eos, *tokenizer.encode("é")]
     assert "".join(pieces_of(tokenizer, tokens)) == "a<tool>é"
 
 
-def test_tokens_beyond_the_tokenizer_are_silent():
-    """Embeddings are often padded to a round size: a model can choose a token that no text belongs to."""
+def test_tokens_beyond_the_tokenizer_have_no_text():
+    """Embeddings are often padded to a round size, so a model can choose a token that has no text."""
     tokenizer = TOKENIZERS["byte_level"]
     tokens = [*tokenizer.encode("a", add_special_tokens=False), len(tokenizer) + 3, *tokenizer.encode("b")]
     assert "".join(pieces_of(tokenizer, tokens)) == "ab"
 
 
 class CountingVocabulary(Vocabulary):
-    """Remembers the longest list of tokens that it had to decode."""
+    """A vocabulary that remembers the longest list of tokens that it decoded."""
 
     longest = 0
 
@@ -223,7 +223,7 @@ class CountingVocabulary(Vocabulary):
 
 
 def degenerate(name: str) -> dict[str, list[int]]:
-    """Endless output of which no token completes a character: lone bytes, or a run of bytes that is never valid."""
+    """Return long outputs whose tokens complete no character: lone bytes, or one long run of bytes."""
     tokenizer = TOKENIZERS[name]
     if name == "byte_level":
         (lone,) = tokenizer.convert_tokens_to_ids(["\u0122"])  # byte 0x80 in the byte-level alphabet
@@ -245,7 +245,7 @@ def test_degenerate_output_costs_no_more_per_token(name: str):
 
 
 @each_tokenizer
-def test_special_tokens_without_end_cost_nothing(name: str):
+def test_many_special_tokens_cost_nothing(name: str):
     tokenizer = TOKENIZERS[name]
     vocabulary = CountingVocabulary(tokenizer)
     detokenizer = Detokenizer(vocabulary)

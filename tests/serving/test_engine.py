@@ -1,4 +1,4 @@
-"""The engine against Hugging Face and PEFT: the same greedy tokens alone, in any company and after any mishap."""
+"""The engine generates the tokens of Hugging Face and PEFT: alone, in any batch, after eviction and preemption."""
 
 import json
 import random
@@ -83,7 +83,7 @@ ALL = [request_of(name, num_prompt) for num_prompt in PROMPTS for name in NAMES]
 
 
 def run(engine: Engine, requests: list[Request], submit_every: int = 0, max_steps: int = 3000) -> dict[str, list]:
-    """All events by request; submits at once, or one request each so many steps. Checks the books after each step."""
+    """Run requests to their end and return their events. Submits all at once, or one every `submit_every` steps."""
     waiting = list(requests)
     events: dict[str, list[TokenEvent]] = defaultdict(list)
     for step in range(max_steps):
@@ -96,7 +96,7 @@ def run(engine: Engine, requests: list[Request], submit_every: int = 0, max_step
         engine.check_integrity()
         if not waiting and not engine.has_work:
             return events
-    raise AssertionError("the engine does not come to an end")
+    raise AssertionError("the engine did not finish")
 
 
 def tokens_of(events: dict[str, list[TokenEvent]]) -> dict[str, list[int]]:
@@ -111,15 +111,15 @@ def only(engine: Engine, request: Request) -> list[TokenEvent]:
     return run(engine, [request])[request.id]
 
 
-def assert_parity(world: BaseWithReference, events: dict[str, list[TokenEvent]], requests: list[Request]) -> None:
+def assert_parity(base: BaseWithReference, events: dict[str, list[TokenEvent]], requests: list[Request]) -> None:
     got = tokens_of(events)
     for request in requests:
         name, _, num_prompt = request.id.partition("/")
-        assert got[request.id] == world.reference[name, int(num_prompt)], request.id
+        assert got[request.id] == base.reference[name, int(num_prompt)], request.id
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseWithReference:
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseWithReference:
     checkpoint, folders = make_files(tmp_path_factory.mktemp(request.param), request.param)
     adapters = {name: load_adapter(folder) for name, folder in folders.items()}
     return BaseWithReference(checkpoint, adapters, dict(generate_reference(checkpoint, folders)))
@@ -127,7 +127,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> BaseWithReference:
-    """A world without reference, for what does not depend on the architecture."""
+    """A base without a reference, for tests that do not depend on the architecture."""
     checkpoint, folders = make_files(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM")
     return BaseWithReference(checkpoint, {name: load_adapter(folder) for name, folder in folders.items()}, {})
 
@@ -146,7 +146,7 @@ def generate_reference(checkpoint: Path, folders: dict[str, Path]) -> Iterator[t
     for num_prompt in PROMPTS:
         yield ("base", num_prompt), greedy(model, num_prompt)
     first, *others = folders
-    with warnings.catch_warnings():  # of adapters on one side of tied embeddings only: here it is meant
+    with warnings.catch_warnings():  # about adapters on one of two tied embeddings, which is what we want
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         model = PeftModel.from_pretrained(model, folders[first], adapter_name=first)
         for name in others:
@@ -168,57 +168,57 @@ def greedy(model: torch.nn.Module, num_prompt: int) -> list[int]:
 # Parity with Hugging Face and PEFT.
 
 
-def test_reference_tells_the_adapters_apart(world: BaseWithReference) -> None:
-    assert len({tuple(world.reference[name, 35]) for name in NAMES}) == len(NAMES)
+def test_reference_tells_the_adapters_apart(base: BaseWithReference) -> None:
+    assert len({tuple(base.reference[name, 35]) for name in NAMES}) == len(NAMES)
 
 
-def test_each_alone(world: BaseWithReference) -> None:
-    engine = world.engine()
+def test_parity_of_each_request_alone(base: BaseWithReference) -> None:
+    engine = base.engine()
     for request in ALL:
-        assert_parity(world, run(engine, [request]), [request])
+        assert_parity(base, run(engine, [request]), [request])
 
 
-def test_all_mixed_in_one_batch(world: BaseWithReference) -> None:
-    engine = world.engine()
-    assert_parity(world, run(engine, ALL), ALL)
+def test_parity_of_all_requests_in_one_batch(base: BaseWithReference) -> None:
+    engine = base.engine()
+    assert_parity(base, run(engine, ALL), ALL)
     assert engine.stats()["steps"] == NUM_NEW
 
 
-def test_vocabulary_rows_longer_than_a_page(world: BaseWithReference) -> None:
-    """A page of 160 elements, a vocabulary of 261."""
-    assert_parity(world, run(world.engine(page_tokens=2), ALL), ALL)
+def test_parity_with_vocabulary_rows_longer_than_a_page(base: BaseWithReference) -> None:
+    """Pages have 160 elements, the vocabulary has 261 tokens."""
+    assert_parity(base, run(base.engine(page_tokens=2), ALL), ALL)
 
 
-def test_arriving_one_by_one(world: BaseWithReference) -> None:
-    assert_parity(world, run(world.engine(), ALL, submit_every=2), ALL)
+def test_parity_of_requests_that_arrive_one_by_one(base: BaseWithReference) -> None:
+    assert_parity(base, run(base.engine(), ALL, submit_every=2), ALL)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [8, 31])
-def test_chunked_prefill(world: BaseWithReference, max_batch_tokens: int) -> None:
-    engine = world.engine(max_batch_tokens=max_batch_tokens)
-    assert_parity(world, run(engine, ALL, submit_every=3), ALL)
+def test_parity_with_chunked_prefill(base: BaseWithReference, max_batch_tokens: int) -> None:
+    engine = base.engine(max_batch_tokens=max_batch_tokens)
+    assert_parity(base, run(engine, ALL, submit_every=3), ALL)
 
 
 @pytest.mark.parametrize("swap_bytes", [0, 8 * KIB, 1024 * KIB])
-def test_after_preemption_and_eviction(world: BaseWithReference, swap_bytes: int) -> None:
-    engine = world.engine(memory_kib=190, page_tokens=4, swap_bytes=swap_bytes)
-    assert_parity(world, run(engine, ALL), ALL)
+def test_parity_after_preemption_and_eviction(base: BaseWithReference, swap_bytes: int) -> None:
+    engine = base.engine(memory_kib=190, page_tokens=4, swap_bytes=swap_bytes)
+    assert_parity(base, run(engine, ALL), ALL)
     stats = engine.stats()
     assert stats["preemptions"] > 0
     assert stats["evictions"] > 0
     assert (stats["swap_pages_in"] > 0, stats["swap_pages_used"]) == (swap_bytes > 0, 0)
 
 
-def test_after_eviction_and_reload(world: BaseWithReference) -> None:
-    engine = world.engine(memory_kib=190, page_tokens=4)
+def test_parity_after_eviction_and_reload(base: BaseWithReference) -> None:
+    engine = base.engine(memory_kib=190, page_tokens=4)
     for _ in range(2):
         for request in ALL:
-            assert_parity(world, run(engine, [request]), [request])
+            assert_parity(base, run(engine, [request]), [request])
     assert engine.stats()["evictions"] > len(ADAPTERS)
     assert engine.stats()["preemptions"] == 0
 
 
-def test_other_kinds_cost_nothing_where_no_request_is_theirs(
+def test_kinds_of_adapters_that_no_request_uses_cost_nothing(
     llama: BaseWithReference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llama.engine()
@@ -230,7 +230,7 @@ def test_other_kinds_cost_nothing_where_no_request_is_theirs(
         run(engine, [request_of("dora", 6)])
 
 
-# Seeded sampling: one request, one answer.
+# Seeded sampling: the same request always gets the same answer.
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def sampled(llama: BaseWithReference) -> tuple[list[Request], dict[str, list[Tok
     return requests, {request.id: only(llama.engine(), request) for request in requests}
 
 
-def test_seeded_tokens_are_the_same_in_company(llama: BaseWithReference, sampled: tuple) -> None:
+def test_seeded_tokens_are_the_same_in_any_batch(llama: BaseWithReference, sampled: tuple) -> None:
     requests, alone = sampled
     others = [request for request in ALL if request.id not in alone]
     events = run(llama.engine(), [*others[:5], *requests, *others[5:]], submit_every=1)
@@ -260,7 +260,9 @@ def test_seeded_tokens_are_the_same_after_preemption(llama: BaseWithReference, s
 
 
 @pytest.mark.parametrize("num_resumed", [1, 9, NUM_NEW - 1])
-def test_resumed_goes_on_as_if_nothing_had_happened(llama: BaseWithReference, sampled: tuple, num_resumed: int) -> None:
+def test_a_resumed_request_generates_the_same_tokens(
+    llama: BaseWithReference, sampled: tuple, num_resumed: int
+) -> None:
     requests, alone = sampled
     for request in requests:
         tokens = tokens_of(alone)[request.id]
@@ -270,7 +272,7 @@ def test_resumed_goes_on_as_if_nothing_had_happened(llama: BaseWithReference, sa
         assert news[-1].finish_reason is alone[request.id][-1].finish_reason
 
 
-def test_another_seed_gives_other_tokens_and_no_seed_any(llama: BaseWithReference) -> None:
+def test_another_seed_or_no_seed_gives_other_tokens(llama: BaseWithReference) -> None:
     request = request_of("base", 6, temperature=1.5, seed=1)
     unseeded = replace(request, sampling=replace(request.sampling, seed=None))
     others = [replace(request, sampling=replace(request.sampling, seed=2)), unseeded, unseeded]
@@ -281,7 +283,7 @@ def test_another_seed_gives_other_tokens_and_no_seed_any(llama: BaseWithReferenc
 # How a sequence ends.
 
 
-def test_resumed_at_its_end_ends_at_once(llama: BaseWithReference) -> None:
+def test_a_request_that_is_resumed_at_its_end_ends_at_once(llama: BaseWithReference) -> None:
     resumed = tuple(range(NUM_NEW))
     assert only(llama.engine(), replace(ALL[0], resumed_tokens=resumed)) == [
         TokenEvent(ALL[0].id, finish_reason=FinishReason.LENGTH)
@@ -290,7 +292,7 @@ def test_resumed_at_its_end_ends_at_once(llama: BaseWithReference) -> None:
     assert event.finish_reason is FinishReason.STOP
 
 
-def test_ends_at_eos_which_is_a_token_but_no_text(llama: BaseWithReference) -> None:
+def test_the_eos_token_ends_a_sequence_and_has_no_text(llama: BaseWithReference) -> None:
     tokens = [event.tokens[0] for event in only(llama.engine(), request_of("r8", 6))]
     end = tokens.index(tokens[4])
     model_end = {"eos_token_id": [EOS, tokens[4]]}
@@ -306,7 +308,7 @@ def test_ends_at_eos_which_is_a_token_but_no_text(llama: BaseWithReference) -> N
 
 
 def with_generation_config(folder: Path, settings: dict) -> Path:
-    """A copy of a checkpoint with another generation config, beside it."""
+    """Copy a checkpoint and give the copy another generation config."""
     copy = folder.parent / "copy"
     copy.mkdir(exist_ok=True)
     for file in folder.iterdir():
@@ -332,7 +334,7 @@ def test_eos_ids_come_from_either_file(tmp_path: Path, generation: dict | None, 
     assert read_eos_ids(tmp_path) == ids
 
 
-def test_stop_string_ends_and_is_not_shown(llama: BaseWithReference) -> None:
+def test_a_stop_string_ends_a_sequence_and_is_not_shown(llama: BaseWithReference) -> None:
     whole = only(llama.engine(), request_of("r8", 6, temperature=1.0, seed=5, max_tokens=60))
     text = text_of(whole)
     stop = next(
@@ -343,7 +345,7 @@ def test_stop_string_ends_and_is_not_shown(llama: BaseWithReference) -> None:
     assert news[-1].finish_reason is FinishReason.STOP
 
 
-def test_context_cuts_max_tokens(llama: BaseWithReference) -> None:
+def test_the_context_length_limits_max_tokens(llama: BaseWithReference) -> None:
     news = only(llama.engine(max_model_tokens=40), request_of("base", 35, max_tokens=1000, ignore_eos=True))
     assert sum(len(event.tokens) for event in news) == 5
     assert news[-1].finish_reason is FinishReason.LENGTH
@@ -364,7 +366,7 @@ def test_logprobs_are_those_of_the_model(llama: BaseWithReference) -> None:
         assert [v for _, v in logprob.top] == pytest.approx(expected_TV[position].topk(3).values.tolist(), abs=1e-4)
 
 
-# Bad input: a clear error, and nobody else disturbed.
+# Bad input: a clear error, and no harm to other requests.
 
 
 @pytest.mark.parametrize(
@@ -377,7 +379,7 @@ def test_logprobs_are_those_of_the_model(llama: BaseWithReference) -> None:
         ({"sampling": SamplingParams(max_tokens=0)}, "max_tokens is 0"),
     ],
 )
-def test_bad_request_is_refused(llama: BaseWithReference, change: dict, message: str) -> None:
+def test_an_invalid_request_is_refused(llama: BaseWithReference, change: dict, message: str) -> None:
     engine = llama.engine(max_model_tokens=64)
     with pytest.raises(InvalidRequestError, match=message):
         engine.submit(replace(ALL[0], **change))
@@ -385,12 +387,12 @@ def test_bad_request_is_refused(llama: BaseWithReference, change: dict, message:
     engine.check_integrity()
 
 
-def test_longest_prompt_is_served(llama: BaseWithReference) -> None:
+def test_the_longest_allowed_prompt_is_served(llama: BaseWithReference) -> None:
     news = only(llama.engine(max_model_tokens=64), replace(ALL[0], prompt_tokens=(1,) * 63))
     assert len(news) == 1
 
 
-def test_same_id_twice_is_refused(llama: BaseWithReference) -> None:
+def test_an_id_in_use_is_refused(llama: BaseWithReference) -> None:
     engine = llama.engine()
     engine.submit(ALL[0])
     with pytest.raises(InvalidRequestError, match="already"):
@@ -402,7 +404,7 @@ def test_unknown_adapter_is_not_found(llama: BaseWithReference) -> None:
         llama.engine(adapters=False).submit(request_of("r8", 6))
 
 
-def test_full_queue_refuses(llama: BaseWithReference) -> None:
+def test_a_full_queue_refuses_requests(llama: BaseWithReference) -> None:
     engine = llama.engine(max_queue=1)
     engine.submit(ALL[0])
     with pytest.raises(OverloadedError):
@@ -419,7 +421,7 @@ def test_request_larger_than_memory_is_refused(llama: BaseWithReference) -> None
     ("settings", "message"),
     [({"page_tokens": 1}, "serving.page_tokens.* raise it to 2"), ({"memory_kib": 4}, "serving.memory_bytes")],
 )
-def test_memory_that_cannot_work_is_a_config_error(llama: BaseWithReference, settings: dict, message: str) -> None:
+def test_too_little_memory_is_a_config_error(llama: BaseWithReference, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         llama.engine(adapters=False, **settings)
 
@@ -463,7 +465,7 @@ def test_rank_above_the_limit_is_refused(llama: BaseWithReference) -> None:
 
 
 @pytest.mark.parametrize("max_batch_tokens", [512, 5])
-def test_poisoned_adapter_fails_alone(llama: BaseWithReference, max_batch_tokens: int) -> None:
+def test_an_adapter_with_nan_logits_fails_alone(llama: BaseWithReference, max_batch_tokens: int) -> None:
     engine = llama.engine(max_batch_tokens=max_batch_tokens, memory_kib=400)
     expected = run(engine, ALL)
     poison = AdapterRef("hash-of-poison", "poison", 3, "")
@@ -486,7 +488,7 @@ def test_poisoned_adapter_fails_alone(llama: BaseWithReference, max_batch_tokens
 # Adapters come and go.
 
 
-def test_removed_adapter_finishes_its_requests_and_gives_its_memory_back(llama: BaseWithReference) -> None:
+def test_a_removed_adapter_finishes_its_requests_and_frees_its_memory(llama: BaseWithReference) -> None:
     engine = llama.engine(adapters=False)
     free = engine.stats()["pages_free"]
     engine.add_adapter(ref_of("r8"), llama.adapters["r8"])
@@ -506,7 +508,7 @@ def test_removed_adapter_finishes_its_requests_and_gives_its_memory_back(llama: 
     assert tokens_of(run(engine, [request_of("r8", 6)])) == tokens_of(expected)
 
 
-def test_adapter_is_found_again_where_it_came_back(llama: BaseWithReference) -> None:
+def test_an_evicted_adapter_works_at_its_new_place(llama: BaseWithReference) -> None:
     engine = llama.engine(adapters=False, memory_kib=80, page_tokens=4)
     engine.add_adapter(ref_of("r8"), llama.adapters["r8"])
     expected = only(engine, request_of("r8", 6))
@@ -516,14 +518,14 @@ def test_adapter_is_found_again_where_it_came_back(llama: BaseWithReference) -> 
     assert only(engine, request_of("r8", 6)) == expected
 
 
-def test_adding_twice_changes_nothing(llama: BaseWithReference) -> None:
+def test_adding_an_adapter_twice_changes_nothing(llama: BaseWithReference) -> None:
     engine = llama.engine()
     before = engine.stats()
     engine.add_adapter(ref_of("r8"), llama.adapters["r8"])
     assert engine.stats() == before
 
 
-def test_abort_forgets_the_request(llama: BaseWithReference) -> None:
+def test_abort_drops_the_request(llama: BaseWithReference) -> None:
     engine = llama.engine()
     free = engine.stats()["pages_free"]
     engine.submit(ALL[0])
@@ -536,7 +538,7 @@ def test_abort_forgets_the_request(llama: BaseWithReference) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_operations_lose_nothing(llama: BaseWithReference, seed: int) -> None:
+def test_random_operations_lose_no_memory_and_no_tokens(llama: BaseWithReference, seed: int) -> None:
     draw = random.Random(seed)
     engine = llama.engine(
         adapters=False, memory_kib=190, page_tokens=4, max_batch_tokens=draw.choice([6, 40]), host_cache_bytes=130 * KIB
@@ -566,11 +568,11 @@ def test_random_operations_lose_nothing(llama: BaseWithReference, seed: int) -> 
     assert (stats["pages_free"], stats["host_bytes"]) == (stats["pages"], 0)
 
 
-def try_to_submit(world: BaseWithReference, engine: Engine, request: Request, id: str) -> bool:
-    """Submits a copy with its adapter, unless the host is full of adapters in use."""
+def try_to_submit(base: BaseWithReference, engine: Engine, request: Request, id: str) -> bool:
+    """Submit a copy of a request, with its adapter. False if the host is full of adapters in use."""
     try:
         if request.adapter is not None:
-            engine.add_adapter(request.adapter, world.adapters[request.adapter.name])
+            engine.add_adapter(request.adapter, base.adapters[request.adapter.name])
     except OverloadedError:
         return False
     engine.submit(replace(request, id=id))

@@ -1,4 +1,4 @@
-"""The engine on real weights, where a folder of them is given: greedy tokens as transformers', in any company."""
+"""The engine on real weights: greedy tokens are those of transformers, in any batch. Needs the kit's folder."""
 
 import itertools
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def test_greedy_tokens_of_a_real_model_equal_transformers(kit: Path, name: str):
 
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["torch", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_requests_tokens_do_not_depend_on_its_company(kit: Path, tmp_path: Path, dtype: str, is_compiled: bool):
-    """One at a time, and all at once: base and five adapters of different ranks, twice each."""
+def test_a_requests_tokens_do_not_depend_on_its_batch(kit: Path, tmp_path: Path, dtype: str, is_compiled: bool):
+    """The base and five adapters of different ranks, two prompts each: one at a time, and all at once."""
     folder = kit / "models" / "stories3m-v1"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = ServingConfig(memory_bytes=64 << 20, dtype=dtype, compiled_kernels=is_compiled, prefix_cache="off")

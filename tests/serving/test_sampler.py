@@ -1,4 +1,4 @@
-"""The sampler: transformers' filtered distributions, the same draw in any batch, rows that do not touch each other."""
+"""The sampler has transformers' distributions, and a row's token does not depend on the other rows."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def tokens_of(logits: Tensor, rows: list[SampleRow]) -> list[int]:
 
 
 def reference_probs(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """What transformers' generate would draw from."""
+    """Return the distribution that transformers' `generate` draws from."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k > 0:
         warpers.append(TopKLogitsWarper(top_k))
@@ -50,7 +50,7 @@ def test_draws_follow_the_filtered_distribution_of_transformers(temperature: flo
     drawn = torch.bincount(torch.tensor(tokens_of(logits_V.expand(count, -1), rows)), minlength=VOCAB)
     expected = reference_probs(logits_V, temperature, top_k, top_p)
     assert drawn[expected == 0].sum() == 0
-    assert drawn[expected > 5 / count].min() > 0  # whatever may be drawn is drawn in the end (fixed seeds)
+    assert drawn[expected > 5 / count].min() > 0  # every token that may be drawn is drawn at some point (fixed seeds)
     deviation = (drawn / count - expected).abs() / (expected * (1 - expected) / count).sqrt().clamp(min=1 / count)
     assert deviation.max() < 4.5
 
@@ -62,7 +62,7 @@ def test_draws_follow_the_filtered_distribution_of_transformers(temperature: flo
     top_k=st.integers(0, VOCAB + 5),
     top_p=st.floats(0.01, 1.0),
 )
-def test_the_kept_set_is_that_of_transformers(seed: int, temperature: float, top_k: int, top_p: float):
+def test_only_tokens_that_transformers_keeps_are_drawn(seed: int, temperature: float, top_k: int, top_p: float):
     logits = random_logits(1, seed=seed)
     expected = reference_probs(logits[0], temperature, top_k, top_p)
     rows = [SampleRow(temperature, top_p, top_k, seed, position) for position in range(200)]
@@ -99,7 +99,7 @@ def test_a_row_draws_the_same_in_any_batch():
     assert shuffled == [together[i] for i in order]
 
 
-def test_seed_and_position_both_matter_and_nothing_else():
+def test_only_seed_and_position_decide():
     logits = torch.zeros(1, VOCAB)
     by_seed = {seed: tokens_of(logits, [SampleRow(1.0, 1.0, 0, seed, 3)])[0] for seed in range(-20, 40)}
     by_position = {position: tokens_of(logits, [SampleRow(1.0, 1.0, 0, 3, position)])[0] for position in range(60)}
@@ -122,7 +122,7 @@ def test_streams_of_neighbouring_seeds_are_unrelated():
         assert equal < 10
 
 
-def test_logprobs_are_of_the_models_own_distribution():
+def test_logprobs_are_those_of_the_models_own_distribution():
     logits = random_logits(5)
     counts = [None, 0, 3, VOCAB + 9, 1]
     rows = [SampleRow(0.3, 0.5, 4, i, i, count) for i, count in enumerate(counts)]
@@ -141,7 +141,7 @@ def test_logprobs_are_of_the_models_own_distribution():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_is_reported_and_leaves_the_others_alone(bad: float):
+def test_a_row_with_nan_or_infinity_is_invalid_and_the_others_are_not(bad: float):
     rows, logits = mixed_rows(10), random_logits(10)
     rows = [SampleRow(r.temperature, r.top_p, r.top_k, r.seed, r.position, 2) for r in rows]
     clean = sample(logits, rows)
@@ -155,7 +155,7 @@ def test_a_row_that_is_not_finite_is_reported_and_leaves_the_others_alone(bad: f
     assert all(clean.is_valid)
 
 
-def test_a_row_where_nothing_may_be_chosen_is_not_valid():
+def test_a_row_without_any_allowed_token_is_invalid():
     logits = torch.full((2, VOCAB), -torch.inf)
     logits[1, 4] = 0.0
     result = sample(logits, [GREEDY, SampleRow(1.0, 0.9, 3, 0, 0)])
@@ -163,7 +163,7 @@ def test_a_row_where_nothing_may_be_chosen_is_not_valid():
     assert result.tokens[1] == 4
 
 
-def test_extreme_but_legal_parameters():
+def test_extreme_valid_parameters():
     logits = torch.tensor([[1e4, -1e4, 9999.0]]).repeat(4, 1)
     rows = [SampleRow(1.1e-5, 1.0, 0, 1, 1), SampleRow(100.0, 1e-9, 0, 1, 1), SampleRow(1.0, 0.0, 0, 1, 1), GREEDY]
     assert tokens_of(logits, rows) == [0, 0, 0, 0]
@@ -173,7 +173,7 @@ def test_an_empty_batch_has_no_tokens():
     assert sample(torch.empty(0, VOCAB), []) == Samples([], [], {})
 
 
-def test_a_row_of_none_is_greedy_among_others():
+def test_a_row_of_none_is_greedy():
     rows, logits = mixed_rows(10), random_logits(10)
     expected = tokens_of(logits, rows)
     assert tokens_of(logits, [None if row.is_greedy else row for row in rows]) == expected

@@ -1,4 +1,4 @@
-"""The waiting queue: the bound on waiting that its docstring proves, held against random operations."""
+"""The waiting queue keeps the bound that its docstring proves, under random operations."""
 
 import random
 from collections import deque
@@ -13,7 +13,7 @@ from tests.worlds.serving import make_sequence
 
 
 class QueueModel:
-    """A waiting queue, and beside it every flow's overtakes, counted as the bound in `serving.engine.waiting` does."""
+    """A waiting queue, with each flow's overtakes counted as in the bound of `serving.engine.waiting`."""
 
     def __init__(self, max_overtakes: int):
         self.resident: set[str] = set()
@@ -49,7 +49,7 @@ class QueueModel:
         if chosen is None:
             return
         key = (chosen.request.terms.priority, chosen.adapter_key)
-        assert chosen is self.waiting[key][0], "not the first of its flow"
+        assert chosen is self.waiting[key][0], "the chosen request is not the first of its flow"
         self.queue.admit(chosen, num_tokens)
         for other in self.waiting.keys() - {key}:
             self.overtakes[other] += 1
@@ -64,7 +64,7 @@ FLOWS = [(priority, adapter) for priority in (0, 1) for adapter in (None, "a", "
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[tuple]:
-    """Some flows are hot: they get most of the requests, as many as are admitted, so that others may starve."""
+    """Draw operations. A few hot flows get most requests, as many as are admitted, so that others could starve."""
     hot = draw(st.lists(st.sampled_from(FLOWS), min_size=1, max_size=3))
     usual = st.tuples(st.just("add"), st.sampled_from(hot)), st.tuples(st.just("admit"), st.sampled_from([1, 50, 5000]))
     rare = (
@@ -94,7 +94,7 @@ def test_no_flow_waits_longer_than_the_bound(max_overtakes: int, operations: lis
     assert len(model.queue) == sum(map(len, model.waiting.values()))
 
 
-def test_endless_urgent_newcomers_do_not_starve_the_rest() -> None:
+def test_a_stream_of_urgent_requests_does_not_starve_the_rest() -> None:
     model = QueueModel(max_overtakes=8)
     model.add((5, "cold"))
     for number in range(30):
@@ -104,7 +104,7 @@ def test_endless_urgent_newcomers_do_not_starve_the_rest() -> None:
     assert (5, "cold") not in model.waiting
 
 
-def test_urgent_traffic_leaves_the_counts_of_the_others_alone() -> None:
+def test_urgent_requests_do_not_change_the_counts_of_others() -> None:
     model = QueueModel(max_overtakes=100)
     for key, num_tokens in (((0, "much"), 9000), ((0, "little"), 10), ((-1, "urgent"), 10**6), ((-1, "urgent"), 1)):
         model.add(key)
@@ -118,7 +118,7 @@ def test_urgent_traffic_leaves_the_counts_of_the_others_alone() -> None:
     assert order == ["urgent", "little", "much"]
 
 
-def test_who_does_not_wait_any_more_is_not_kept_for_a_far_deadline() -> None:
+def test_removed_sequences_are_not_kept_for_a_far_deadline() -> None:
     model = QueueModel(max_overtakes=4)
     request = Request("", (1,), SamplingParams())
     for _ in range(1000):
@@ -129,7 +129,7 @@ def test_who_does_not_wait_any_more_is_not_kept_for_a_far_deadline() -> None:
     assert list(model.queue.overdue(2e9)) == [late]
 
 
-def test_ten_thousand_wait_at_little_cost() -> None:
+def test_ten_thousand_waiting_sequences_cost_little() -> None:
     model = QueueModel(max_overtakes=64)
     draw = random.Random(0)
     for number in range(10_000):

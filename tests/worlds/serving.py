@@ -1,7 +1,7 @@
-"""Tiny real checkpoints and adapters for tests: random weights, real formats.
+"""Tiny checkpoints and adapters for tests: random weights in real formats.
 
-Sizes avoid powers of two where the architecture allows, so that masks and tails are exercised. The spread of the
-random weights is large enough that greedy outputs vary from prompt to prompt.
+Sizes avoid powers of two where the architecture allows, so that tests cover masks and tails. The random weights are
+spread widely enough that greedy outputs vary from prompt to prompt.
 """
 
 import json
@@ -81,9 +81,9 @@ def make_adapter(
 ) -> Path:
     """Write a random PEFT adapter, strong enough to change greedy outputs, and return its folder.
 
-    Written by hand in PEFT's file format, so that tests of our own reader and writer do not depend on themselves.
-    `rank_pattern` keys are module kinds here ("q_proj"), which PEFT matches as suffixes. `modules` may have
-    "embed_tokens" and "lm_head"; with `dora` all have magnitudes, up to 40 % off the norms of the base.
+    This function writes PEFT's file format itself, so that a fault of our own writer cannot hide in the tests. The keys
+    of `rank_pattern` and `alpha_pattern` are kinds of modules ("q_proj"), which PEFT matches as suffixes. `modules` may
+    include "embed_tokens" and "lm_head". With `dora` all modules have magnitudes, up to 40 % off the norms of the base.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
