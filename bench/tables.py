@@ -205,8 +205,8 @@ _SERVING = Table(
         ),
         ("first token within the objective, the same trace", "-", "{slo_attainment:.1f}"),
         ("memory waste", "4 %", "{memory_waste_fraction:.1%<=0.04}"),
-        ("engine's own time a step, 64 sequences", "1 ms", "{engine_overhead_per_step_ms:.2f<=1} ms"),
-        ("engine's own time a step, 1,024 sequences", "5 ms", "{engine_overhead_per_step_ms_1024:.1f<=5} ms"),
+        ("engine's own time per step, 64 sequences", "1 ms", "{engine_overhead_per_step_ms:.2f<=1} ms"),
+        ("engine's own time per step, 1,024 sequences", "5 ms", "{engine_overhead_per_step_ms_1024:.1f<=5} ms"),
         (
             "fault run, {chaos>requests:,} requests: tokens of a wrong adapter; waits beyond the bound; requests hung",
             "0",
@@ -231,7 +231,7 @@ _ARMS = {
     "rank_reduction": "rank reduction",
     "distillation": "distillation, rest kept at rank 4",
     "recall": "recall (ours)",
-    "oracle": "one LoRA a stage, stage told",
+    "oracle": "one LoRA per stage, stage given",
     "joint": "joint training",
 }
 _CANNOT_FORGET = ("means", "oracle", "joint")

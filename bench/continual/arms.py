@@ -177,7 +177,7 @@ def _oracle(subject: Subject, stages: Sequence[int], settings: Settings, seed: i
             with course.timed():
                 learner = subject.enter([stage], is_plain=False)
                 _fit(weights, learner, subject.rows(stage), settings, settings.method.steps, seed * 1000 + stage)
-            answers.append(subject.accuracies(stage, is_told=True))
+            answers.append(subject.accuracies(stage, knows_stage=True))
             course.parameters += _size(weights)
     course.matrix = [answers[: stage + 1] for stage in stages]
     return course

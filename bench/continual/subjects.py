@@ -72,8 +72,8 @@ class Subject(Protocol):
     def enter(self, stages: Sequence[int], *, is_plain: bool) -> Learner[Any]:
         """Return the learner of these stages' classes. With `is_plain` its loss compares all classes so far."""
 
-    def accuracies(self, stage: int, *, is_told: bool = False) -> dict[str, float]:
-        """Return points on a stage's test rows. `is_told` limits the answers to the classes of this stage."""
+    def accuracies(self, stage: int, *, knows_stage: bool = False) -> dict[str, float]:
+        """Return points on a stage's test rows. `knows_stage` limits the answers to the classes of this stage."""
 
 
 Head = Literal["means", "linear"]
@@ -103,10 +103,10 @@ class EncoderSubject:
             self._head.thaw()
         return self._head
 
-    def accuracies(self, stage: int, *, is_told: bool = False) -> dict[str, float]:
+    def accuracies(self, stage: int, *, knows_stage: bool = False) -> dict[str, float]:
         """See `Subject`."""
         rows = self._stream[stage].test
-        among = sorted({row.completion for row in rows}) if is_told else None
+        among = sorted({row.completion for row in rows}) if knows_stage else None
         answers = self._head.predict([row.prompt for row in rows], among)
         right = sum(answer == row.completion for answer, row in zip(answers, rows, strict=True))
         return {"accuracy": 100.0 * right / len(rows)}
@@ -133,10 +133,10 @@ class WriterSubject:
         self._seen += [label for label in new if label not in old]
         return LabelWriter(self.model, old, new, hides_old=not is_plain)
 
-    def accuracies(self, stage: int, *, is_told: bool = False) -> dict[str, float]:
+    def accuracies(self, stage: int, *, knows_stage: bool = False) -> dict[str, float]:
         """See `Subject`."""
         rows = self._test[stage]
-        choices = labels_in(rows) if is_told else self._seen
+        choices = labels_in(rows) if knows_stage else self._seen
         return {"accuracy": exact_points(self.model, rows), "choices": exact_points(self.model, rows, choices)}
 
 

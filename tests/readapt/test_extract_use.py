@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -152,8 +152,6 @@ def test_a_cluster_extracts_the_same_adapter(pair: tuple[Path, Path], tmp_path: 
     tensors = load_file(pair[1] / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     shutil.copytree(pair[1], tmp_path / "broken")
-    from safetensors.torch import save_file
-
     save_file(tensors, tmp_path / "broken" / "model.safetensors")
     with pytest.raises(InvalidCheckpointError, match=r"up_proj\.weight has values that are not finite"):
         extract(base, open_checkpoint(tmp_path / "broken"), tmp_path / "out", Settings(), spread)
