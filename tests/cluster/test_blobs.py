@@ -305,7 +305,7 @@ def test_an_unreachable_store_is_reported(folder: Path, tmp_path: Path):
 def test_an_unreachable_object_store_is_reported(folder: Path, tmp_path: Path, s3_server: str, s3_credentials: None):
     with pytest.raises(StorageError, match="nowhere"):
         BlobStore(s3_url(s3_server, "nowhere"), tmp_path / "cache").put_folder(folder)
-    with pytest.raises(StorageError, match="names no bucket"):
+    with pytest.raises(StorageError, match="URL has no bucket"):
         BlobStore("s3://", tmp_path / "cache")
     with pytest.raises(StorageError, match="oops") as refused:
         BlobStore("s3://somebody:secret@bucket/prefix?oops=1", tmp_path / "cache")
