@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cluster.adapter_files import Adapter
+from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoded
 from readapt.training.evaluate import Evaluation
 from readapt.training.lora import blank, linear_shapes, load_base
@@ -69,7 +70,7 @@ def _random_rows(vocab_size: int, mean_tokens: int) -> list[Encoded]:
     return [Encoded(tuple(rng.choices(range(3, vocab_size), k=n)), n - COMPLETION_TOKENS) for n in lengths]
 
 
-def _group(model: Any, starts: Sequence[Adapter], rows: Sequence[Encoded], batch_rows: int) -> TrainingGroup:
+def _group(model: CausalLM, starts: Sequence[Adapter], rows: Sequence[Encoded], batch_rows: int) -> TrainingGroup:
     """Return a group of endless runs, which evaluate only before their first step."""
     group = TrainingGroup(model)
     for index, start in enumerate(starts):

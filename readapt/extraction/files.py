@@ -20,6 +20,7 @@ from torch import Tensor
 
 from readapt.extraction.anatomy import Anatomy, Kind, Place
 from readapt.lowrank.spectra import Spectrum
+from readapt.training.causal_lm import CausalLM
 
 REMAINDER = "remainder.safetensors"
 NEW_ROWS = ".new_rows"
@@ -243,7 +244,7 @@ def _loader(file: Path, key: str) -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
-def apply_remainder(model: Any, file: Path) -> None:
+def apply_remainder(model: CausalLM, file: Path) -> None:
     """Copy a remainder into a model of the base's class, and grow its vocabulary for new rows.
 
     Merge the adapter first: its factors have the size of the base's vocabulary.

@@ -38,7 +38,6 @@ class CausalLM(Protocol):
 
     config: PreTrainedConfig
     generation_config: GenerationConfig
-    base_model_prefix: str
 
     @property
     def device(self) -> torch.device:
