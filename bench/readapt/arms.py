@@ -1,6 +1,6 @@
 """The arms of the re-adaptation benchmark. Each is a configuration of the ladder, so the same code times all of them.
 
-    copy       the old adapter as it is
+    copy       the old adapter, unchanged
     copy_ft    fine-tuning from the copy, without a pull
     paper      alpha * T + beta * E by Bayesian search, then fine-tuning with two-phase scheduled regularisation
     ours       the ladder with its default settings

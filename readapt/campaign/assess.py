@@ -209,7 +209,7 @@ def energy_of(pair: BasePair, evolution: Adapter, adapter: Adapter) -> Energy:
 
 
 def _squared_singular_values(factors: LoraFactors) -> list[float]:
-    """Of balanced factors, where the norm of a row of A is the square root of a singular value."""
+    """Return the squared singular values. In balanced factors each row of A has the root of one as its norm."""
     return [float(value) for value in factors.a_RD.double().square().sum(1).square()]
 
 

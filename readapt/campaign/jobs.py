@@ -57,7 +57,7 @@ class AdapterResult:
 
 @dataclass(frozen=True)
 class JobFailure:
-    """A job that ended with an error, told in words for a person."""
+    """A job that ended with an error. `error` is for a person to read."""
 
     error: str
 

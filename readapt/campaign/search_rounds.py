@@ -1,6 +1,6 @@
 """The searches of many adapters at once, dealt out in rounds: a few candidates of one adapter, scored together.
 
-Knows nothing of Ray: whoever runs the rounds asks for them and reports their losses.
+Knows nothing of Ray. The caller asks for rounds, has them scored, and reports their losses.
 """
 
 import threading

@@ -26,7 +26,7 @@ from readapt.campaign.campaign import Campaign
 from readapt.campaign.jobs import AdapterJob, JobUpdate
 from readapt.fusion.points import COPY, CORNERS
 from readapt.training.data import encoder_for
-from tests.readapt.test_campaign import Scripted, climbed
+from tests.readapt.test_campaign import Scripted, result_for
 from tests.worlds.fleets import copy_of, make_fleet, registered
 from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
@@ -50,7 +50,7 @@ def registry(fleet: Fleet) -> Iterator[Registry]:
 
 
 def run(fleet: Fleet, registry: Registry, executor: Any = None, say: Any = None) -> list[Version]:
-    executor = executor or Scripted(lambda job: climbed(fleet, job))
+    executor = executor or Scripted(lambda job: result_for(fleet, job))
     say = say or (lambda line: None)
     return Campaign(fleet, registry, open_blobs(fleet), "v2", executor, lease_s=2.0, say=say).run()
 
@@ -124,7 +124,7 @@ def test_another_shape_is_an_error_before_any_work(
 ):
     """Even if only the heads changed and every matrix kept its size."""
     make_checkpoint(fleet.base("v2").path, **change)
-    executor = Scripted(lambda job: climbed(fleet, job))
+    executor = Scripted(lambda job: result_for(fleet, job))
     check_all_failed(run(fleet, registry, executor), registry, *words, "from scratch", "distil")
     assert executor.jobs == []
     assert registry.events(kind=EVOLUTION) == []
@@ -142,7 +142,7 @@ def test_tokenizers_are_compared_once_per_pair_of_bases(
     monkeypatch.setattr(
         "readapt.campaign.base_pair.encoder_for", lambda *args: opened.append(args) or encoder_for(*args)
     )
-    executor = Scripted(lambda job: climbed(fleet, job))
+    executor = Scripted(lambda job: result_for(fleet, job))
     settled = run(fleet, registry, executor)
     check_all_failed(settled, registry, "256 of 256 tokens", "from scratch", "distil")
     assert executor.jobs == []
@@ -259,9 +259,10 @@ def test_a_full_disk_fails_the_adapter_and_leaves_nothing_behind(
         full.clear()
         if job.adapter == "usual":
             full.add("the disk")
-        report = climbed(fleet, job)
-        scaled = replace(report.outcome.adapter, is_rslora=not report.outcome.adapter.is_rslora)  # content of its own
-        return replace(report, outcome=replace(report.outcome, adapter=scaled))
+        result = result_for(fleet, job)
+        adapter = result.outcome.adapter
+        changed = replace(adapter, is_rslora=not adapter.is_rslora)  # other content than the old adapter's files
+        return replace(result, outcome=replace(result.outcome, adapter=changed))
 
     monkeypatch.setattr(LocalFileOpener, "write", write_while_there_is_room)
     by_name = {version.adapter: version for version in run(fleet, registry, Scripted(answer))}

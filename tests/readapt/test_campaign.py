@@ -72,7 +72,7 @@ class Scripted:
             yield job, self.answer(job)
 
 
-def climbed(fleet: Fleet, job: AdapterJob, accepted: bool = True) -> AdapterResult:
+def result_for(fleet: Fleet, job: AdapterJob, accepted: bool = True) -> AdapterResult:
     adapter = load_adapter(open_blobs(fleet).fetch_folder(job.task_key))
     outcome = Outcome("copy", adapter, 1.0, 0.0, 50.0, 50.0, 90.0, (), accepted, None)
     return AdapterResult(outcome, None, {"reference": 0.0, "climb": 0.0})
@@ -110,8 +110,8 @@ def test_every_adapter_is_carried_over_the_busiest_first(fleet: Fleet, registry:
 
 
 def test_a_second_campaign_finds_nothing_to_do(fleet: Fleet, registry: Registry):
-    campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job))).run()
-    again = Scripted(lambda job: climbed(fleet, job))
+    campaign(fleet, registry, Scripted(lambda job: result_for(fleet, job))).run()
+    again = Scripted(lambda job: result_for(fleet, job))
     assert campaign(fleet, registry, again).run() == []
     assert again.jobs == []
     assert len(registry.events(kind=EVOLUTION)) == 1
@@ -138,7 +138,7 @@ def test_an_adapter_of_another_shape_fails_with_both_shapes(fleet: Fleet, regist
     registry.add_adapter("stranger", data="rows", traffic=100.0)
     key = open_blobs(fleet).put_folder(make_adapter(fleet.folder / "stranger", wide))
     registry.add_version("stranger", "wide", Status.LIVE, blob_key=key)
-    executor = Scripted(lambda job: climbed(fleet, job))
+    executor = Scripted(lambda job: result_for(fleet, job))
     first = campaign(fleet, registry, executor).run()[0]
     assert (first.label, first.status) == ("stranger@2", Status.FAILED)
     assert "hidden_size 60" in first.details["error"]
@@ -152,7 +152,7 @@ def test_an_adapter_without_rows_fails_with_a_clear_error(fleet: Fleet, registry
     key = registry.routes()["busy"].live.blob_key
     registry.add_adapter("brought", traffic=100.0)
     registry.add_version("brought", "v1", Status.LIVE, blob_key=key)
-    executor = Scripted(lambda job: climbed(fleet, job))
+    executor = Scripted(lambda job: result_for(fleet, job))
     first = campaign(fleet, registry, executor).run()[0]
     assert (first.label, first.status) == ("brought@2", Status.FAILED)
     assert "no rows to judge it by" in first.details["error"]
@@ -171,7 +171,7 @@ def test_a_replaced_live_version_is_not_carried_over_but_its_successor_is(fleet:
 
     def keep(job: AdapterJob) -> JobUpdate:
         jobs.append(job)
-        return climbed(fleet, job)
+        return result_for(fleet, job)
 
     campaign(fleet, registry, Scripted(keep)).run()
     assert [job.task_key for job in jobs if job.adapter == "busy"] == [new.blob_key]
@@ -182,7 +182,7 @@ def test_a_replaced_live_version_is_not_carried_over_but_its_successor_is(fleet:
 
 
 def test_adapters_already_on_the_target_are_left_alone(fleet: Fleet, registry: Registry):
-    executor = Scripted(lambda job: climbed(fleet, job))
+    executor = Scripted(lambda job: result_for(fleet, job))
     assert campaign(fleet, registry, executor, target="v1").run() == []
     assert executor.jobs == []
 
@@ -200,7 +200,7 @@ def test_an_adapter_that_cannot_be_stored_fails_alone(
         return store(self, folder)
 
     monkeypatch.setattr(BlobStore, "put_folder", refuse_the_second)
-    settled = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job))).run()
+    settled = campaign(fleet, registry, Scripted(lambda job: result_for(fleet, job))).run()
     assert {version.adapter: version.status for version in settled} == {
         "busy": Status.CANDIDATE,
         "usual": Status.FAILED,
@@ -213,12 +213,14 @@ def test_a_changed_tokenizer_is_reported(fleet: Fleet, registry: Registry):
     file = fleet.base("v2").path / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
     lines: list[str] = []
-    campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job)), say=lines.append).run()
+    campaign(fleet, registry, Scripted(lambda job: result_for(fleet, job)), say=lines.append).run()
     assert any("another tokenizer: 0 tokens were added" in line for line in lines)
 
 
 def test_a_version_that_misses_the_gate_is_rejected_and_not_tried_again(fleet: Fleet, registry: Registry):
-    settled = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=job.adapter != "busy"))).run()
+    settled = campaign(
+        fleet, registry, Scripted(lambda job: result_for(fleet, job, accepted=job.adapter != "busy"))
+    ).run()
     assert {v.adapter: v.status for v in settled} == {
         "busy": Status.REJECTED,
         "usual": Status.CANDIDATE,
@@ -226,7 +228,7 @@ def test_a_version_that_misses_the_gate_is_rejected_and_not_tried_again(fleet: F
     }
     assert settled[0].blob_key is None
     assert registry.routes()["busy"].live.number == 1
-    assert campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job))).run() == []
+    assert campaign(fleet, registry, Scripted(lambda job: result_for(fleet, job))).run() == []
 
 
 def test_changed_weights_under_an_old_name_are_refused(fleet: Fleet, registry: Registry):
@@ -251,7 +253,7 @@ def test_an_interrupted_campaign_puts_its_adapters_back(fleet: Fleet, registry: 
 def test_concurrent_campaigns_share_the_work(fleet: Fleet, registry: Registry):
     def slowly(job: AdapterJob) -> JobUpdate:
         time.sleep(0.3)
-        return climbed(fleet, job)
+        return result_for(fleet, job)
 
     executors = [Scripted(slowly) for _ in range(3)]
     threads = [threading.Thread(target=campaign(fleet, registry, e, lease_s=4.0).run) for e in executors]
@@ -282,7 +284,7 @@ def test_a_dead_campaign_loses_its_adapter_and_a_living_one_does_not(fleet: Flee
         over.set()
 
     threading.Thread(target=live_for_a_while).start()
-    executor = Scripted(lambda job: climbed(fleet, job))
+    executor = Scripted(lambda job: result_for(fleet, job))
     campaign(fleet, registry, executor, lease_s=0.6).run()
     assert over.is_set(), "it waited for the living campaign to settle its adapter"
     assert registry.version(busy.id).status is Status.CANDIDATE
@@ -360,7 +362,7 @@ def test_an_adapter_is_carried_over_with_all_its_stages(fleet: Fleet, registry: 
 
     def answer(job: AdapterJob) -> JobUpdate:
         jobs.append(job)
-        return climbed(fleet, job)
+        return result_for(fleet, job)
 
     campaign(fleet, registry, Scripted(answer)).run()
     by_name = {job.adapter: job.data for job in jobs}
@@ -408,7 +410,7 @@ def test_a_stopped_campaign_puts_its_adapters_back(fleet: Fleet, registry: Regis
 
 
 def test_a_rejected_version_says_why(fleet: Fleet, registry: Registry):
-    version, *_ = campaign(fleet, registry, Scripted(lambda job: climbed(fleet, job, accepted=False))).run()
+    version, *_ = campaign(fleet, registry, Scripted(lambda job: result_for(fleet, job, accepted=False))).run()
     assert version.setback == "it reached 50.0 points at rung copy; the gate asks for 90.0 less its tolerance"
 
 

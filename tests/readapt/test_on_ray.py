@@ -270,27 +270,27 @@ async def test_a_worker_waits_for_its_own_search_and_a_rung_does_not_end_a_job()
     assert await taken(queue, 0, await queue.enter(0)) == 7, "it was still held, so it is queued again"
 
 
-def play(search: SearchRounds, *names: str) -> list[tuple[int, int] | None]:
+def play(rounds: SearchRounds, *names: str) -> list[tuple[int, int] | None]:
     """Begin rounds with these ids; return the adapter and the number of candidates of each."""
-    asked = [search.begin(name) for name in names]
+    asked = [rounds.begin(name) for name in names]
     return [(found.version_id, len(found.points)) if found is not None else None for found in asked]
 
 
-def end(search: SearchRounds, **num_points: int) -> None:
+def end(rounds: SearchRounds, **num_points: int) -> None:
     for name, number in num_points.items():
-        search.end(name, [1.0] * number)
+        rounds.end(name, [1.0] * number)
 
 
 def test_rounds_serve_adapters_in_the_order_they_were_added():
     results: dict[int, SearchResult | str] = {}
-    search = SearchRounds(SearchConfig(trials=12, batch=8), results.__setitem__)
-    assert play(search, "idle") == [None]
-    search.add(3)
-    search.add(2)
+    rounds = SearchRounds(SearchConfig(trials=12, batch=8), results.__setitem__)
+    assert play(rounds, "idle") == [None]
+    rounds.add(3)
+    rounds.add(2)
     for name, expected in zip("abcd", [(3, 8), (3, 4), (2, 8), (2, 4)], strict=True):
-        assert play(search, name) == [expected]
-        end(search, **{name: expected[1]})
-    assert play(search, "idle") == [None]
+        assert play(rounds, name) == [expected]
+        end(rounds, **{name: expected[1]})
+    assert play(rounds, "idle") == [None]
     assert list(results) == [3, 2]
     assert all(isinstance(found, SearchResult) and len(found.trials) == 12 for found in results.values())
 
@@ -310,28 +310,28 @@ def test_tune_gets_the_rounds_and_their_end():
 
 
 def test_the_first_rounds_are_empty_and_load_the_base():
-    search = SearchRounds(SearchConfig(concurrency=2), lambda version_id, found: None)
-    search.warm_up(7)
-    search.warm_up(8)
-    assert play(search, "a", "b", "c") == [(7, 0), (7, 0), None]
-    end(search, a=0, b=0)
-    assert play(search, "d") == [None]
+    rounds = SearchRounds(SearchConfig(concurrency=2), lambda version_id, found: None)
+    rounds.warm_up(7)
+    rounds.warm_up(8)
+    assert play(rounds, "a", "b", "c") == [(7, 0), (7, 0), None]
+    end(rounds, a=0, b=0)
+    assert play(rounds, "d") == [None]
 
 
 def test_concurrent_rounds_are_of_different_adapters_if_possible():
-    search = SearchRounds(SearchConfig(trials=24, batch=8, concurrency=3), lambda version_id, found: None)
-    search.add(3)
-    search.add(2)
-    assert play(search, *"abcd") == [(3, 8), (2, 8), (3, 8), None]
-    search.drop(3)
-    end(search, a=8)
-    assert play(search, "e") == [(2, 8)]
+    rounds = SearchRounds(SearchConfig(trials=24, batch=8, concurrency=3), lambda version_id, found: None)
+    rounds.add(3)
+    rounds.add(2)
+    assert play(rounds, *"abcd") == [(3, 8), (2, 8), (3, 8), None]
+    rounds.drop(3)
+    end(rounds, a=8)
+    assert play(rounds, "e") == [(2, 8)]
 
 
 def test_a_search_without_any_result_reports_an_error():
     results: dict[int, SearchResult | str] = {}
-    search = SearchRounds(SearchConfig(trials=3), results.__setitem__)
-    search.add(3)
-    assert play(search, "a") == [(3, 3)]
-    search.end("a", None)
+    rounds = SearchRounds(SearchConfig(trials=3), results.__setitem__)
+    rounds.add(3)
+    assert play(rounds, "a") == [(3, 3)]
+    rounds.end("a", None)
     assert "has no result: every round of candidates failed" in results[3]

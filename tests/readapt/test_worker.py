@@ -73,19 +73,19 @@ def run(
     fleet: Fleet, jobs: Sequence[AdapterJob], rungs: tuple[str, ...], adapters_per_worker: int = 1
 ) -> dict[int, list[JobUpdate]]:
     fleet = configured(fleet, rungs, adapters_per_worker)
-    reports: dict[int, list[JobUpdate]] = {job.version_id: [] for job in jobs}
+    updates: dict[int, list[JobUpdate]] = {job.version_id: [] for job in jobs}
 
     def refuse(objective: object) -> None:
         raise AssertionError("no rung here is searched for")
 
-    for job, report in filter(None, LocalExecutor(fleet, refuse).run(iter(jobs))):
-        reports[job.version_id].append(report)
-    return reports
+    for job, update in filter(None, LocalExecutor(fleet, refuse).run(iter(jobs))):
+        updates[job.version_id].append(update)
+    return updates
 
 
-def outcome(reports: Sequence[JobUpdate]) -> Outcome:
-    *reached, last = reports
-    assert all(isinstance(report, RungReached) for report in reached)
+def outcome(updates: Sequence[JobUpdate]) -> Outcome:
+    *reached, last = updates
+    assert all(isinstance(update, RungReached) for update in reached)
     assert isinstance(last, AdapterResult), last
     return last.outcome
 
@@ -152,11 +152,11 @@ def test_concurrent_jobs_end_as_they_would_alone_though_one_fails(scenario: Scen
     data = write_task(tmp_path / "bad", replace(task, train=bad_rows))
     jobs = [scenario.from_v1, scenario.from_v2, replace(scenario.from_v1, version_id=2, data=(data,))]
     together, alone = (run(scenario.fleet, jobs, ("copy", "train"), number) for number in (3, 1))
-    for reports in (together, alone):
-        failed = reports[2][-1]
+    for updates in (together, alone):
+        failed = updates[2][-1]
         assert isinstance(failed, JobFailure)
         assert "InvalidDataError: a completion leaves no room" in failed.error
-        assert any(isinstance(report, RungReached) for report in reports[2]), "it had reached some rungs"
+        assert any(isinstance(update, RungReached) for update in updates[2]), "it had reached some rungs"
     assert [outcome(together[key]).rung for key in (0, 1)][1] == "copy"
     assert outcome(together[0]).rung in ("short", "full")
     for key in (0, 1):
@@ -170,7 +170,7 @@ def test_other_jobs_train_while_one_waits_for_its_search(scenario: Scenario) -> 
     def search(job: AdapterJob, objective: FusionObjective) -> SearchResult | None:
         nonlocal num_asked
         num_asked += job.version_id
-        is_found = job.version_id == 0 or any(report.point.step == 20 for report in reached[0])
+        is_found = job.version_id == 0 or any(update.point.step == 20 for update in reached[0])
         return try_points(objective, CORNERS) if is_found else None
 
     concurrent = ConcurrentJobs(Worker(configured(scenario.fleet, ("fused", "train"))), search)
