@@ -1,11 +1,9 @@
-"""Times the kernels against their twins: `relora bench kernels [--device cuda] [--out FILE.json]`.
+"""Time the kernels against their twins: `relora bench kernels [--device cuda] [--out FILE.json]`.
 
-Every case is first compared with the twin and not timed if it differs. `base_us` is the dense product that the LoRA
-operations ride on (x @ W), for scale; where the operation is not LoRA, there is none. Times are medians. `--torch`
-times the CPU path without its compiled kernels. Adapters and pages are scattered over an arena that is larger
-than they are, and each repetition uses other ones of it, so that caches flatter nobody.
-
-Shape letters: T tokens, D in, F out, K key/value heads, H head dim.
+Each case is first compared with the twin and raises an error if the results differ. Times are medians. `base_us` is the
+time of the base model's product x @ W beside which the LoRA operations run; other operations have none. Adapters and
+pages are scattered over a larger arena and change with each repetition, so that caches do not flatter the results.
+`--no-compiled` times torch instead of the compiled CPU kernels.
 """
 
 import statistics
@@ -27,12 +25,12 @@ from kernels.ops import Ops, ops_for
 from kernels.segments import LoraGroup, LoraSegments
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-NUM_COPIES = 4  # distinct inputs that repetitions go through in turn
+NUM_COPIES = 4  # distinct inputs, which the repetitions use in turn
 
 
 @dataclass(frozen=True)
 class Result:
-    """One case: median microseconds per call of the twin, of the device's operations, and of the base's product."""
+    """One case: median microseconds per call of the twin, of our kernel, and of the base model's product."""
 
     name: str
     twin_us: float
@@ -41,7 +39,7 @@ class Result:
 
 
 def run(device: str, dtype: Dtype, is_compiled: bool, repeats: int, out: Path | None, console: Console) -> None:
-    """Run all cases, print the table, and write the JSON file where one is named."""
+    """Run all cases, print the table, and write the JSON file if `out` is given."""
     results = measure(ops_for(device, is_compiled=is_compiled), device, getattr(torch, dtype), repeats)
     title = f"{device} {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     console.print(_table(results, title))
@@ -51,7 +49,7 @@ def run(device: str, dtype: Dtype, is_compiled: bool, repeats: int, out: Path | 
 
 
 def measure(ops: Ops, device: str, dtype: torch.dtype, repeats: int) -> list[Result]:
-    """All cases on one device."""
+    """Run all cases on one device."""
     torch.manual_seed(0)
     timer = _Timer(ops, device, dtype, repeats)
     lora = [
@@ -80,7 +78,7 @@ class _Timer:
     repeats: int
 
     def lora(self, num_tokens: int, num_adapters: int, width: int, num_modules: int = 1) -> Result:
-        """Shrink and expand of modules with one input, D = F = width, ranks 16 and 8 in turn, tokens spread evenly."""
+        """Time shrink and expand of modules with one input, D = F = width. Ranks alternate between 16 and 8."""
         x_TD, weight_DF = self._randn(num_tokens, width), self._randn(width, num_modules * width)
         out_TF = x_TD @ weight_DF
         copies = [self._adapters(num_tokens, num_adapters, width, num_modules) for _ in range(NUM_COPIES)]
@@ -95,11 +93,11 @@ class _Timer:
         return Result(name, *self._compare(both, copies), base_us)
 
     def attention(self, query_lens: list[int], context_lens: list[int]) -> Result:
-        """8 query heads, 4 key/value heads of 64; pages of 16 tokens in random order."""
+        """Time attention of 8 query and 4 key/value heads of size 64; pages of 16 tokens in random order."""
         num_blocks = -(-max(context_lens) // 16)
         kv_pages = self._randn(len(context_lens) * num_blocks, 2, 2, 16, 4, 64)
         q_TNH = self._randn(sum(query_lens), 8, 64)
-        starts = self._int32([sum(query_lens[:n]) for n in range(len(query_lens) + 1)])
+        starts = self._int32([sum(query_lens[:b]) for b in range(len(query_lens) + 1)])
         lens = self._int32(context_lens)
         orders = [torch.randperm(len(kv_pages)).tolist() for _ in range(NUM_COPIES)]
         tables = [self._int32(order).view(len(lens), num_blocks) for order in orders]
@@ -108,11 +106,11 @@ class _Timer:
         def attend(ops: Ops, metadata: AttentionMetadata) -> Tensor:
             return ops.paged_attention(q_TNH, kv_pages, 1, metadata, scale=0.125, window=None)
 
-        name = f"attention N={len(lens)} query<={max(query_lens)} context={min(context_lens)}..{max(context_lens)}"
+        name = f"attention B={len(lens)} query<={max(query_lens)} context={min(context_lens)}..{max(context_lens)}"
         return Result(name, *self._compare(attend, copies), None)
 
     def store(self) -> Result:
-        """One step's keys and values of 32 decoding sequences."""
+        """Time storing one step's keys and values of 32 decoding sequences."""
         k_TKH, v_TKH = self._randn(2, 32, 4, 64)
         kv_pages = self._randn(64, 2, 2, 16, 4, 64)
         slots = [torch.randperm(64 * 16)[:32].to(self.device) for _ in range(NUM_COPIES)]
@@ -124,14 +122,14 @@ class _Timer:
         return Result("store_kv T=32", *self._compare(store, slots), None)
 
     def norm(self, num_tokens: int) -> Result:
-        """RMSNorm of 768 numbers a token."""
+        """Time RMSNorm of 768 numbers per token."""
         xs, weight_D = [self._randn(num_tokens, 768) for _ in range(NUM_COPIES)], self._randn(768)
         return Result(
             f"rms_norm T={num_tokens}", *self._compare(lambda ops, x: ops.rms_norm(x, weight_D, 1e-5), xs), None
         )
 
     def rotate(self, num_tokens: int) -> Result:
-        """12 query and 4 key heads of 64."""
+        """Time the rotation of 12 query and 4 key heads of size 64."""
         xs = [self._randn(num_tokens, 16, 64) for _ in range(NUM_COPIES)]
         cos_TJ = sin_TJ = torch.full((num_tokens, 32), 0.5**0.5, device=self.device, dtype=self.dtype)
 
@@ -142,7 +140,7 @@ class _Timer:
         return Result(f"rotate T={num_tokens}", *self._compare(rotate, xs), None)
 
     def gate(self, num_tokens: int) -> Result:
-        """A gated unit of width 2048."""
+        """Time a gated unit of width 2048."""
         xs = [self._randn(num_tokens, 4096) for _ in range(NUM_COPIES)]
         return Result(f"silu_mul T={num_tokens}", *self._compare(lambda ops, x: ops.silu_mul(x), xs), None)
 
@@ -168,7 +166,7 @@ class _Timer:
 
     def _compare(self, function: Callable[[Ops, Any], Tensor], copies: list[Any]) -> tuple[float, float]:
         for copy in copies:
-            if isinstance(copy, Tensor):  # some operations change it
+            if isinstance(copy, Tensor):  # some operations work in place
                 expected, actual = function(reference, copy.clone()), function(self.ops, copy.clone())
             else:
                 expected, actual = function(reference, copy).clone(), function(self.ops, copy)

@@ -1,4 +1,4 @@
-"""The CPU path against the twins, over shapes that hypothesis picks."""
+"""The torch CPU path against the twins, over shapes that hypothesis picks."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_lora_equals_the_twin(way, num_tokens, num_plain, dtype, **options):
     assert_close(actual_TF / scale, expected_TF / scale)
 
 
-def test_both_ways_equal_the_twin_on_a_strided_output(way):
+def test_every_way_equals_the_twin_on_a_strided_output(way):
     case = lora_case(
         popularity="zipf", ranks=[5, 0, 16, 3], widths=(24, 16), num_tokens=20, num_plain=3, has_dora=True, seed=7
     )
@@ -70,8 +70,8 @@ def test_both_ways_equal_the_twin_on_a_strided_output(way):
 
 
 @pytest.mark.parametrize("what", ["a", "b", "gain"])
-def test_an_adapter_that_overflowed_hurts_nobody_else(way, what):
-    """The last adapter is the bad one; the second leaves the first module alone, whose rows are read in its stead."""
+def test_an_overflowing_adapter_changes_no_other_output(way, what):
+    """The last adapter is the bad one. The second has rank 0 in the first module and reads another adapter's rows."""
     case = lora_case(popularity="distinct", ranks=[2, 0, 8], widths=(40, 9), num_tokens=6, has_dora=True, seed=8)
     module = case.group.modules[0]
     rows = (module.a_rows if what == "a" else module.b_rows)[module.table_starts[2] :][:8].tolist()
@@ -83,7 +83,7 @@ def test_an_adapter_that_overflowed_hurts_nobody_else(way, what):
     assert not out_TF[4:, :40].isfinite().all()
 
 
-def test_an_adapter_that_overflowed_does_not_hurt_one_that_leaves_all_modules_alone(way):
+def test_an_overflowing_adapter_does_not_change_an_adapter_without_a_rank(way):
     case = lora_case(popularity="distinct", ranks=[2, 0, 8], widths=(40,), num_tokens=6, seed=8)
     module = case.group.modules[0]
     for row in module.a_rows[module.table_starts[2] :][:8].tolist():
@@ -162,7 +162,7 @@ def test_store_kv_equals_the_twin_and_stays_inside(num_tokens, page_tokens, dtyp
     assert torch.equal(results[0].nan_to_num(99.0), results[1].nan_to_num(99.0))
 
 
-def test_ops_for_picks_by_device():
+def test_ops_for_chooses_by_device():
     assert ops_for("cpu").lora_shrink is cpu.lora_shrink
     assert ops_for(torch.device("cpu")).paged_attention is cpu.paged_attention
     assert ops_for("meta").store_kv is reference.store_kv

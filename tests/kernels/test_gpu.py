@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU against the twins, bfloat16 included (the interpreter gets it wrong)."""
+"""The Triton kernels on a real GPU against the twins, including bfloat16, which the interpreter computes wrongly."""
 
 import pytest
 import torch

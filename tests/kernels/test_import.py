@@ -1,4 +1,4 @@
-"""Our `kernels` folder has the name of an optional package that transformers looks for: it must not be taken for it."""
+"""Our `kernels` package shares its name with an optional package; transformers must not mistake it for that one."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ def _run(code: str) -> str:
     return done.stdout
 
 
-def test_transformers_does_not_take_our_kernels_for_hugging_faces():
+def test_transformers_does_not_mistake_our_kernels_for_its_own():
     code = """
 import kernels
 from transformers.utils import is_kernels_available
@@ -24,7 +24,7 @@ print(is_kernels_available(), kernels.__file__, hasattr(kernels, "__version__"))
     assert _run(code).split() == ["False", str(ROOT / "kernels" / "__init__.py"), "False"]
 
 
-def test_the_shop_window_is_lazy_and_a_cpu_never_imports_triton():
+def test_public_names_load_lazily_and_a_cpu_never_imports_triton():
     code = """
 import sys
 import kernels

@@ -1,4 +1,4 @@
-"""The compiled CPU path against the twins, over shapes that hypothesis picks; and how it is compiled."""
+"""The compiled CPU path against the twins, over shapes that hypothesis picks, and how it is compiled."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_lora_writes_only_its_columns_of_a_strided_output(ops):
     assert torch.equal(actual[:, 70:], wide[:, 70:])
 
 
-def test_an_adapter_of_nan_hurts_nobody_else(ops):
+def test_an_adapter_of_nan_changes_no_other_output(ops):
     case = lora_case(popularity="distinct", ranks=[2, 0, 8], widths=(40, 9), num_tokens=6, seed=8)
     for module in case.group.modules:
         for row in module.a_rows[module.table_starts[2] :][:8].tolist():
@@ -79,8 +79,8 @@ def test_an_adapter_of_nan_hurts_nobody_else(ops):
     assert out_TF[4:, :40].isnan().all()
 
 
-def test_a_tokens_lora_is_the_same_to_the_bit_in_any_company(ops):
-    """Token 0 beside 8 others of its adapter, which go through wider loops, and alone."""
+def test_a_tokens_lora_does_not_depend_on_the_rest_of_the_batch(ops):
+    """Token 0 gives the same bits alone and beside 8 tokens of its adapter, which use wider loops."""
     case = lora_case(popularity="identical", ranks=[13], widths=(100,), num_tokens=9, num_in=200, seed=5)
     alone = [replace(m, token_starts=m.token_starts.clamp(max=1)) for m in case.group.modules]
     outs = [torch.zeros(9, 100), torch.zeros(9, 100)]
@@ -112,7 +112,7 @@ def test_attention_equals_the_twin(ops, lens, seed, **options):
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 30.0, 1e4])
 def test_attention_is_right_for_scores_of_any_size(ops, size):
-    """Where the softmax is flat, where it is one key, and where its exponents leave float32's range."""
+    """The softmax is flat, picks a single key, or has exponents outside the range of float32."""
     case = attention_case([1, 3], [70, 40], num_kv_heads=2, group=3, head_dim=32, page_tokens=16, seed=1)
     case = replace(case, q_TNH=case.q_TNH * size)
     actual = ops.paged_attention(*case.args, **case.options)
@@ -148,7 +148,7 @@ def test_several_threads_give_the_same_bits(ops, monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
-def test_another_compiler_call_is_not_made_where_the_library_is(ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_existing_library_is_not_compiled_again(ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Path] = []
     compile_once = native._compile
     monkeypatch.setattr(native, "_compile", lambda library: (calls.append(library), compile_once(library)))
@@ -159,15 +159,15 @@ def test_another_compiler_call_is_not_made_where_the_library_is(ops, tmp_path: P
 
 
 @pytest.mark.parametrize("command", [("no-such-compiler",), ("false",)])
-def test_without_a_compiler_torch_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, command):
+def test_without_a_compiler_torch_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, command):
     monkeypatch.setattr(native, "_COMMAND", command)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert native.load_native(tmp_path) is None
     assert "cannot compile the CPU kernels" in caplog.text
 
 
-def test_without_a_home_torch_does_it(monkeypatch: pytest.MonkeyPatch, caplog):
-    """As in a container whose user is a bare number."""
+def test_without_a_home_torch_is_used(monkeypatch: pytest.MonkeyPatch, caplog):
+    """As in a container whose user has a number but no name."""
 
     def no_home(_: type[Path]) -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -178,10 +178,10 @@ def test_without_a_home_torch_does_it(monkeypatch: pytest.MonkeyPatch, caplog):
     assert "cannot compile the CPU kernels" in caplog.text
 
 
-def test_a_damaged_library_is_compiled_anew(ops, tmp_path: Path):
+def test_a_damaged_library_is_recompiled(ops, tmp_path: Path):
     assert native.load_native(tmp_path / "whole") is not None
     [library] = (tmp_path / "whole").iterdir()
-    damaged = tmp_path / "damaged" / library.name  # elsewhere: what a process has loaded it does not read again
+    damaged = tmp_path / "damaged" / library.name  # another path: a process does not reload a library
     damaged.parent.mkdir()
     damaged.write_bytes(b"")
     assert native.load_native(damaged.parent) is not None
@@ -194,6 +194,6 @@ def test_without_avx_512_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-def test_ops_for_gives_the_compiled_ones_when_asked(ops):
+def test_ops_for_returns_compiled_operations_on_request(ops):
     assert isinstance(ops_for("cpu", is_compiled=True).lora_shrink.__self__, native.NativeOps)
     assert ops_for("cpu").lora_shrink is cpu.lora_shrink

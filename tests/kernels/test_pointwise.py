@@ -1,4 +1,4 @@
-"""Operations on each row, with torch and compiled, against the twins; products with blocked weights."""
+"""Operations on single rows, in torch and compiled, against the twins; products with blocked weights."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_silu_mul_equals_the_twin(ops, num_rows, size, dtype, seed):
 
 
 @pytest.mark.parametrize("value", [0.0, -30.0, 30.0, -87.2, -88.5, -1e30, 1e30, torch.nan])
-def test_silu_mul_of_numbers_at_the_edges(ops, value):
+def test_silu_mul_at_the_limits_of_exp(ops, value):
     x_TF = torch.tensor([[value, 1.0]])
     torch.testing.assert_close(ops.silu_mul(x_TF), reference.silu_mul(x_TF), equal_nan=True, rtol=1e-6, atol=1e-30)
 
@@ -87,14 +87,14 @@ def test_products_with_a_blocked_weight(dtype, has_bias):
         torch.testing.assert_close(actual.double(), exact_TF[:num_tokens], rtol=tolerance, atol=tolerance)
 
 
-def test_a_torch_without_the_operations_keeps_plain_weights(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels.onednn, "_OPERATIONS", ("_an_operation_of_the_past",))
+def test_a_torch_without_the_operations_uses_plain_weights(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels.onednn, "_OPERATIONS", ("_a_removed_operation",))
     weight_FD, x_TD = randn(0, 70, 50, dtype=torch.float32), randn(1, 9, 50, dtype=torch.float32)
     assert to_blocked(weight_FD) is weight_FD
     assert torch.equal(linear(x_TD, to_blocked(weight_FD)), x_TD @ weight_FD.T)
 
 
-def test_a_row_of_a_product_is_the_same_to_the_bit_in_any_company():
+def test_a_rows_product_does_not_depend_on_the_number_of_rows():
     weight_FD, x_TD = to_blocked(randn(0, 320, 192, dtype=torch.float32)), randn(1, 64, 192, dtype=torch.float32)
     if not weight_FD.is_mkldnn:
         pytest.skip("no oneDNN here")
@@ -103,8 +103,8 @@ def test_a_row_of_a_product_is_the_same_to_the_bit_in_any_company():
         assert torch.equal(linear(x_TD[:num_tokens], weight_FD), whole_TF[:num_tokens])
 
 
-def test_onednn_meets_few_numbers_of_rows():
-    """It compiles for each: 4096 would be 4096 compilations for each of a model's products."""
+def test_onednn_sees_few_numbers_of_rows():
+    """oneDNN compiles for each number of rows. Unrounded, 4096 numbers would mean 4096 compilations per product."""
     numbers = range(1, 4097)
     assert all(n <= padded_rows(n) <= n + n // 8 for n in numbers)
     assert len({padded_rows(n) for n in numbers}) <= 8 * 12

@@ -30,7 +30,7 @@ def test_shrink_is_zero_beyond_the_rank_and_without_adapter():
             assert rank == 0 or torch.count_nonzero(columns[token, :rank]) == rank
 
 
-def test_expand_and_dora_leave_other_tokens_bit_for_bit():
+def test_expand_and_dora_do_not_change_other_tokens():
     case = lora_case(ranks=[4, 0], num_tokens=9, num_plain=3, has_dora=True, seed=2)
     out_TF = case.base_TF.clone()
     reference.dora_scale(case.arena, case.group, out_TF, case.bias_F)

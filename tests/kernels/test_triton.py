@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter against the twins, and each variant compiled for sm_90; no GPU needed.
+"""The Triton kernels against the twins in Triton's interpreter, and each variant compiled for sm_90; no GPU needed.
 
-Triton decides at its first import whether it interprets. So each of the two ways runs in a process of its own, and the
-process of the other tests never imports triton here.
+Triton decides at its first import whether it interprets. So interpreter and compiler each run in their own process, and
+this process never imports triton.
 """
 
 import multiprocessing
@@ -56,7 +56,7 @@ def _assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _guard_allocations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Put what the launchers allocate between guard zones, and NaN into what is empty; returns the allocations."""
+    """Put the launchers' tensors between guard zones and fill empty ones with NaN. Returns the allocations."""
     allocations: list[torch.Tensor] = []
 
     def allocate(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -126,16 +126,13 @@ def test_dora_among_others(interpreter: Executor, dtype: torch.dtype, widths: tu
 @pytest.mark.parametrize(
     "options",
     [
-        {
-            "num_tokens": 40,
-            "ranks": [70, 5],
-        },  # more than one tile of tokens, of ranks (shrink) and steps of it (expand)
-        {"num_tokens": 3, "ranks": [1, 64], "num_in": 150, "widths": (1,)},  # more than one step over D
-        {"num_tokens": 2, "ranks": [2], "num_in": 1, "widths": (130,)},  # more than one tile of F
+        {"num_tokens": 40, "ranks": [70, 5]},  # several tiles of tokens and ranks (shrink), several steps (expand)
+        {"num_tokens": 3, "ranks": [1, 64], "num_in": 150, "widths": (1,)},  # several steps over D
+        {"num_tokens": 2, "ranks": [2], "num_in": 1, "widths": (130,)},  # several tiles of F
     ],
     ids=["tiles", "wide-in", "wide-out"],
 )
-def test_lora_of_more_than_one_tile(interpreter: Executor, options: dict[str, object]):
+def test_lora_of_several_tiles(interpreter: Executor, options: dict[str, object]):
     interpreter.submit(_check_lora, "uniform", torch.float32, **options).result()
 
 
@@ -228,7 +225,7 @@ def _type_of(name: str, element: str) -> str:
 
 
 def _compile(module: str, kernel: str, element: str, constants: dict[str, int | bool]) -> tuple[str, int]:
-    """PTX and bytes of shared memory per block, compiled with the launcher's own constants."""
+    """Compile with the launcher's own constants. Returns the PTX and the bytes of shared memory per block."""
     import importlib
 
     import triton

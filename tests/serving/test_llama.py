@@ -1,4 +1,4 @@
-"""Our model code against transformers: the same logits for every architecture, however tokens are cut into steps."""
+"""Our model code against transformers: equal logits for every architecture and any split of tokens into steps."""
 
 import json
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory):
 
 
 def shake(file: Path) -> None:
-    """Norms and biases as training leaves them: a fresh checkpoint's ones and zeros would hide a forgotten one."""
+    """Randomise norms and biases: the ones and zeros of a fresh checkpoint would hide a forgotten one."""
     generator = torch.Generator().manual_seed(1)
     tensors = load_file(file)
     for tensor in tensors.values():
@@ -88,7 +88,7 @@ def shake(file: Path) -> None:
 
 
 def hugging_face(folder: Path, adapter: Adapter | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The reference, with an adapter merged into its weights."""
+    """Load the reference model, with an adapter merged into its weights."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     for module, factors in (adapter.factors if adapter else {}).items():
         model.get_submodule(module).weight.data += factors.delta()
@@ -114,14 +114,14 @@ class Stream:
 
 
 class PagedModel:
-    """A model with an arena full of NaN, and a minimal stand-in for cache and scheduler that places things in it."""
+    """A model with an arena full of NaN, and minimal versions of cache and scheduler that place pages and adapters."""
 
     def __init__(self, folder: Path, adapters: Sequence[Adapter] = (), is_compiled: bool = False):
         self.model = load_model(folder, torch.float32, "cpu", is_compiled=is_compiled)
         self.page_elements = self.model.num_layers * 2 * PAGE_TOKENS * self.model.num_kv_heads * self.model.head_dim
         self.arena = torch.full((NUM_PAGES * self.page_elements,), float("nan"))
         order = torch.randperm(NUM_PAGES // 2, generator=torch.Generator().manual_seed(2))
-        self.free_pages = order.tolist()  # of the first half; adapters lie in the second
+        self.free_pages = order.tolist()  # the first half of the arena; adapters are in the second
         self.adapters = list(adapters)
         self.next_offset = NUM_PAGES // 2 * self.page_elements
         self.rows = [[self._place(adapter, module) for module in self.model.target_shapes] for adapter in adapters]
@@ -133,7 +133,7 @@ class PagedModel:
         return [self._write(row) for row in factors.a_RD], [self._write(row) for row in factors.b_FR.T]
 
     def _write(self, row: Tensor) -> int:
-        if self.next_offset % self.page_elements + len(row) > self.page_elements:  # rows never straddle a page
+        if self.next_offset % self.page_elements + len(row) > self.page_elements:  # rows never cross a page border
             self.next_offset += -self.next_offset % self.page_elements
         offset, self.next_offset = self.next_offset, self.next_offset + len(row)
         self.arena[offset : offset + len(row)] = row
@@ -141,7 +141,7 @@ class PagedModel:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[tuple[Stream, int, int]], every_row: bool = False) -> Tensor:
-        """One step over `stream.tokens[start:end]` of each chunk, those without adapter last: logits of last rows."""
+        """Run `stream.tokens[start:end]` of each chunk, those without adapter last. Returns the logits of last rows."""
         return self.model.forward(self.batch(chunks, every_row), self.arena, PAGE_TOKENS)
 
     def batch(self, chunks: Sequence[tuple[Stream, int, int]], every_row: bool = False) -> Batch:
@@ -171,7 +171,7 @@ class PagedModel:
         return stream.pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
 
     def _lora(self, chunks: Sequence[tuple[Stream, int, int]]) -> LoraBatch | None:
-        """One segment per chunk, whether or not its neighbour has the same adapter."""
+        """Return one segment per chunk, even if neighbouring chunks have the same adapter."""
         members = [(stream.adapter, end - start) for stream, start, end in chunks if stream.adapter is not None]
         if not members:
             return None
@@ -184,7 +184,7 @@ class PagedModel:
         return LoraBatch(
             layout=self.model.lora_layout(self.page_elements),
             token_starts=token_starts,
-            sample_starts=token_starts,  # nobody reads these: no adapter here has a head
+            sample_starts=token_starts,  # unused: no adapter here changes the head
             max_samples=0,
             is_dora_SM=torch.zeros_like(ranks_SM, dtype=torch.bool),
             has_dora=(False,) * len(modules),
@@ -215,7 +215,7 @@ def test_prefill_in_one_step_equals_transformers(checkpoints, variant: str, is_c
 @compiled_or_not
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_chunked_prefill_and_decode_equal_transformers(checkpoints, variant: str, is_compiled: bool):
-    """Chunks that end inside and at the end of a page, then token by token; earlier KV comes from the pages."""
+    """Chunks end inside a page and at its end; then each token is a step. Earlier KV comes from the pages."""
     tokens = random_tokens(31, seed=1)
     world, stream = PagedModel(checkpoints(variant), is_compiled=is_compiled), Stream(tokens)
     borders = [0, 3, 8, 9, 21, *range(22, 32)]
@@ -224,7 +224,7 @@ def test_chunked_prefill_and_decode_equal_transformers(checkpoints, variant: str
     assert_same(torch.cat(logits), reference[torch.tensor(borders[1:]) - 1])
 
 
-def test_outputs_vary_enough_to_notice_errors(checkpoints):
+def test_outputs_vary_enough_to_reveal_errors(checkpoints):
     reference = reference_logits(hugging_face(checkpoints("llama")), random_tokens(29))
     assert len(reference.argmax(-1).unique()) > 10
     assert reference.std() > 0.5
@@ -242,7 +242,7 @@ def make_adapters(folder: Path, checkpoint: Path) -> list[Adapter]:
 @compiled_or_not
 @pytest.mark.parametrize("variant", ARCHITECTURES)
 def test_mixed_batches_equal_merged_models(checkpoints, tmp_path: Path, variant: str, is_compiled: bool):
-    """Several sequences, adapters and none, prefill chunks and decode in the same steps."""
+    """Several sequences, with and without adapters, prefill and decode in the same steps."""
     folder = checkpoints(variant)
     adapters = make_adapters(tmp_path, folder)
     world = PagedModel(folder, adapters, is_compiled)
@@ -268,7 +268,7 @@ def test_adapters_change_the_outputs(checkpoints, tmp_path: Path):
 
 
 @compiled_or_not
-def test_a_poisoned_adapter_hurts_only_its_own_rows(checkpoints, tmp_path: Path, is_compiled: bool):
+def test_an_adapter_of_nan_changes_only_its_own_rows(checkpoints, tmp_path: Path, is_compiled: bool):
     adapters = make_adapters(tmp_path, checkpoints("llama"))
     next(iter(adapters[1].factors.values())).a_RD[0, 0] = float("nan")
     world = PagedModel(checkpoints("llama"), adapters, is_compiled)
@@ -294,7 +294,7 @@ def test_module_index_and_shapes(checkpoints):
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-linear", "llama-llama3", "llama-yarn"])
-def test_rope_tables_are_those_of_transformers(checkpoints, variant: str):
+def test_rope_tables_equal_those_of_transformers(checkpoints, variant: str):
     config = read_model_config(json.loads((checkpoints(variant) / "config.json").read_text()))
     for dtype in (torch.float32, torch.bfloat16):
         ours = rope_tables(config, dtype, torch.device("cpu"))
@@ -303,7 +303,7 @@ def test_rope_tables_are_those_of_transformers(checkpoints, variant: str):
             assert torch.equal(torch.cat((our, our), -1), their[0])
 
 
-def test_bfloat16_is_as_close_as_transformers_bfloat16(checkpoints):
+def test_bfloat16_is_as_accurate_as_in_transformers(checkpoints):
     folder, tokens = checkpoints("qwen3"), random_tokens(24)
     truth = reference_logits(hugging_face(folder), tokens)
     theirs = reference_logits(hugging_face(folder, dtype=torch.bfloat16), tokens)
@@ -324,7 +324,7 @@ def test_half_precision_checkpoint_is_converted(checkpoints, tmp_path: Path):
     assert all(torch.equal(parameters[name], stored[name].float()) for name in stored)
 
 
-def test_a_head_in_the_file_counts_though_the_config_ties_it(checkpoints, tmp_path: Path):
+def test_a_head_in_the_file_is_loaded_even_if_the_config_ties_it(checkpoints, tmp_path: Path):
     folder = copy_checkpoint(checkpoints("llama-tied-mha"), tmp_path)
     tensors = load_file(weights_of(folder))
     head = torch.randn(tensors["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(5))
@@ -373,13 +373,15 @@ def load_edited(checkpoints, folder: Path, variant: str = "llama", **config: Any
         ("qwen3-layer-types", {"use_sliding_window": False}, "'sliding_attention' with sliding_window None"),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(checkpoints, tmp_path: Path, variant: str, config: dict, message: str):
+def test_unsupported_settings_are_refused_by_name(
+    checkpoints, tmp_path: Path, variant: str, config: dict, message: str
+):
     with pytest.raises(InvalidCheckpointError, match=message):
         load_edited(checkpoints, tmp_path, variant, **config)
 
 
 def test_old_spellings_of_the_config_are_read(checkpoints, tmp_path: Path):
-    """As on the hub from before transformers 5: rope_theta and rope_scaling at the top, rotary buffers in the file."""
+    """Checkpoints from before transformers 5 have top-level rope_theta and rope_scaling, and rotary buffers."""
     folder = copy_checkpoint(checkpoints("llama-llama3"), tmp_path)
     content = json.loads((folder / "config.json").read_text())
     rope = content.pop("rope_parameters")

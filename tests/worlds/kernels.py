@@ -1,7 +1,7 @@
-"""Random inputs of the kernels with their plain facts beside them, and dense mathematics to compare with.
+"""Random inputs for the kernels, the plain data they are made from, and dense mathematics to compare with.
 
-The rows of the adapters and the pages of the sequences are scattered over an arena that is NaN everywhere else: whoever
-reads what is nobody's, or another page's tail, shows it.
+Adapter rows and KV pages are scattered over an arena that is NaN everywhere else. So a kernel that reads outside its
+rows or pages returns NaN.
 """
 
 import random
@@ -18,7 +18,7 @@ from kernels.segments import LoraGroup, LoraSegments
 
 @dataclass(frozen=True, eq=False)
 class ModuleCase:
-    """One module's adapters, each a list by adapter: ranks, scalings, factors, and DoRA gains where it has any."""
+    """One module's adapters. Each field is a list by adapter; `gains` are of DoRA adapters, else None."""
 
     ranks: list[int]
     scalings: list[float]
@@ -41,7 +41,7 @@ class LoraCase:
 
 
 def popular(popularity: str, num_tokens: int, num_adapters: int, rng: random.Random) -> list[int]:
-    """An adapter for each token, sorted, as traffic of that popularity would have it."""
+    """Return an adapter for each token, sorted, drawn from the given distribution of popularity."""
     weights = {
         "uniform": [1.0] * num_adapters,
         "zipf": [1.0 / (i + 1) for i in range(num_adapters)],
@@ -66,10 +66,10 @@ def lora_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> LoraCase:
-    """Random adapters of the given ranks (or of mixed ones, 0 among them) and tokens that use them.
+    """Return random adapters of the given ranks (by default random ones, some 0) and tokens that use them.
 
-    Each further module has the ranks of the one before it, by one adapter on. With `has_dora` every other adapter is
-    a DoRA where it has a rank.
+    Each module has the ranks of the module before it, shifted by one adapter. With `has_dora`, every other adapter is a
+    DoRA in the modules where it has a rank.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ranks = ranks or [rng.choice([0, 1, 2, 3, 5, 8, 13, 16, 33, 64]) for _ in range(num_adapters)]
@@ -78,8 +78,8 @@ def lora_case(
     used = popular(popularity, num_tokens - num_plain, len(ranks), rng)
     modules = []
     for m, width in enumerate(widths):
-        turned = [ranks[(i + m) % len(ranks)] for i in range(len(ranks))]
-        modules.append(_module(turned, num_in, width, has_dora, dtype, rng, generator))
+        shifted = [ranks[(i + m) % len(ranks)] for i in range(len(ranks))]
+        modules.append(_module(shifted, num_in, width, has_dora, dtype, rng, generator))
     arena, offsets = _scatter([_matrices(module) for module in modules], dtype, rng)
     segments = [_segments(used, *pair, rng) for pair in zip(modules, offsets, strict=True)]
     return LoraCase(
@@ -94,7 +94,7 @@ def lora_case(
 
 
 def dense_lora(case: LoraCase) -> Tensor:
-    """`base + scaling * B A x` token by token with the dense F x D matrix, in float64; DoRA's gains first."""
+    """Return `base + scaling * B A x` token by token with the dense [F, D] matrix, in float64; DoRA's gains first."""
     parts = case.base_TF.double().cpu().split(case.group.widths, 1)
     biases = case.bias_F.double().cpu().split(case.group.widths)
     for module, bias_F, out_TF in zip(case.modules, biases, parts, strict=True):
@@ -109,7 +109,7 @@ def dense_lora(case: LoraCase) -> Tensor:
 
 
 def run_lora(ops: Ops, case: LoraCase, out_TF: Tensor) -> None:
-    """All operations of a group, as the model calls them."""
+    """Run all LoRA operations of a group, as the model does."""
     if case.group.has_gains:
         ops.dora_scale(case.arena, case.group, out_TF, case.bias_F)
     ops.lora_expand(ops.lora_shrink(case.x_TD, case.arena, case.group), case.arena, case.group, out_TF)
@@ -117,7 +117,7 @@ def run_lora(ops: Ops, case: LoraCase, out_TF: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class LookupCase:
-    """Adapters of one embedding, whose rows are cut into pieces of `width`, over the ids of one batch."""
+    """Adapters of one embedding over the token ids of one batch. Rows are cut into pieces of `width` elements."""
 
     ids_T: Tensor
     arena: Tensor
@@ -137,7 +137,7 @@ def lookup_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> LookupCase:
-    """Random adapters, used in turn; what is expected comes from their whole matrices."""
+    """Return random adapters, used in turn. The expected result is computed from whole matrices."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     used = popular("distinct", num_tokens - num_plain, len(ranks), rng)
     module = _module(ranks, vocab, 1, False, dtype, rng, generator)
@@ -154,7 +154,7 @@ def lookup_case(
 
 @dataclass(frozen=True, eq=False)
 class AttentionCase:
-    """Sequences with their keys and values in pages and, the same again, in one tensor per sequence."""
+    """Sequences whose keys and values are in pages and, for comparison, in one tensor per sequence."""
 
     q_TNH: Tensor
     kv_pages: Tensor
@@ -184,7 +184,7 @@ def attention_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> AttentionCase:
-    """Random sequences in scattered pages; q is a strided slice of a wider tensor, as from a fused projection."""
+    """Return random sequences in scattered pages. q is a slice of a wider tensor, as from a fused projection."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     num_layers, layer = 3, 1
     num_blocks = [-(-num // page_tokens) for num in context_lens]
@@ -224,7 +224,7 @@ def attention_case(
 
 
 def dense_attention(case: AttentionCase) -> Tensor:
-    """A full softmax for every query and head on its own, in float64."""
+    """Return attention with a full softmax for each query and head separately, in float64."""
     out_TNH = torch.zeros(case.q_TNH.shape, dtype=torch.float64)
     starts, window = case.metadata.query_starts.tolist(), case.options["window"]
     for b, (k_XKH, v_XKH) in enumerate(zip(case.k_by_sequence, case.v_by_sequence, strict=True)):
@@ -239,7 +239,7 @@ def dense_attention(case: AttentionCase) -> Tensor:
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", guard: int = 64) -> tuple[Tensor, Tensor]:
-    """A tensor of NaN between two guard zones of 7: (the tensor, the whole allocation). See `guards_intact`."""
+    """Return a tensor of NaN between two guard zones of 7, and the whole allocation for `guards_intact`."""
     numel = int(torch.tensor(shape).prod())
     whole = torch.full((numel + 2 * guard,), 7.0, dtype=dtype, device=device)
     inner = whole[guard : guard + numel].view(shape)
@@ -248,7 +248,7 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", gua
 
 
 def guards_intact(whole: Tensor, guard: int = 64) -> bool:
-    """Whether nobody wrote outside of the tensor that `guarded` made."""
+    """Whether nothing was written outside the tensor that `guarded` made."""
     return bool((whole[:guard] == 7).all() and (whole[-guard:] == 7).all())
 
 
@@ -276,15 +276,15 @@ def _module(
 
 
 def _matrices(module: ModuleCase) -> list[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
-    """Rows by adapter: of lora_a, of lora_b transposed, of the gains."""
+    """Return each adapter's rows of lora_a, of lora_b transposed, and of the gains."""
     gains = [[] if gain is None else [gain] for gain in module.gains]
     return [(list(a), list(b.T), gain) for a, b, gain in zip(module.a, module.b, gains, strict=True)]
 
 
 def _scatter(lists: list[list[Any]], dtype: torch.dtype, rng: random.Random) -> tuple[Tensor, list[list[Any]]]:
-    """Rows one by one at random places with gaps of NaN between them, the arena's last element being a row's.
+    """Place rows at random offsets with gaps of NaN between them; the arena ends with the last row.
 
-    Takes lists of lists of rows, nested as one likes, and returns the arena and the offsets nested the same way.
+    Takes rows in lists nested to any depth. Returns the arena and the offsets in the same nesting.
     """
     rows: list[Tensor] = []
     flatten(lists, rows.append)
@@ -300,12 +300,12 @@ def _scatter(lists: list[list[Any]], dtype: torch.dtype, rng: random.Random) -> 
 
 
 def flatten(nested: Any, visit: Any) -> Any:
-    """Apply a function to all leaves in order; the results, nested the same way."""
+    """Apply a function to all leaves in order, and return the results in the same nesting."""
     return [flatten(one, visit) for one in nested] if isinstance(nested, list | tuple) else visit(nested)
 
 
 def _segments(used: list[int], module: ModuleCase, offsets: Any, rng: random.Random) -> LoraSegments:
-    """Only adapters that a token uses have a segment; tables lie in the row table in random order."""
+    """Return segments of the adapters that a token uses. Their entries in the row tables are in random order."""
     present = sorted(set(used))
     counts = [used.count(s) for s in present]
     starts, table_a, table_b = {}, [0], [0]
