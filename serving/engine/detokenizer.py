@@ -57,7 +57,7 @@ class Vocabulary:
 
 
 class _Decoder:
-    """Decides text. With each new token it decodes a window of the last ones: their text depends on each other.
+    """Decodes a window of the last tokens with each new one, because a token's text depends on those before it.
 
     `undecided` is the text that later tokens may still change.
 

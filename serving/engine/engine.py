@@ -46,7 +46,7 @@ _STEP_WEIGHT = 0.1  # of the last step in the moving average of step times
 
 
 class Engine:
-    """Run one thread at a time, except for the methods that say otherwise. `eos_ids` are the tokens that end a text."""
+    """Serves one base, from one thread at a time unless a method says otherwise. `eos_ids` end a sequence."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Engine:
     # Adapters.
 
     def pack(self, adapter: Adapter) -> PackedAdapter:
-        """Lay an adapter out in pages of this engine. Safe from any thread. Raises InvalidAdapterError if unfit."""
+        """Lay an adapter out in pages. Safe from any thread. Raises InvalidAdapterError if it does not fit the base."""
         if adapter.max_rank > self.config.max_rank:
             raise InvalidAdapterError(f"rank {adapter.max_rank} is above the limit of {self.config.max_rank}")
         check_fits(adapter, self._model.target_shapes)
@@ -198,9 +198,8 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Return gauges and totals, which add up over engines. Pages of idle prefixes count as free."""
-        num_free = self._allocator.num_free
+        num_free, num_cached = self._allocator.num_free, self._prefixes.num_idle
         num_adapter_pages = self._adapters.num_pages_used
-        num_cached = self._prefixes.num_idle
         return {
             "running": self._scheduler.num_running,
             "waiting": self._scheduler.num_waiting,

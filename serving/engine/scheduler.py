@@ -8,11 +8,11 @@ A step has a budget of `max_batch_tokens` tokens, which it spends in this order:
 4. New sequences, in the order that `serving.engine.waiting` chooses.
 
 A sequence of kind 3 or 4 is admitted while fewer than `max_sequences` run, and if there is room for its adapter and
-all its tokens so far. Idle adapters and cached prefixes are evicted to make room. If it does not fit, no other one is
-tried: nobody overtakes it. While the batch is full, the adapters of the next new sequences are prefetched.
+all its tokens so far. Idle adapters and cached prefixes are evicted to make room. If it still does not fit, the step
+admits no more sequences. While the batch is full, the adapters of the next new sequences are prefetched.
 
 Pages are allocated when they are needed. When a decode needs one and none can be freed, the last running sequence is
-preempted: the least urgent one, and among equals the one admitted last. It gives up its pages; later its KV is copied
+preempted: the least urgent one, and among equals the one admitted last. It gives up its pages. Later its KV is copied
 back from the host or recomputed (`serving.memory.swap`).
 
 There is no deadlock. The first running sequence can always go on, because all others can be preempted for it, and
@@ -33,7 +33,7 @@ from serving.memory.pages import PageAllocator
 from serving.memory.prefixes import PrefixCache
 from serving.memory.swap import SwapSpace
 
-# Adapters of this many flows are prefetched, one copy a step. None of these copies evicts another's adapter.
+# Adapters of this many flows are prefetched, one copy a step. No copy evicts the adapter of another of these flows.
 _PREFETCH_FLOWS = 4
 
 
@@ -49,14 +49,14 @@ class Scheduler:
         evictions: EvictionQueue,
         swaps: SwapSpace,
     ):
-        self._swaps = swaps
         self._allocator = allocator
         self._adapters = adapters
         self._prefixes = prefixes
         self._evictions = evictions
+        self._swaps = swaps
         self._page_tokens = config.page_tokens
         self._max_batch_tokens = config.max_batch_tokens
-        # So that the budget gives each running sequence at least one token a step.
+        # The budget must give each running sequence at least one token a step.
         self._max_running = min(config.max_sequences, config.max_batch_tokens)
         self._waiting = WaitingQueue(
             adapters.is_resident,
@@ -149,19 +149,17 @@ class Scheduler:
         for sequence in (*self._waiting, *self._preempted):
             assert sequence.row is None, "a waiting sequence has a row"
             assert sequence.resident is None, "a waiting sequence pins its adapter"
-        assert self._adapters.num_pins == sum(s.resident is not None for s in self._running), (
-            "pins differ from sequences"
-        )
+        num_pins = sum(s.resident is not None for s in self._running)
+        assert self._adapters.num_pins == num_pins, "pins of adapters differ from running sequences"
         assert all(s.swapped is None for s in (*self._running, *self._waiting)), "only preempted KV is swapped"
         everyone = [*self._running, *self._preempted, *self._waiting]
-        assert self._adapters.num_holds == sum(s.adapter_key is not None for s in everyone), (
-            "holds differ from sequences"
-        )
+        num_holds = sum(s.adapter_key is not None for s in everyone)
+        assert self._adapters.num_holds == num_holds, "holds of adapters differ from sequences"
 
     def _secure_pages(self) -> None:
-        """Give each decode that needs one a new page, if need be by preemption.
+        """Give each decode that needs a new page one, by preemption if need be.
 
-        If the last running sequence itself is short of a page, it first sits the step out.
+        If the last running sequence itself needs a page, it skips this step before it is preempted.
         """
         short = self._table.short_of_pages()
         while not self._evictions.make_room(len(short)):
@@ -246,7 +244,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _swap_in(self, sequence: SequenceState, pages: Sequence[int], num_known: int) -> int:
-        """Copy swapped KV back behind the known pages. Return how many tokens have their KV stored now.
+        """Copy swapped KV to the pages after the known ones. Return how many tokens have their KV stored now.
 
         The swapped KV is useless, and is dropped, if pages before it are missing.
         """
