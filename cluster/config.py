@@ -47,7 +47,7 @@ class AdapterSpec:
     base: str
     """Name of the base that it was trained for."""
     data: FilePath
-    """A folder with train.jsonl, valid.jsonl and test.jsonl, or, if these are lost, with logged prompts.jsonl alone."""
+    """A folder with train.jsonl and valid.jsonl, or, if these are lost, with logged prompts.jsonl alone."""
     metric: Literal["exact_match", "chrf"] = "exact_match"
     """How to measure whether a new version is as good as the old one."""
     traffic: PositiveOrZero = 1.0

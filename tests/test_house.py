@@ -29,7 +29,10 @@ SOURCES = [
     *(ROOT / name for name in TOP),
 ]
 
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+DOCS = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
 
 
 def imported_roots(path: Path) -> set[str]:

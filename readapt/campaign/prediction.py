@@ -36,7 +36,7 @@ class Corners:
 
 
 def predict(corners: Corners, tolerance_points: float) -> tuple[Rung, str]:
-    """Return the rung where the ladder will probably end, and why. Thresholds: see docs/experiments.md.
+    """Return the rung where the ladder will probably end, and why. Thresholds: see docs/experiments/readapt.md.
 
     A start is ready if it answers as many rows exactly as today (less the gate's tolerance, or one row), and its loss
     is at most `READY_EXCESS` above today's. The copy is tried first, then the undo. Otherwise the better of the two

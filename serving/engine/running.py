@@ -1,6 +1,7 @@
 """The running sequences as columns, so that a step asks all of them at once instead of one object at a time.
 
-With 1,024 running sequences, looking at each object took a third of the engine's own time (docs/experiments.md).
+With 1,024 running sequences, looking at each object took a third of the engine's own time (see
+docs/experiments/serving.md).
 
 Shape letter beside the usual ones: B2 rows of the table, one for each sequence that may run at once.
 """
