@@ -2,6 +2,7 @@
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -140,18 +141,30 @@ def test_a_side_effect_in_an_assert_is_found(expression: str):
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_no_file_is_too_long(path: Path):
-    """A file longer than this should be split."""
-    assert len(path.read_text().splitlines()) <= 420, f"{name_of(path)} is too long"
+    """A file longer than this should be split. relora.py is a flat list of commands and their options."""
+    limit = 420 if path.name == "relora.py" else 320
+    assert len(path.read_text().splitlines()) <= limit, f"{name_of(path)} is too long"
+
+
+def function_lines(path: Path) -> dict[str, int]:
+    """Return the length of each function, docstring included."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {f"{node.name}:{node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in functions}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_functions_stay_short(path: Path):
-    long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno >= 70
-    ]
+def test_no_function_is_too_long(path: Path):
+    long = {name: lines for name, lines in function_lines(path).items() if lines > 70}
     assert not long, f"{name_of(path)}: {long}"
+
+
+def test_most_functions_are_short():
+    """In the four packages of the product: half have at most 6 lines, nine of ten at most 16."""
+    core = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("kernels", "cluster", "serving", "readapt")]
+    lines = sorted(n for path in core for n in function_lines(path).values())
+    assert statistics.median(lines) <= 6
+    assert lines[int(0.9 * len(lines))] <= 16
 
 
 def test_every_error_is_in_the_tree_of_the_docstring():
