@@ -93,7 +93,7 @@ class Checkpoint:
     def tokenizer_fingerprint(self) -> str:
         """Return a SHA-256 over the tokenizer; equal fingerprints mean that texts get the same token ids.
 
-        The padding and truncation settings in tokenizer.json do not count: they are left over from whoever saved last.
+        The padding and truncation settings in tokenizer.json do not count: they are what the last program left there.
         """
         fast = self.folder / "tokenizer.json"
         if fast.is_file():

@@ -1,7 +1,7 @@
 """Reading and checking a fleet file.
 
-An unknown key, a wrong type or a value out of bounds is a ConfigError that names the key. Whoever opens the named files
-and folders checks that they exist.
+An unknown key, a wrong type or a value out of bounds is a ConfigError that names the key. Nothing here opens the named
+files and folders; the code that opens one checks that it exists.
 """
 
 import json

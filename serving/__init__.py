@@ -1,1 +1,1 @@
-"""One request's way to its tokens: an engine for many adapters, and its HTTP door."""
+"""One request's way to its tokens: an engine for many adapters, and its HTTP interface."""

@@ -1,4 +1,4 @@
-"""The records of the re-adaptation benchmark's runs, and the files that let it go on where it stopped."""
+"""The records of the re-adaptation benchmark's runs, and the files from which it resumes."""
 
 import hashlib
 import json

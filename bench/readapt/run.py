@@ -1,7 +1,7 @@
 """`relora bench readapt`: how soon adapters are ready on a new base, and how good they are, for seven methods.
 
 Runs updates x tasks x seeds x arms on real rows (see `updates`, `specialists`, `arms`, `cells`) and writes the figures
-of `figures` and all records. Updates, specialists and records are kept in a work folder, so a second call goes on where
+of `figures` and all records. Updates, specialists and records are kept in a work folder, so a second call resumes where
 the first one stopped.
 """
 

@@ -55,7 +55,7 @@ def _set_up(free: "Queue[int]") -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the benchmark dies, or it would go on writing records beside the next benchmark's."""
+    """End this worker when the benchmark dies. Otherwise it would write records beside those of the next benchmark."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

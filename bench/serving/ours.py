@@ -132,7 +132,7 @@ def running(served: ServedModel, settings: ServingConfig, packed: Path | None) -
 
 
 def replay_live(loop: EngineLoop, served: ServedModel, asks: Sequence[Ask]) -> list[Answer]:
-    """Replay the requests with one client each, who arrives on time and makes the engine load its adapter."""
+    """Replay the requests with one client each, which arrives on time and makes the engine load its adapter."""
     return asyncio.run(_replay_live(loop, served, asks))
 
 

@@ -26,7 +26,7 @@ Chooser = Callable[[Sequence[Ask]], list[Ask]]
 
 
 class Peft:
-    """The model with the first `num_adapters` adapters of a served loaded."""
+    """The served model with its first `num_adapters` adapters loaded."""
 
     def __init__(self, served: ServedModel, num_adapters: int):
         model: Any = AutoModelForCausalLM.from_pretrained(served.model, dtype=getattr(torch, served.dtype))

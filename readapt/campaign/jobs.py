@@ -68,7 +68,7 @@ JobUpdates = Generator[tuple[AdapterJob, JobUpdate] | None, None, None]
 
 
 class Executor(Protocol):
-    """Runs jobs somewhere. The campaign behind it knows the registry but not Ray, Ray's executor the reverse."""
+    """Runs jobs somewhere. A campaign knows the registry but not Ray; Ray's executor knows Ray but not the registry."""
 
     def run(self, jobs: Iterator[AdapterJob]) -> JobUpdates:
         """Yield updates as they come: for each job any number of RungReached, then one AdapterResult or JobFailure.

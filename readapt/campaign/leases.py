@@ -1,8 +1,8 @@
-"""Which campaigns are alive: each gives signs of life in the registry and watches those of the others.
+"""Which campaigns are alive: each counts its heartbeats in the registry and watches those of the others.
 
-A campaign gives a sign every `lease_s / 5` seconds. Another takes it for dead after watching for `lease_s` without
-seeing one. The watcher counts from its own first look, on its own monotonic clock. So the machines' clocks need not
-agree, and no process ids are needed, which mean nothing between containers.
+A campaign beats every `lease_s / 5` seconds. To another, it is dead after `lease_s` without a new beat. The watcher
+counts from its own first look, on its own monotonic clock, so the machines' clocks need not agree. Process ids are not
+used, because they mean nothing between containers.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from cluster.registry import Registry
 
 
 class LeaseWatch:
-    """Watches which campaigns still give signs of life."""
+    """Watches which campaigns still beat."""
 
     def __init__(self, registry: Registry, lease_s: float):
         self._registry = registry
@@ -38,7 +38,7 @@ class LeaseWatch:
 
 @contextlib.contextmanager
 def heartbeat(registry: Registry, campaign: str, every_s: float) -> Iterator[None]:
-    """Give signs of life during the block, from a thread: at once, then every `every_s` seconds."""
+    """Beat during the block, from a thread: at once, then every `every_s` seconds."""
     is_over = threading.Event()
 
     def beat() -> None:

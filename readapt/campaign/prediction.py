@@ -24,7 +24,7 @@ TRANSPLANT_COST = 5.0  # likewise: two forwards, and the products and solves of 
 
 @dataclass(frozen=True)
 class Corners:
-    """What is there before any training: the adapter on its `old` base, and three starts on the new one.
+    """Four evaluations before any training: the adapter on its `old` base, and three starts on the new one.
 
     Loss in nats per completion token. Quality is the share of rows answered exactly, in points, for every metric.
     """

@@ -115,7 +115,7 @@ def with_classes(
 
 
 def draws(classes: Mapping[str, Tensor], num: int, seed: int) -> Iterator[list[Tensor]]:
-    """Yield pairs of vectors [Y, D] and the tokens [Y] that the model shall write from them, forever."""
+    """Yield pairs of vectors [Y, D] and the tokens [Y] that the model should write from them, without end."""
     generator = torch.Generator().manual_seed(seed)
     pairs = zip(classes["scatter"], classes["freedom"], strict=True)
     roots_PDD = torch.stack([_root(s / n.clamp_min(1)) for s, n in pairs])

@@ -23,7 +23,7 @@ PATIENCE = 2  # evaluations without a lower loss, then the search stops
 
 
 def refine(objective: FusionObjective, found: SearchResult) -> SearchResult:
-    """Go on from a search's best point for up to `refine_steps`. Return to it if the new point is not better.
+    """Continue from a search's best point for up to `refine_steps`. Return to it if the new point is not better.
 
     The gradient is that of what the search scores: the sum as it ships, or uncut. `objective` compares the two points
     on the rows that the gradient has not seen.

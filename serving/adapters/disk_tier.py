@@ -1,6 +1,6 @@
 """The disk tier: packed adapters on a machine's disk, written once and mapped into memory by every engine there.
 
-The operating system's page cache thus is the host tier that all engines of a machine share. A file is named by the
+The operating system's page cache is thus the host tier that all engines of a machine share. A file is named by the
 adapter's content hash, in a folder named by the `packing_id`, so it is never stale. It appears as a whole or not at
 all. Opening it reads it as a whole: that checks it, and brings it into memory before the engine's thread copies it. A
 power failure may leave a file with wrong content; the check finds it, and the adapter is packed again.
@@ -39,7 +39,7 @@ _SCANS_PER_BUDGET = 16  # the folder is measured each time 1/16 of its budget is
 
 
 def packing_id(weights: Mapping[str, Tensor], page_elements: int, dtype: torch.dtype, max_rank: int) -> str:
-    """Return a hash of all that packing depends on: base weights, page size, dtype and the highest rank allowed."""
+    """Return a hash of everything packing depends on: base weights, page size, dtype and the highest rank allowed."""
     digest = hashlib.sha256(f"{_FORMAT}\0{page_elements}\0{dtype}\0{max_rank}".encode())
     for name, weight in weights.items():
         digest.update(f"\0{name}\0{tuple(weight.shape)}\0{_crc(0, weight.cpu())}".encode())

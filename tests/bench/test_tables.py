@@ -1,4 +1,4 @@
-"""The tables of docs/results.md are those that the committed records give."""
+"""The tables of docs/results.md are made from the committed records."""
 
 import json
 from pathlib import Path

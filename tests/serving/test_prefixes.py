@@ -64,7 +64,7 @@ def test_old_uses_lose_weight() -> None:
         items.add(name, 2, 2.0)
         if items.make_room(2) == ["old"]:
             return
-    raise AssertionError("uses of long ago count for ever")
+    raise AssertionError("old uses still count")
 
 
 def test_evicting_a_kept_thing_later_does_not_lower_the_floor() -> None:

@@ -71,7 +71,7 @@ class Tally:
             self.unexplained[what if what in self.unexplained or len(self.unexplained) < _MAX_SHOWN else "more"] += 1
 
     def verdict(self) -> dict[str, Any]:
-        """Return what the mismatches are. All tokens of a mismatch count as wrong, unless it is a tie."""
+        """Return the counts of the mismatches by kind. All tokens of one count as wrong, unless it is a tie."""
         counts: Counter[str] = Counter()
         num_wrong = 0
         for mismatch in self.mismatches:
