@@ -259,9 +259,8 @@ def _outside_handle(app: str) -> DeploymentHandle:
     """Return a handle that works without an event loop, or in one that `asyncio.run` closes again.
 
     With RAY_SERVE_THROUGHPUT_OPTIMIZED=1 (as in `ray_cluster.yaml`) a handle's router runs on the event loop of its
-    first caller, unless the handle is initialised otherwise. Ray 2.60 has no public way to say so for one handle:
-    `DeploymentHandle._init` is the only one. The variable RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP holds for the whole
-    process and is inherited by the replicas that it starts.
+    first caller. Ray 2.60 lets one handle choose otherwise only through `_init`. The public setting,
+    RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP, holds for the whole process and for the replicas that it starts.
     """
     handle = serve.get_app_handle(app)
     if not handle.is_initialized:  # Serve returns the same handle each time, and it can be initialised only once
