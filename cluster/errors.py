@@ -12,7 +12,7 @@
     ├── InvalidCheckpointError   base-model files that cannot be used: missing shard, wrong shape or architecture
     ├── InvalidDataError         task rows that cannot be used; names the file and the line
     ├── StorageError             blob store or registry unreachable, or the disk is full
-    ├── TrainingError            a training run that cannot go on (NaN loss)
+    ├── TrainingError            a training run that cannot continue (NaN loss)
     └── MissingPackageError      an optional package that is not installed
 
 A typed error reports the user's input or environment; an `assert` reports our bug. Errors can be pickled, because Ray
