@@ -92,16 +92,16 @@ def serve(
     opened = open_fleet(loaded)
     bases = base or sorted({route.live.base for route in opened.registry.routes().values()})
     with join_or_start(may_start=not detach) as started:
+        submit = "ray job submit"
         if started is not None:
+            submit += f" --address {started.dashboard_url}"
             console.print(f"no Ray cluster is running; started one here, dashboard {started.dashboard_url}")
         serving.on_ray.deploy(loaded, bases)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # so that a cluster started here is stopped
         console.print(f"serving {', '.join(bases)} at http://{loaded.serving.host}:{loaded.serving.port}/v1")
         for spec in loaded.bases:
             if spec.name not in bases:
-                _print_line(
-                    f"to move to {spec.name}: ray job submit -- relora upgrade {fleet.resolve()} --to {spec.name}"
-                )
+                _print_line(f"to move to {spec.name}: {submit} -- relora upgrade {fleet.resolve()} --to {spec.name}")
         while not detach:
             time.sleep(1.0)
 
