@@ -59,7 +59,7 @@ class BlobStore:
         return key
 
     def fetch_folder(self, key: str) -> Path:
-        """Return a local folder with the blob's content, which nobody may change; it is fetched once, then cached.
+        """Return a local folder with the blob's content. It is fetched once, then cached, and must not be changed.
 
         Every call hashes the cached files again: a full or failing disk may cost another fetch, but must not change
         weights. Raises NotFoundError if the store has no such blob. Raises StorageError if the store cannot be

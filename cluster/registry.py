@@ -293,7 +293,7 @@ class Registry:
 
 
 def _locked(connection: Connection, version_id: int) -> Version:
-    """Return the version within a writing transaction, so that nobody can change it before the transaction ends."""
+    """Return the version within a writing transaction, so that no other process can change it meanwhile."""
     rows = connection.execute(select(versions).where(versions.c.id == version_id)).all()
     return _version(_only(rows, f"version with id {version_id}"))
 

@@ -40,7 +40,7 @@ from readapt.fusion.refine import refine
 
 MAX_WORKER_GROUP_RESTARTS = 16
 TRAINING_NICENESS = 5  # engines run at 0: on shared cores a request goes before a training step
-SEARCH_POLL_S = 0.01  # how long a worker waits for a search before it goes on with its other jobs
+SEARCH_POLL_S = 0.01  # how long a worker waits for a search before it turns to its other jobs
 _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -50,7 +50,7 @@ ReturnT = TypeVar("ReturnT")
 LadderSteps = Generator[TrainingRun | None, TrainingResult | None, ReturnT]
 """Yields each training run it wants and is sent the result, or has the run's error thrown in.
 
-Yields None while its search goes on elsewhere, and is sent None. One driver can thus train many ladders' runs together.
+Yields None while its search runs elsewhere, and is sent None. One driver can thus train many ladders' runs together.
 """
 
 

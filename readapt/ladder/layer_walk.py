@@ -29,7 +29,7 @@ class Visitor(Protocol):
     def __call__(
         self, modules: tuple[str, ...], x_UD: Tensor, outputs: list[Tensor], stream_UD: Tensor | None
     ) -> list[Tensor]:
-        """Return the outputs [U, F] to go on with, one per module.
+        """Return the outputs [U, F] that the layer uses from here on, one per module.
 
         `modules` are paths inside the layer, `x_UD` is their common input and `outputs` what they computed. `stream_UD`
         is the residual stream that the output is added to; None at q/k/v and gate/up.
@@ -101,7 +101,7 @@ def check_walk(model: CausalLM, rows: Sequence[Encoded]) -> None:
 
 
 class _Fixed(nn.Module):
-    """A linear's stand-in that returns a given output. A hook would let the linear compute its own in vain."""
+    """A linear's stand-in that returns a given output. With a hook the linear would still compute its own."""
 
     def __init__(self, y_BTF: Tensor):
         super().__init__()

@@ -17,7 +17,7 @@ Both models take the calibration rows through their layers, one layer at a time 
           B = U_R and A = U_R^T M (reduced-rank regression: Izenman, J. Multivariate Analysis 1975). R is the smallest
           rank that holds a given share of the energy |M C|^2
 
-Each module is adapted before the student goes on, so later modules see what earlier cuts lost and repair it. The last
+Each module is adapted before the student continues, so later modules see what earlier cuts lost and repair it. The last
 layer's stream is read by the new head, not by the old one. Its target is therefore the stream from which the new head
 computes the teacher's logits (`HeadMap`).
 """

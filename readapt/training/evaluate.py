@@ -81,7 +81,7 @@ class Gate:
 
 
 class Verdict(StrEnum):
-    """What happens to a training run after an evaluation: it goes on, is ready to ship, or is dropped as hopeless."""
+    """What happens to a training run after an evaluation: it continues, is ready to ship, or is dropped as hopeless."""
 
     GO_ON = "go_on"
     READY = "ready"

@@ -51,7 +51,7 @@ class TrainingGroup:
         """Evaluate the runs that are due, then train each run one step. Return the runs that ended, with their ends.
 
         A run whose loss is no longer finite ends with a BrokenRunError. A run whose evaluation or rows fail ends with
-        that error. The other runs go on. An error in the shared pass is raised.
+        that error. The other runs continue. An error in the shared pass is raised.
         """
         ended = self._remove_ended([cohort.evaluate(self._hooks) for cohort in self._cohorts.values()])
         ended += self._remove_ended([cohort.draw() for cohort in self._cohorts.values()])

@@ -103,7 +103,7 @@ class TrainingRun:
     """One adapter's run: train `start` on `rows` as `settings` say.
 
     `evaluate` is called when `settings` have it due, with only this adapter on the model. Then `report` gets the new
-    point of the curve, and `watch` decides whether the run goes on. `known` is the evaluation of the start, if there
+    point of the curve, and `watch` decides whether the run continues. `known` is the evaluation of the start, if there
     already is one.
     """
 

@@ -173,7 +173,7 @@ class LoadQueue:
             load.work()
         except ReloraError as cause:
             error = cause
-        except Exception as cause:  # our bug; those who wait must hear of it all the same
+        except Exception as cause:  # our bug, but the callers that wait need the error
             log.exception("loading adapter %s failed", load.key)
             error = cause
         with self._lock:

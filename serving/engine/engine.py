@@ -244,7 +244,7 @@ class Engine:
             raise InvalidRequestError(f"the prompt has token ids outside the vocabulary of {self._model.vocab_size}")
 
     def _refuse_overdue(self) -> list[TokenEvent]:
-        """End the requests whose first token would come too late: nobody waits for their answers any more."""
+        """End the requests whose first token would come too late: their clients no longer wait."""
         events = []
         for sequence in self._scheduler.overdue(time.monotonic() + self._recent_step_s):
             self.abort(sequence.id)

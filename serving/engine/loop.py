@@ -175,7 +175,7 @@ class EngineLoop:
     def _load(self, ref: AdapterRef, folder: Path | Callable[[], Path]) -> None:
         loaded = self._loader.load(ref.key, folder)
         # The load ends without waiting for `_add`: a request posted from now on runs after it. The lock keeps the two
-        # lines together, so that nobody sees the announcement and posts a request before `_add` is posted.
+        # lines together, so that no request is posted between the announcement and `_add`.
         with self._changed:
             self._announced.add(ref.key)
             self._post(lambda: self._add(ref, loaded))
@@ -230,7 +230,7 @@ class EngineLoop:
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
                 self._update_stats()
-        except Exception as cause:  # whatever failed, nobody may go on waiting for this thread
+        except Exception as cause:  # whatever failed, no caller may keep waiting for this thread
             log.exception("the engine failed")
             error = BackendDiedError(f"The engine failed: {type(cause).__name__}: {cause}")
         finally:

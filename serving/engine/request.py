@@ -44,7 +44,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """Names one version of one adapter, with all that a replica needs to fetch and load it.
+    """Names one version of one adapter, with what a replica needs to fetch and load it.
 
     `key` is the content hash. Caches use it, so a reloaded, renamed or aliased adapter never gets stale weights.
     `blob_key` finds the files in the blob store. `name` and `version` are for people.

@@ -15,7 +15,7 @@ Pages are allocated when they are needed. When a decode needs one and none can b
 preempted: the least urgent one, and among equals the one admitted last. It gives up its pages. Later its KV is copied
 back from the host or recomputed (`serving.memory.swap`).
 
-There is no deadlock. The first running sequence can always go on, because all others can be preempted for it, and
+There is no deadlock. The first running sequence can always continue, because all others can be preempted for it, and
 `submit` refuses a request that could not run alone.
 """
 
@@ -157,7 +157,7 @@ class Scheduler:
         assert self._adapters.num_holds == num_holds, "holds of adapters differ from sequences"
 
     def _secure_pages(self) -> None:
-        """Give each decode that needs a new page one, by preemption if need be.
+        """Give each decode that needs a new page one, and preempt others if necessary.
 
         If the last running sequence itself needs a page, it skips this step before it is preempted.
         """

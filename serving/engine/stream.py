@@ -19,7 +19,7 @@ class Stream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last event has arrived, even if nobody has read it yet."""
+        """Whether the last event has arrived, even if it has not been read yet."""
         return self._has_ended.is_set()
 
     def put(self, event: TokenEvent) -> None:

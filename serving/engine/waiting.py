@@ -1,7 +1,7 @@
 """Choose which waiting request runs next: fair between adapters, resident ones preferred, with a bound on waiting.
 
 Requests of one adapter and one priority wait in one flow, in the order of arrival. Flows of the most urgent priority
-(the lowest number) go first, but for the last of these rules:
+(the lowest number) go first, except under the last of these rules:
 
 - Fairness: the flow is next whose adapter has been given the fewest tokens (virtual token counter, arXiv 2401.00588,
   with adapters as clients).
@@ -21,7 +21,7 @@ From then on `choose` returns the first flow of `_flows`. Its admission moves it
 A such admissions ours is first. Flows that end in another way only shorten this.
 
 A request with p requests before it in its flow is thus admitted after at most (p + 1) (K + A') + p others, where A' is
-the largest number of flows that wait at once. Preempted sequences run before all that wait, and count as admitted once.
+the largest number of flows that wait at once. Preempted sequences run before waiting ones, and count as admitted once.
 """
 
 import heapq

@@ -14,7 +14,7 @@ class OutOfPages(Exception):  # noqa: N818 - a signal between our own parts; use
 
 
 class PageAllocator:
-    """Owns the list of free pages. To free or share a page that nobody owns is our bug."""
+    """Owns the list of free pages. To free or share a page without an owner is our bug."""
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
