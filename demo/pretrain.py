@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo import corpus
+from readapt.training.optimiser import MAX_GRADIENT_NORM
 
 END, PAD = "<|end|>", "<|pad|>"
 END_ID, PAD_ID = 0, 1
@@ -22,7 +23,6 @@ END_ID, PAD_ID = 0, 1
 # so the sum is the same on every machine. Measured on 4 shared cores, 2026-11: 67 ms per step, 137 ms on one thread.
 # torch's own four threads took 58 ms, but 1.5 to 4.8 s while other programs ran, because OpenMP's barriers spin.
 _NUM_SHARDS = 4
-_MAX_GRADIENT_NORM = 1.0
 _WARMUP_STEPS = 20
 _FINAL_SHARE = 0.1  # what is left of the learning rate at the end of the cosine
 
@@ -118,7 +118,7 @@ def train_base(
     with ThreadPoolExecutor(min(_NUM_SHARDS, os.cpu_count() or 1)) as threads:
         for step in range(settings.steps):
             _set_gradients(model, parameters, _batch(texts, settings, generator), threads)
-            torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.param_groups[0]["lr"] = settings.learning_rate * _rate_share(step, settings.steps)
             optimizer.step()
             progress((step + 1) / settings.steps)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from bench.facts import plain, read_json
 from cluster.checkpoints import open_checkpoint
+from readapt.training.optimiser import MAX_GRADIENT_NORM
 
 CORPORA = ("books_children", "python_thealgorithms", "tinystories_1000")
 CORPUS_CHARS = 4_000_000  # of each corpus; more than the longest update reads
@@ -29,7 +30,6 @@ PIECE_CHARS = 2_000  # documents are tokenised in pieces: a tokenizer without wo
 HELD_OUT_SHARE = 0.05
 HELD_OUT_WINDOWS = 32
 WARMUP_STEPS = 20
-MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)

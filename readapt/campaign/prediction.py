@@ -6,13 +6,11 @@ A prediction orders a campaign and tells a person what to expect. It decides not
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from cluster.config import ReadaptConfig
+from cluster.config import ReadaptConfig, Rung
 from readapt.ladder.runs import scratch_settings, warm_settings
 from readapt.training.evaluate import Evaluation
 
-Rung = Literal["copy", "transplant", "fused", "train", "scratch"]
 ORDER: tuple[Rung, ...] = ("copy", "transplant", "fused", "train", "scratch")
 READY_EXCESS = 0.05  # nats per token above today's loss up to which a start needs no training, if it answers as well
 # Share of the way from no adapter to today's adapter; a start below it is no help to training. Measured: strong updates

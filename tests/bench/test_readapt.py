@@ -241,7 +241,7 @@ def test_if_scratch_is_below_v1_the_gate_and_the_timing_use_its_quality(
     def bad_on_new(self: object, adapter: object, *, on_old: bool = False, on_test: bool = True) -> Scored:
         return Scored(80.0 if on_old else 60.0, 70.0, [100.0, 0.0])
 
-    monkeypatch.setattr(cells._Bench, "score", bad_on_new)
+    monkeypatch.setattr(cells._UnitContext, "score", bad_on_new)
     arms = FakeArms()
     records = run_unit(replace(unit_of(kit, update, tmp_path), seeds=(0,)), arms, say=lambda line: None)
     timed = [spec for spec in arms.specs if spec.purpose == "timed"]

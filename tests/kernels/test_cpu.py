@@ -6,16 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu, ops_for, reference
-from tests.worlds.kernels import attention_case, guarded, guards_intact, lookup_case, lora_case, run_lora
+from tests.worlds.kernels import (
+    TOLERANCE,
+    assert_close,
+    attention_case,
+    guarded,
+    guards_intact,
+    lookup_case,
+    lora_case,
+    run_lora,
+    sequences,
+)
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = st.sampled_from(list(TOLERANCE))
 quick = settings(max_examples=100, deadline=None, derandomize=True)
-
-
-def assert_close(actual, expected, dtype=None):
-    tolerance = TOLERANCE[dtype or expected.dtype]
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 WAYS = list(cpu._Way)
@@ -107,13 +111,6 @@ def test_lookup_equals_the_twin(num_tokens, num_plain, **options):
     actual = cpu.lora_lookup(case.ids_T, case.arena, case.module, case.width)
     assert torch.equal(actual, reference.lora_lookup(case.ids_T, case.arena, case.module, case.width))
     assert torch.equal(actual, case.expected_TR)
-
-
-sequences = st.lists(
-    st.tuples(st.sampled_from([1, 1, 1, 2, 5, 9]), st.integers(0, 40)).map(lambda two: (two[0], sum(two))),
-    min_size=1,
-    max_size=9,
-)
 
 
 @quick

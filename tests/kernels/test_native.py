@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import LoraGroup, cpu, native, ops_for, reference
-from tests.kernels.test_cpu import assert_close, sequences
-from tests.worlds.kernels import attention_case, guarded, guards_intact, lora_case, run_lora
+from tests.worlds.kernels import (
+    assert_close,
+    attention_case,
+    guarded,
+    guards_intact,
+    lora_case,
+    run_lora,
+    sequences,
+)
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 quick = settings(max_examples=100, deadline=None, derandomize=True)

@@ -15,6 +15,7 @@ import torch
 
 from kernels import reference
 from tests.worlds.kernels import (
+    assert_close,
     attention_case,
     dense_lora,
     guarded,
@@ -24,8 +25,7 @@ from tests.worlds.kernels import (
     run_lora,
 )
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
-DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "fp16"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
 def _start(is_interpreted: bool) -> None:
@@ -48,11 +48,6 @@ def interpreter() -> Iterator[Executor]:
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[Executor]:
     yield from _process(False)
-
-
-def _assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = TOLERANCE[expected.dtype]
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def _guard_allocations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
@@ -85,7 +80,7 @@ def _check_lora(popularity: str, dtype: torch.dtype, **options: object) -> None:
     run_lora(triton_lora, case, out_TF)
     expected_TF = dense_lora(case)
     scale = max(1.0, expected_TF.abs().max().item())
-    _assert_close(out_TF / scale, expected_TF / scale)
+    assert_close(out_TF / scale, expected_TF / scale)
     assert guards_intact(whole)
     assert wide[:, :3].isnan().all()
     assert wide[:, -2:].isnan().all()
@@ -157,7 +152,7 @@ def _check_attention(query_lens: list[int], context_lens: list[int], dtype: torc
     with pytest.MonkeyPatch.context() as monkeypatch:
         allocations = _guard_allocations(monkeypatch)
         actual = triton_attention.paged_attention(*case.args, **case.options)
-    _assert_close(actual, expected)
+    assert_close(actual, expected)
     assert [guards_intact(whole) for whole in allocations] == [True]
 
 

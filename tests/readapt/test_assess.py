@@ -22,19 +22,19 @@ from readapt.campaign.order import ASSESSED, expected_seconds
 from readapt.campaign.prediction import Corners, Rung, climb_seconds, configured, predict, with_transplant
 from readapt.training.evaluate import Evaluation
 from relora import app
-from tests.worlds.readapt import World, evolve, make_world, write_task
+from tests.worlds.readapt import TaskWorld, evolve, make_world, write_task
 from tests.worlds.serving import make_checkpoint
 
 TARGETS = ("same", "mild", "low", "strong", "stranger")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("assess"))
 
 
 @pytest.fixture(scope="module")
-def fleet(world: World) -> Fleet:
+def fleet(world: TaskWorld) -> Fleet:
     """One specialist, twice, and v1 unchanged, changed a little, at low rank, at full rank, and another model."""
     folder = world.base.parent
     evolve(world.base, folder / "same", rank=1, scale=0.0)
@@ -93,7 +93,7 @@ def test_more_work_is_expected_on_higher_rungs(fleet: Fleet, registry: Registry)
     assert train > transplant > copy
 
 
-def test_energies_match_the_full_spectrum(fleet: Fleet, registry: Registry, world: World):
+def test_energies_match_the_full_spectrum(fleet: Fleet, registry: Registry, world: TaskWorld):
     energy = assess_all(fleet, registry, "strong")[0].energy
     assert energy is not None
     old, new = (open_checkpoint(fleet.base(name).path) for name in ("v1", "strong"))
@@ -164,7 +164,7 @@ def test_the_error_for_another_vocabulary_says_what_to_do(fleet: Fleet, registry
 
 
 def test_an_adapter_is_assessed_on_the_rows_of_all_its_stages(
-    fleet: Fleet, registry: Registry, world: World, tmp_path: Path
+    fleet: Fleet, registry: Registry, world: TaskWorld, tmp_path: Path
 ):
     """It answers the second stage's rows wrongly, which are half of all rows."""
     wrong = [replace(row, completion="mauve") for row in world.task.valid]
@@ -234,7 +234,7 @@ def test_a_transplant_is_expected_if_copies_fail(old_loss: float, rung: Rung, fo
 
 
 def test_without_rows_the_old_adapters_answers_are_the_reference(
-    fleet: Fleet, registry: Registry, world: World, tmp_path: Path
+    fleet: Fleet, registry: Registry, world: TaskWorld, tmp_path: Path
 ):
     key = registry.routes()["busy"].live.blob_key
     prompts = [json.dumps({"prompt": row.prompt}) for row in world.task.valid]

@@ -26,9 +26,8 @@ from readapt.campaign.campaign import Campaign
 from readapt.campaign.jobs import AdapterJob, JobUpdate
 from readapt.fusion.points import COPY, CORNERS
 from readapt.training.data import encoder_for
-from tests.readapt.test_campaign import Scripted, result_for
+from tests.worlds.executors import LocalExecutor, Scripted, result_for
 from tests.worlds.fleets import copy_of, make_fleet, registered
-from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
 from tests.worlds.serving import make_checkpoint
 

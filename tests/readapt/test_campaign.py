@@ -24,11 +24,10 @@ from cluster.records import jsonable
 from cluster.registry import Registry, Status
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.campaign import Campaign, in_background
-from readapt.campaign.jobs import AdapterJob, AdapterResult, JobFailure, JobUpdate, JobUpdates
+from readapt.campaign.jobs import AdapterJob, JobFailure, JobUpdate, JobUpdates
 from readapt.fusion.points import CORNERS
-from readapt.ladder.outcome import Outcome
+from tests.worlds.executors import LocalExecutor, Scripted, result_for
 from tests.worlds.fleets import copy_of, make_fleet, registered
-from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import try_points
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -57,25 +56,6 @@ def registry(fleet: Fleet) -> Iterator[Registry]:
 
 def corners(objective):
     return try_points(objective, CORNERS)
-
-
-class Scripted:
-    """An executor that does no work: `answer` returns each job's last update."""
-
-    def __init__(self, answer):
-        self.answer = answer
-        self.jobs: list[str] = []
-
-    def run(self, jobs: Iterator[AdapterJob]) -> JobUpdates:
-        for job in jobs:
-            self.jobs.append(job.adapter)
-            yield job, self.answer(job)
-
-
-def result_for(fleet: Fleet, job: AdapterJob, accepted: bool = True) -> AdapterResult:
-    adapter = load_adapter(open_blobs(fleet).fetch_folder(job.task_key))
-    outcome = Outcome("copy", adapter, 1.0, 0.0, 50.0, 50.0, 90.0, (), accepted, None)
-    return AdapterResult(outcome, None, {"reference": 0.0, "climb": 0.0})
 
 
 def campaign(fleet: Fleet, registry: Registry, executor=None, target: str = "v2", lease_s: float = 10.0, say=None):
@@ -298,7 +278,7 @@ from cluster.fleet_file import load_fleet
 from cluster.fleet import open_blobs, open_registry
 from readapt.campaign.campaign import Campaign
 from readapt.fusion.points import CORNERS
-from tests.worlds.local_executor import LocalExecutor
+from tests.worlds.executors import LocalExecutor, Scripted, result_for
 from tests.worlds.readapt import try_points
 
 fleet = load_fleet(Path(sys.argv[1]))

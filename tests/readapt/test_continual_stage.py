@@ -26,14 +26,14 @@ from tests.worlds.fleets import make_fleet, registered
 from tests.worlds.readapt import write_task
 from tests.worlds.two_linears import deltas
 
-World = tuple[Fleet, Registry, Path]
+OpenedFleet = tuple[Fleet, Registry, Path]
 PLAIN = Method(steps=80, ranks=((0, 4),), learning_rate=1e-2)
 METHOD = contrast(PLAIN)
 RECALL = recalling(PLAIN, Recall(150, rank=4, learning_rate=1e-2))
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> OpenedFleet:
     """Return a fleet with one specialist of three labels, and rows with two more labels."""
     folder = tmp_path_factory.mktemp("fleet")
     fleet = make_fleet(folder, names=("usual",))
@@ -60,7 +60,7 @@ def letters_of(registry: Registry) -> Version:
     return next(v for v in registry.versions("usual") if v.details.get("stage") == "letters")
 
 
-def test_a_stage_becomes_a_candidate_with_its_parent_and_state(world: World):
+def test_a_stage_becomes_a_candidate_with_its_parent_and_state(world: OpenedFleet):
     fleet, registry, more = world
     blobs = open_blobs(fleet)
     version = add_stage(fleet, registry, blobs, NextStage("usual", "letters", more), METHOD)
@@ -82,7 +82,7 @@ def test_a_stage_becomes_a_candidate_with_its_parent_and_state(world: World):
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_an_engine_serves_a_stage_with_the_accuracy_of_its_evaluation(world: World):
+def test_an_engine_serves_a_stage_with_the_accuracy_of_its_evaluation(world: OpenedFleet):
     fleet, registry, more = world
     version = letters_of(registry)
     engine = Engine.open(fleet.base("v1").path, ServingConfig(memory_bytes=4 << 20))
@@ -101,7 +101,7 @@ def test_an_engine_serves_a_stage_with_the_accuracy_of_its_evaluation(world: Wor
     assert 100.0 * right / len(rows) == version.details["accuracy_by_stage"]["letters"]
 
 
-def test_a_rollout_moves_the_stage_to_live(world: World):
+def test_a_rollout_moves_the_stage_to_live(world: OpenedFleet):
     fleet, registry, _ = world
     rollout = Rollout(registry, "v1", lambda version: None, replace(fleet.rollout, canary_s=0.0))
     while rollout.is_busy():
@@ -111,7 +111,7 @@ def test_a_rollout_moves_the_stage_to_live(world: World):
     assert registry.version(live.parent_id).status is Status.RETIRED
 
 
-def test_the_next_stage_continues_from_the_directions_of_the_last(world: World, tmp_path: Path):
+def test_the_next_stage_continues_from_the_directions_of_the_last(world: OpenedFleet, tmp_path: Path):
     fleet, registry, _ = world
     blobs = open_blobs(fleet)
     parent = letters_of(registry)
@@ -140,7 +140,7 @@ def test_the_gate_refuses_forgetting_and_learning_nothing():
     assert "'new' gained nothing" in str(setback(old, {"start": 95.0, "one": 80.0, "new": 0.0}, "new", 5.0))
 
 
-def test_a_stage_that_forgets_earlier_ones_is_rejected_without_files(world: World, tmp_path: Path):
+def test_a_stage_that_forgets_earlier_ones_is_rejected_without_files(world: OpenedFleet, tmp_path: Path):
     fleet, registry, _ = world
     version = add_stage(
         fleet, registry, open_blobs(fleet), NextStage("usual", "pq", rows_of(tmp_path, "pq"), parent=1), PLAIN
@@ -158,7 +158,7 @@ def test_a_stage_that_forgets_earlier_ones_is_rejected_without_files(world: Worl
 # Changing methods
 
 
-def test_recall_keeps_statistics_of_all_stages(world: World):
+def test_recall_keeps_statistics_of_all_stages(world: OpenedFleet):
     fleet, registry, more = world
     version = add_stage(lenient(fleet), registry, open_blobs(fleet), NextStage("usual", "r", more, parent=1), RECALL)
     state = state_of(fleet, version)
@@ -174,7 +174,7 @@ def num_labels(state: Decoupled) -> int:
     return int((state.classes["places"] == 0).sum()) if state.classes else 0
 
 
-def test_statistics_that_a_method_drops_are_computed_again(world: World, tmp_path: Path):
+def test_statistics_that_a_method_drops_are_computed_again(world: OpenedFleet, tmp_path: Path):
     """Contrast, recall, contrast, recall: sketches and statistics cover all stages, or are empty."""
     fleet, registry, _ = world
     states, parent = [], 1
@@ -196,7 +196,7 @@ def learned_despite_forgetting(fleet: Fleet, registry: Registry, wanted: NextSta
     return version
 
 
-def test_a_version_carried_over_has_stages_but_no_state(world: World, tmp_path: Path):
+def test_a_version_carried_over_has_stages_but_no_state(world: OpenedFleet, tmp_path: Path):
     """An upgrade keeps files and stages. Labels and statistics come from the rows."""
     fleet, registry, _ = world
     parent = letters_of(registry)
@@ -221,7 +221,7 @@ def test_a_version_carried_over_has_stages_but_no_state(world: World, tmp_path: 
 # Refused requests
 
 
-def refused(world: World, error: type[Exception], match: str, wanted: NextStage, method: Method = METHOD) -> None:
+def refused(world: OpenedFleet, error: type[Exception], match: str, wanted: NextStage, method: Method = METHOD) -> None:
     """Check that a stage is refused before the base is loaded."""
     fleet, registry, _ = world
     with pytest.MonkeyPatch.context() as patch:
@@ -230,7 +230,7 @@ def refused(world: World, error: type[Exception], match: str, wanted: NextStage,
             add_stage(fleet, registry, open_blobs(fleet), wanted, method)
 
 
-def test_impossible_stages_are_refused(world: World, tmp_path: Path):
+def test_impossible_stages_are_refused(world: OpenedFleet, tmp_path: Path):
     _, registry, more = world
     start = Path(registry.adapter("usual").data)
     refused(world, InvalidDataError, "already knows every label", NextStage("usual", "again", start))
@@ -240,7 +240,7 @@ def test_impossible_stages_are_refused(world: World, tmp_path: Path):
     refused(world, InvalidDataError, "cannot be read", NextStage("usual", "x", tmp_path))
 
 
-def test_ranks_that_do_not_fit_are_refused(world: World):
+def test_ranks_that_do_not_fit_are_refused(world: OpenedFleet):
     more = world[2]
     refused(world, InvalidAdapterError, "serving.max_rank", NextStage("usual", "x", more, parent=1, rank=4096))
     wanted = NextStage("usual", "x", more, parent=1)
@@ -249,7 +249,7 @@ def test_ranks_that_do_not_fit_are_refused(world: World):
         refused(world, InvalidAdapterError, "rank 500 does not fit", wanted, method)
 
 
-def test_missing_rows_of_an_earlier_stage_are_refused(world: World, tmp_path: Path):
+def test_missing_rows_of_an_earlier_stage_are_refused(world: OpenedFleet, tmp_path: Path):
     fleet, registry, _ = world
     gone = rows_of(tmp_path / "gone", "g")
     version = learned_despite_forgetting(fleet, registry, NextStage("usual", "gone", gone, parent=1), METHOD)
@@ -258,7 +258,7 @@ def test_missing_rows_of_an_earlier_stage_are_refused(world: World, tmp_path: Pa
     refused(world, InvalidDataError, "gone/valid.jsonl", NextStage("usual", "then", data, parent=version.number))
 
 
-def test_an_adapter_that_adds_nothing_is_refused(world: World, tmp_path: Path):
+def test_an_adapter_that_adds_nothing_is_refused(world: OpenedFleet, tmp_path: Path):
     fleet, registry, more = world
     save_adapter(blank(linear_shapes(load_base(fleet.base("v1").path)), 4, 4.0), tmp_path / "zero")
     key = open_blobs(fleet).put_folder(tmp_path / "zero")
@@ -278,7 +278,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
 
 
 def test_the_command_reports_candidates_and_rejections(
-    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    world: OpenedFleet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ):
     fleet, registry, _ = world
     command = [fleet.folder / "fleet.toml", "usual", "--parent", 1, "--direction-rank", 4, "--learning-rate", 0.01]
@@ -296,7 +296,7 @@ def test_the_command_reports_candidates_and_rejections(
 
 
 def test_the_command_refuses_a_negative_learning_rate(
-    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: OpenedFleet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     fleet, _, more = world
     command = [fleet.folder / "fleet.toml", "usual", "--data", more, "--stage", "s"]

@@ -20,7 +20,7 @@ from readapt.lowrank.delta import base_evolution
 from readapt.training.evaluate import Evaluator, Gate, judge
 from readapt.training.lora import blank_like, load_base, row_norms
 from readapt.training.training_run import CurvePoint
-from tests.worlds.readapt import World, evolve, logits, make_world, ready_when, try_points
+from tests.worlds.readapt import TaskWorld, evolve, logits, make_world, ready_when, try_points
 from tests.worlds.serving import make_checkpoint
 
 TRAIN = TrainConfig(
@@ -39,7 +39,7 @@ CONFIG = ReadaptConfig(
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("ladder"))
 
 
@@ -55,7 +55,9 @@ def copy_search(objective: FusionObjective) -> SearchResult:
     return try_points(objective, [COPY])
 
 
-def climb(world: World, new: Path, config: ReadaptConfig = CONFIG, reference: float | None = None, **more) -> Outcome:
+def climb(
+    world: TaskWorld, new: Path, config: ReadaptConfig = CONFIG, reference: float | None = None, **more
+) -> Outcome:
     rows = TaskRows.split(world.task, config.search)
     if reference is None:
         reference = judge(load_base(world.base), world.specialist, world.encoder, rows.gate, "exact_match").quality
@@ -67,12 +69,12 @@ def climb(world: World, new: Path, config: ReadaptConfig = CONFIG, reference: fl
     return Ladder(bases, task, config, more.pop("search", corner_search), **more).climb_alone()
 
 
-def gate_quality(world: World, new: Path, adapter: Adapter) -> float:
+def gate_quality(world: TaskWorld, new: Path, adapter: Adapter) -> float:
     gate_rows = TaskRows.split(world.task, CONFIG.search).gate
     return judge(load_base(new), adapter, world.encoder, gate_rows, "exact_match").quality
 
 
-def test_an_unchanged_base_keeps_the_copy(world: World) -> None:
+def test_an_unchanged_base_keeps_the_copy(world: TaskWorld) -> None:
     outcome = climb(world, world.base, search=refuse_search)
     assert (outcome.rung, outcome.accepted, outcome.alpha, outcome.beta) == ("copy", True, 1.0, 0.0)
     assert outcome.quality == outcome.copy_quality > 90
@@ -80,7 +82,7 @@ def test_an_unchanged_base_keeps_the_copy(world: World) -> None:
     assert outcome.adapter is world.specialist
 
 
-def test_fusion_undoes_a_low_rank_change_without_training(world: World, tmp_path: Path) -> None:
+def test_fusion_undoes_a_low_rank_change_without_training(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     outcome = climb(world, new)
     assert (outcome.rung, outcome.accepted, outcome.alpha, outcome.beta) == ("fused", True, 1.0, -1.0)
@@ -89,7 +91,7 @@ def test_fusion_undoes_a_low_rank_change_without_training(world: World, tmp_path
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
 
 
-def test_a_change_that_fusion_cannot_undo_takes_training(world: World, tmp_path: Path) -> None:
+def test_a_change_that_fusion_cannot_undo_takes_training(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     seen: list[tuple[str, CurvePoint]] = []
     outcome = climb(world, new, report=lambda rung, point: seen.append((rung, point)))
@@ -105,7 +107,7 @@ def test_a_change_that_fusion_cannot_undo_takes_training(world: World, tmp_path:
     assert all(a.seconds > 0 for a in outcome.attempts)
 
 
-def test_steps_after_short_steps_count_as_full(world: World, tmp_path: Path) -> None:
+def test_steps_after_short_steps_count_as_full(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     never = replace(CONFIG, train=replace(TRAIN, short_steps=20, full_steps=40, scratch_steps=20))
     outcome = climb(world, new, never, reference=200.0)
@@ -113,7 +115,7 @@ def test_steps_after_short_steps_count_as_full(world: World, tmp_path: Path) -> 
     assert steps == {"copy": [0], "fused": [0], "short": [20], "full": [40], "scratch": [0, 20]}
 
 
-def test_an_unreachable_gate_is_lowered_to_what_scratch_reaches(world: World, tmp_path: Path) -> None:
+def test_an_unreachable_gate_is_lowered_to_what_scratch_reaches(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     lenient = GateConfig(tolerance_points=2.0, max_drop_points=200.0)
     few = replace(CONFIG, train=replace(TRAIN, full_steps=20, scratch_steps=20), gate=lenient)
@@ -124,7 +126,7 @@ def test_an_unreachable_gate_is_lowered_to_what_scratch_reaches(world: World, tm
     assert outcome.rung != "scratch", "the undone adapter is better than 20 steps from scratch"
 
 
-def test_a_gate_is_not_lowered_below_its_floor(world: World, tmp_path: Path) -> None:
+def test_a_gate_is_not_lowered_below_its_floor(world: TaskWorld, tmp_path: Path) -> None:
     """A few steps of scratch training reach almost nothing. That must not let almost nothing ship."""
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     few = replace(CONFIG, train=replace(TRAIN, full_steps=1, scratch_steps=1, learning_rate=1e-9))
@@ -134,7 +136,7 @@ def test_a_gate_is_not_lowered_below_its_floor(world: World, tmp_path: Path) -> 
     assert outcome.reference == 100.0 - CONFIG.gate.max_drop_points
 
 
-def test_a_transplant_passes_without_training(world: World, tmp_path: Path) -> None:
+def test_a_transplant_passes_without_training(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     config = replace(CONFIG, ladder=LadderConfig(copy_cosine=0.9))
     outcome = climb(world, new, config, search=refuse_search)
@@ -147,7 +149,7 @@ def test_a_transplant_passes_without_training(world: World, tmp_path: Path) -> N
     assert outcome.ready.seconds >= sum(a.seconds for a in outcome.attempts)
 
 
-def test_if_the_bases_moved_apart_the_transplant_comes_before_the_copy(world: World, tmp_path: Path) -> None:
+def test_if_the_bases_moved_apart_the_transplant_comes_before_the_copy(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     outcome = climb(world, new, only("copy", "transplant"))
     assert [a.rung for a in outcome.attempts] == ["transplant"]
@@ -157,7 +159,7 @@ def test_if_the_bases_moved_apart_the_transplant_comes_before_the_copy(world: Wo
     )
 
 
-def test_a_budget_is_used_up_and_the_first_pass_is_recorded(world: World, tmp_path: Path) -> None:
+def test_a_budget_is_used_up_and_the_first_pass_is_recorded(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     ladder = LadderConfig(rungs=("copy", "fused", "train", "scratch"), stop="budget")
     outcome = climb(world, new, replace(CONFIG, ladder=ladder))
@@ -175,13 +177,13 @@ def test_a_budget_is_used_up_and_the_first_pass_is_recorded(world: World, tmp_pa
     assert 0 < alone.ready.step < TRAIN.scratch_steps
 
 
-def test_unrelated_bases_go_straight_to_scratch(world: World, tmp_path: Path) -> None:
+def test_unrelated_bases_go_straight_to_scratch(world: TaskWorld, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", std=0.08, seed=99)
     outcome = climb(world, other, replace(CONFIG, ladder=LadderConfig()), search=refuse_search)
     assert [a.rung for a in outcome.attempts] == ["scratch"]
 
 
-def test_scratch_ships_if_the_old_adapter_is_worthless(world: World) -> None:
+def test_scratch_ships_if_the_old_adapter_is_worthless(world: TaskWorld) -> None:
     worthless = blank_like(world.specialist, seed=3)
     start = replace(CONFIG, train=replace(TRAIN, full_steps=20, learning_rate=1e-9))
     outcome = climb(world, world.base, start, old=worthless)
@@ -189,7 +191,7 @@ def test_scratch_ships_if_the_old_adapter_is_worthless(world: World) -> None:
     assert outcome.quality >= outcome.reference - 2.0 > 90
 
 
-def test_diverged_training_leaves_the_starts(world: World, tmp_path: Path) -> None:
+def test_diverged_training_leaves_the_starts(world: TaskWorld, tmp_path: Path) -> None:
     """If all training diverges, the better of copy and fused start is returned, but not accepted."""
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     wild = replace(CONFIG, train=replace(TRAIN, learning_rate=1e30, scratch_learning_rate=1e30))
@@ -206,7 +208,7 @@ def only(*rungs: str, config: ReadaptConfig = CONFIG, **train: object) -> Readap
     return replace(config, ladder=ladder, train=replace(config.train, **train))
 
 
-def test_a_climb_without_any_adapter_raises_the_last_error(world: World) -> None:
+def test_a_climb_without_any_adapter_raises_the_last_error(world: TaskWorld) -> None:
     with pytest.raises(TrainingError, match="no rung of the ladder led to an adapter: the loss became"):
         climb(world, world.base, only("scratch", scratch_learning_rate=1e30))
 
@@ -215,7 +217,7 @@ def no_trials(objective: FusionObjective) -> SearchResult:
     raise TrainingError("no trial could be carried out")
 
 
-def test_a_failed_start_does_not_stop_the_other_rungs(world: World) -> None:
+def test_a_failed_start_does_not_stop_the_other_rungs(world: TaskWorld) -> None:
     outcome = climb(world, world.base, only("fused", "copy"), search=no_trials)
     assert (outcome.rung, outcome.accepted) == ("copy", True)
     failed, copy = outcome.attempts
@@ -227,7 +229,7 @@ def test_a_failed_start_does_not_stop_the_other_rungs(world: World) -> None:
 
 
 def test_a_model_of_an_unknown_family_is_trained_instead_of_transplanted(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: TaskWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
         raise InvalidCheckpointError("another family")
@@ -238,7 +240,9 @@ def test_a_model_of_an_unknown_family_is_trained_instead_of_transplanted(
     assert outcome.rung == "scratch"
 
 
-def test_if_the_old_base_can_read_no_row_there_is_no_transplant(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_old_base_can_read_no_row_there_is_no_transplant(
+    world: TaskWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(starts_module, "calibration_rows", lambda rows, vocab_size, num_tokens: [])
     outcome = climb(world, world.base, only("transplant", "copy"))
     assert [(a.rung, a.quality > 0) for a in outcome.attempts] == [("transplant", False), ("copy", True)]
@@ -254,7 +258,7 @@ def test_if_the_old_base_can_read_no_row_there_is_no_transplant(world: World, mo
     ],
 )
 def test_a_run_is_dropped_only_if_scratch_training_follows(
-    world: World, rungs: tuple[str, ...], stop: str, is_dropped: bool
+    world: TaskWorld, rungs: tuple[str, ...], stop: str, is_dropped: bool
 ) -> None:
     """No step improves the start: the learning rate is almost zero, and the gate is out of reach."""
     config = only(*rungs, learning_rate=1e-12, short_steps=20, full_steps=60, scratch_steps=1)
@@ -264,7 +268,7 @@ def test_a_run_is_dropped_only_if_scratch_training_follows(
     assert steps[-1] == (20 if is_dropped else 60)
 
 
-def test_a_start_whose_loss_is_not_a_number_is_not_the_best(world: World) -> None:
+def test_a_start_whose_loss_is_not_a_number_is_not_the_best(world: TaskWorld) -> None:
     broken = {n: replace(f, b_FR=f.b_FR * torch.nan) for n, f in world.specialist.factors.items()}
     config = only("copy", "fused", "train", full_steps=20)
     old = replace(world.specialist, factors=broken)
@@ -291,7 +295,7 @@ def test_a_start_whose_loss_is_not_a_number_is_not_the_best(world: World) -> Non
     assert outcome.quality > 50
 
 
-def test_a_transplants_attempt_has_its_least_energy(world: World, tmp_path: Path) -> None:
+def test_a_transplants_attempt_has_its_least_energy(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     energies = []
     for rank in (8, 32):
@@ -303,7 +307,7 @@ def test_a_transplants_attempt_has_its_least_energy(world: World, tmp_path: Path
     assert 0 < energies[0] < energies[1] <= 1 + 1e-6
 
 
-def test_a_dora_can_climb(world: World) -> None:
+def test_a_dora_can_climb(world: TaskWorld) -> None:
     norms = row_norms(load_base(world.base), world.specialist.factors)
     factors = {n: replace(f, magnitude_F=norms[n]) for n, f in world.specialist.factors.items()}
     dora = replace(world.specialist, factors=factors)
@@ -316,7 +320,7 @@ def test_a_dora_can_climb(world: World) -> None:
     assert all(a.error is None for a in outcome.attempts)
 
 
-def test_a_complete_evaluation_is_not_repeated(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_evaluation_is_not_repeated(world: TaskWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluator gets no gate here, so that its evaluations never end early."""
 
     def refuse(evaluator: Evaluator) -> None:
@@ -329,7 +333,7 @@ def test_a_complete_evaluation_is_not_repeated(world: World, monkeypatch: pytest
     assert outcome.quality == gate_quality(world, world.base, world.specialist)
 
 
-def test_a_good_start_survives_a_diverged_run(world: World, tmp_path: Path) -> None:
+def test_a_good_start_survives_a_diverged_run(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     wild = replace(CONFIG, train=replace(TRAIN, learning_rate=1e30, scratch_learning_rate=1e30))
     outcome = climb(world, new, wild, reference=200.0)
@@ -338,7 +342,7 @@ def test_a_good_start_survives_a_diverged_run(world: World, tmp_path: Path) -> N
     assert gate_quality(world, new, outcome.adapter) == outcome.quality
 
 
-def test_search_and_gate_share_no_rows_and_test_rows_are_not_read(world: World, tmp_path: Path) -> None:
+def test_search_and_gate_share_no_rows_and_test_rows_are_not_read(world: TaskWorld, tmp_path: Path) -> None:
     """The test rows cannot even be encoded, and the search shows which rows it got."""
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     poisoned = replace(world, task=replace(world.task, test=[replace(world.task.test[0], completion="x" * 999)]))
@@ -356,7 +360,7 @@ def test_search_and_gate_share_no_rows_and_test_rows_are_not_read(world: World, 
     assert searched == [pytest.approx(expected, rel=1e-5)]
 
 
-def test_the_model_is_bare_after_the_climb(world: World, tmp_path: Path) -> None:
+def test_the_model_is_bare_after_the_climb(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2)
     model = load_base(new)
     bare = logits(model)
@@ -364,7 +368,7 @@ def test_the_model_is_bare_after_the_climb(world: World, tmp_path: Path) -> None
     assert torch.equal(logits(model), bare)
 
 
-def test_train_scratch_reaches_a_gate(world: World) -> None:
+def test_train_scratch_reaches_a_gate(world: TaskWorld) -> None:
     model = load_base(world.base)
     bare = logits(model)
     evaluate = Evaluator(model, world.encoder, world.task.valid, "exact_match")
@@ -383,7 +387,7 @@ def test_train_scratch_reaches_a_gate(world: World) -> None:
     assert torch.equal(logits(model), bare)
 
 
-def test_anchors(world: World) -> None:
+def test_anchors(world: TaskWorld) -> None:
     """The old adapter as an anchor is the same function with the layout of the start, whatever its rank and scaling."""
     name, factors = next(iter(world.specialist.factors.items()))
     q, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
@@ -406,7 +410,7 @@ def test_anchors(world: World) -> None:
     torch.testing.assert_close(anchor.factors[name].b_FR, factors.b_FR, rtol=1e-3, atol=1e-4)
 
 
-def test_training_with_each_anchor(world: World, tmp_path: Path) -> None:
+def test_training_with_each_anchor(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     losses = {}
     for anchor in ("old", "zero"):

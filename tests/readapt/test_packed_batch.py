@@ -12,16 +12,16 @@ from readapt.training.lora import load_base
 from readapt.training.packed_batch import pack_batch
 from readapt.training.training_group import mean_losses
 from tests.worlds.precision import FORWARD, assert_near
-from tests.worlds.readapt import World, make_world
+from tests.worlds.readapt import TaskWorld, make_world
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("packing"))
 
 
 @pytest.fixture
-def model(world: World) -> Any:
+def model(world: TaskWorld) -> Any:
     return load_base(world.base)
 
 

@@ -12,20 +12,20 @@ from readapt.fusion.refine import refine
 from readapt.lowrank.delta import base_evolution
 from readapt.training.lora import load_base
 from tests.worlds.precision import FORWARD, assert_near
-from tests.worlds.readapt import World, evolve, logits, make_world, try_points
+from tests.worlds.readapt import TaskWorld, evolve, logits, make_world, try_points
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("refine"))
 
 
 @pytest.fixture(scope="module")
-def new_base(world: World) -> Path:
+def new_base(world: TaskWorld) -> Path:
     return evolve(world.base, world.base.parent / "v2", rank=4, scale=1.2)
 
 
-def objective(world: World, new_base: Path, **config) -> FusionObjective:
+def objective(world: TaskWorld, new_base: Path, **config) -> FusionObjective:
     evolution, _ = base_evolution(open_checkpoint(world.base), open_checkpoint(new_base), 64, 0.9999)
     rows = world.task.valid[:40]
     return FusionObjective(
@@ -34,7 +34,7 @@ def objective(world: World, new_base: Path, **config) -> FusionObjective:
 
 
 @pytest.mark.parametrize("rank", ["uncut", "serving"])
-def test_the_gradient_is_that_of_the_loss(world: World, new_base: Path, rank) -> None:
+def test_the_gradient_is_that_of_the_loss(world: TaskWorld, new_base: Path, rank) -> None:
     scored = objective(world, new_base, rank=rank)
     start = Point(0.9, -0.6)
     pairs_M2 = torch.cat([terms.pairs([start]) for terms in scored.terms.values()]).requires_grad_()
@@ -49,7 +49,7 @@ def test_the_gradient_is_that_of_the_loss(world: World, new_base: Path, rank) ->
 
 
 @pytest.mark.parametrize("rank", ["uncut", "serving"])
-def test_refinement_improves_a_search_and_leaves_the_model_bare(world: World, new_base: Path, rank) -> None:
+def test_refinement_improves_a_search_and_leaves_the_model_bare(world: TaskWorld, new_base: Path, rank) -> None:
     scored = objective(world, new_base, rank=rank, refine_steps=20)
     bare = logits(scored.model)
     found = try_points(scored, [COPY])
@@ -62,13 +62,13 @@ def test_refinement_improves_a_search_and_leaves_the_model_bare(world: World, ne
     assert torch.equal(logits(scored.model), bare)
 
 
-def test_without_steps_the_search_result_is_unchanged(world: World, new_base: Path) -> None:
+def test_without_steps_the_search_result_is_unchanged(world: TaskWorld, new_base: Path) -> None:
     scored = objective(world, new_base)
     found = try_points(scored, [COPY, UNDO])
     assert refine(scored, found) is found
 
 
-def test_a_point_that_is_not_better_on_unseen_rows_is_rejected(world: World, new_base: Path, monkeypatch) -> None:
+def test_a_point_that_is_not_better_on_unseen_rows_is_rejected(world: TaskWorld, new_base: Path, monkeypatch) -> None:
     """The steps are so large that the loss can only rise."""
     monkeypatch.setattr(refine_module, "LEARNING_RATE", 5.0)
     scored = objective(world, new_base, rank="uncut", refine_steps=6)
@@ -78,7 +78,7 @@ def test_a_point_that_is_not_better_on_unseen_rows_is_rejected(world: World, new
     assert refined.loss == found.loss
 
 
-def test_one_search_row_is_too_few_to_refine(world: World, new_base: Path) -> None:
+def test_one_search_row_is_too_few_to_refine(world: TaskWorld, new_base: Path) -> None:
     scored = objective(world, new_base, refine_steps=5)
     scored.rows = scored.rows[:1]
     found = try_points(scored, [COPY])

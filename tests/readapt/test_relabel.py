@@ -8,15 +8,15 @@ from readapt.ladder.relabel import answered, is_data_free, load_prompts, relabel
 from readapt.training.data import Encoder
 from readapt.training.evaluate import judge
 from readapt.training.lora import load_base
-from tests.worlds.readapt import World, logits, make_world
+from tests.worlds.readapt import TaskWorld, logits, make_world
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("relabel"))
 
 
-def test_the_old_service_agrees_with_its_own_answers(world: World) -> None:
+def test_the_old_service_agrees_with_its_own_answers(world: TaskWorld) -> None:
     model = load_base(world.base)
     bare = logits(model)
     prompts = [row.prompt for row in world.task.train[:60]]
@@ -28,14 +28,14 @@ def test_the_old_service_agrees_with_its_own_answers(world: World) -> None:
     assert (logits(model) == bare).all()
 
 
-def test_prompts_become_a_task_with_disjoint_splits(world: World) -> None:
+def test_prompts_become_a_task_with_disjoint_splits(world: TaskWorld) -> None:
     prompts = [row.prompt for row in world.task.train[:50]]
     task = relabelled(load_base(world.base), world.specialist, world.encoder, prompts)
     assert (len(task.valid), len(task.train), task.test) == (10, 40, [])
     assert not {row.prompt for row in task.train} & {row.prompt for row in task.valid}
 
 
-def test_sorted_prompts_are_shuffled_before_they_are_split(world: World) -> None:
+def test_sorted_prompts_are_shuffled_before_they_are_split(world: TaskWorld) -> None:
     prompts = sorted({row.prompt for row in world.task.train[:60]}, key=len)
     model = load_base(world.base)
     task, again = (relabelled(model, world.specialist, world.encoder, prompts) for _ in range(2))
@@ -43,7 +43,7 @@ def test_sorted_prompts_are_shuffled_before_they_are_split(world: World) -> None
     assert len({len(row.prompt) for row in task.valid}) > 2, "all lengths"
 
 
-def test_answers_that_do_not_end_are_left_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_do_not_end_are_left_out(world: TaskWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for three tokens "red" does not end. The text of a cut answer may have fewer tokens than were made."""
     model, prompts = load_base(world.base), ["1a=", "2b="]
     assert len(answered(model, world.specialist, world.encoder, prompts)) == 2
@@ -52,7 +52,7 @@ def test_answers_that_do_not_end_are_left_out(world: World, monkeypatch: pytest.
     assert answered(model, world.specialist, short, prompts) == []
 
 
-def test_the_error_counts_prompts_that_are_too_long(world: World) -> None:
+def test_the_error_counts_prompts_that_are_too_long(world: TaskWorld) -> None:
     prompts = [f"{number}{'9' * 60}" for number in range(5)]
     cause = "answered 0 of 5 prompts.* 5 prompts leave no room for an answer of 32 tokens"
     with pytest.raises(InvalidDataError, match=cause):
@@ -67,7 +67,7 @@ def test_rows_with_true_answers_are_preferred_to_prompts(tmp_path: Path) -> None
     assert not is_data_free(tmp_path)
 
 
-def test_prompts_that_leave_no_room_for_an_answer_are_left_out(world: World) -> None:
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out(world: TaskWorld) -> None:
     prompts = [world.task.train[0].prompt, "9" * 63]
     rows = answered(load_base(world.base), world.specialist, world.encoder, prompts)
     assert [row.prompt for row in rows] == prompts[:1]

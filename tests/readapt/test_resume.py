@@ -31,7 +31,7 @@ from cluster.fleet_file import load_fleet
 from cluster.fleet import open_blobs, open_registry
 from readapt.campaign.campaign import Campaign
 from readapt.fusion.points import CORNERS
-from tests.worlds.local_executor import LocalExecutor
+from tests.worlds.executors import LocalExecutor
 from tests.worlds.readapt import try_points
 
 fleet = load_fleet(Path(sys.argv[1]))

@@ -20,7 +20,7 @@ from readapt.training.data import Row
 from readapt.training.evaluate import Evaluator, judge
 from readapt.training.lora import blank, linear_shapes, load_base
 from tests.worlds.precision import FORWARD, assert_near
-from tests.worlds.readapt import World, evolve, logits, make_rows, make_world
+from tests.worlds.readapt import TaskWorld, evolve, logits, make_rows, make_world
 
 UNCUT = SearchConfig(rank="uncut")
 SERVING = SearchConfig(rank="serving")
@@ -29,22 +29,26 @@ POINTS = [COPY, UNDO, BARE, Point(0.7, 0.3), FINER]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("search"))
 
 
 @pytest.fixture(scope="module")
-def new_base(world: World) -> Path:
+def new_base(world: TaskWorld) -> Path:
     return evolve(world.base, world.base.parent / "v2", rank=4, scale=1.2)
 
 
 @pytest.fixture(scope="module")
-def evolution(world: World, new_base: Path) -> Adapter:
+def evolution(world: TaskWorld, new_base: Path) -> Adapter:
     return base_evolution(open_checkpoint(world.base), open_checkpoint(new_base), 64, 0.9999)[0]
 
 
 def objective(
-    world: World, new_base: Path, evolution: Adapter, task: Adapter | None = None, config: SearchConfig = SERVING
+    world: TaskWorld,
+    new_base: Path,
+    evolution: Adapter,
+    task: Adapter | None = None,
+    config: SearchConfig = SERVING,
 ) -> FusionObjective:
     rows = world.task.valid[:40]
     return FusionObjective(load_base(new_base), task or world.specialist, evolution, rows, world.encoder, config)
@@ -53,7 +57,7 @@ def objective(
 @pytest.mark.parametrize("config", [UNCUT, SERVING], ids=lambda config: config.rank)
 @pytest.mark.parametrize("forward_tokens", [64, 10_000])
 def test_candidates_have_the_same_losses_together_and_alone(
-    world: World, new_base: Path, evolution: Adapter, config: SearchConfig, forward_tokens: int, monkeypatch
+    world: TaskWorld, new_base: Path, evolution: Adapter, config: SearchConfig, forward_tokens: int, monkeypatch
 ) -> None:
     monkeypatch.setitem(objective_module.FORWARD_TOKENS, "cpu", forward_tokens)
     scored = objective(world, new_base, evolution, config=config)
@@ -68,7 +72,9 @@ def test_candidates_have_the_same_losses_together_and_alone(
     assert len(set(found)) == len(POINTS)
 
 
-def test_undoing_the_update_scores_like_the_old_specialist(world: World, new_base: Path, evolution: Adapter) -> None:
+def test_undoing_the_update_scores_like_the_old_specialist(
+    world: TaskWorld, new_base: Path, evolution: Adapter
+) -> None:
     old = judge(load_base(world.base), world.specialist, world.encoder, world.task.valid[:40], "exact_match").loss
     whole = objective(world, new_base, evolution, config=UNCUT)
     assert whole.losses([UNDO])[0] == pytest.approx(old, rel=1e-3)  # the evolution holds 99.99 % of the energy
@@ -86,7 +92,7 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
 
 @pytest.mark.parametrize("config", [UNCUT, SERVING], ids=lambda config: config.rank)
 def test_dora_candidates_score_like_merged_weights(
-    world: World, new_base: Path, evolution: Adapter, config: SearchConfig
+    world: TaskWorld, new_base: Path, evolution: Adapter, config: SearchConfig
 ) -> None:
     weights = {name: load_base(world.base).get_submodule(name).weight for name in world.specialist.factors}
     magnitudes = {name: weight.norm(dim=1) * torch.linspace(0.9, 1.1, len(weight)) for name, weight in weights.items()}
@@ -99,26 +105,26 @@ def test_dora_candidates_score_like_merged_weights(
         assert_near(loss, alone, FORWARD)
 
 
-def test_candidates_have_the_serving_ranks(world: World, new_base: Path, evolution: Adapter) -> None:
+def test_candidates_have_the_serving_ranks(world: TaskWorld, new_base: Path, evolution: Adapter) -> None:
     candidate = objective(world, new_base, evolution).adapter(Point(0.9, -0.7))
     assert {n: f.rank for n, f in candidate.factors.items()} == {n: f.rank for n, f in world.specialist.factors.items()}
 
 
 def test_a_loss_that_is_not_finite_is_infinite_only_for_its_candidate(
-    world: World, new_base: Path, evolution: Adapter
+    world: TaskWorld, new_base: Path, evolution: Adapter
 ) -> None:
     wild, tame = objective(world, new_base, evolution, config=UNCUT).losses([Point(1e30, 0.0), COPY])
     assert wild == math.inf
     assert math.isfinite(tame)
 
 
-def test_a_task_of_another_shape_is_refused(world: World, new_base: Path, evolution: Adapter) -> None:
+def test_a_task_of_another_shape_is_refused(world: TaskWorld, new_base: Path, evolution: Adapter) -> None:
     other = blank(dict.fromkeys(linear_shapes(load_base(new_base)), (5, 7)), rank=2, alpha=4.0)
     with pytest.raises(InvalidAdapterError, match="shape"):
         objective(world, new_base, evolution, other)
 
 
-def test_find_undoes_a_change_that_only_hurts(world: World, new_base: Path, evolution: Adapter) -> None:
+def test_find_undoes_a_change_that_only_hurts(world: TaskWorld, new_base: Path, evolution: Adapter) -> None:
     config = replace(UNCUT, trials=24, batch=6)
     found = find(objective(world, new_base, evolution, config=config))
     assert len(found.trials) == 24
@@ -128,7 +134,7 @@ def test_find_undoes_a_change_that_only_hurts(world: World, new_base: Path, evol
     assert found == find(objective(world, new_base, evolution, config=config)), "the same seed, the same search"
 
 
-def test_find_over_kinds_gives_each_kind_its_own_pair(world: World, tmp_path: Path) -> None:
+def test_find_over_kinds_gives_each_kind_its_own_pair(world: TaskWorld, tmp_path: Path) -> None:
     """Only the MLPs have changed, so the beta of attention has no effect."""
     new = evolve(world.base, tmp_path / "v2", rank=4, scale=1.2, kinds=("gate_proj", "up_proj", "down_proj"))
     change = base_evolution(open_checkpoint(world.base), open_checkpoint(new), 64, 0.9999)[0]

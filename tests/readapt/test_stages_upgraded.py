@@ -19,8 +19,8 @@ from readapt.ladder.runs import train_scratch
 from readapt.training.data import Row, Task, encoder_for, joined, load_rows, load_task
 from readapt.training.evaluate import Evaluator, judge
 from readapt.training.lora import blank, linear_shapes, load_base
+from tests.worlds.executors import LocalExecutor
 from tests.worlds.fleets import make_fleet, registered
-from tests.worlds.local_executor import LocalExecutor
 from tests.worlds.readapt import ready_when, write_task
 
 METHOD = contrast(Method(steps=80, ranks=((0, 4),), learning_rate=1e-2))

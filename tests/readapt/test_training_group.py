@@ -16,20 +16,20 @@ from readapt.training.lora_stack import layout_of
 from readapt.training.training_group import TrainingGroup, fine_tune
 from readapt.training.training_run import BrokenRunError, RunSettings, TrainingResult, TrainingRun
 from tests.worlds.precision import FORWARD, TRAINED, assert_near
-from tests.worlds.readapt import World, logits, make_world, random_factors, ready_when
+from tests.worlds.readapt import TaskWorld, logits, make_world, random_factors, ready_when
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("group"))
 
 
 @pytest.fixture
-def model(world: World) -> Any:
+def model(world: TaskWorld) -> Any:
     return load_base(world.base)
 
 
-def runs_of_many_kinds(world: World, model: Any) -> list[TrainingRun]:
+def runs_of_many_kinds(world: TaskWorld, model: Any) -> list[TrainingRun]:
     """Runs with different layouts, kinds, rates, batch sizes, pulls and lengths. The first two share a cohort."""
     shapes = linear_shapes(model)
     starts = [
@@ -78,7 +78,7 @@ def assert_same_weights(one: Adapter, other: Adapter) -> None:
 
 
 @pytest.mark.parametrize("join_at", [(0, 0, 0, 0), (3, 0, 6, 1)])
-def test_each_adapter_trains_as_it_would_alone(world: World, model: Any, join_at: tuple[int, ...]) -> None:
+def test_each_adapter_trains_as_it_would_alone(world: TaskWorld, model: Any, join_at: tuple[int, ...]) -> None:
     runs = runs_of_many_kinds(world, model)
     bare = logits(model)
     together = run_all(TrainingGroup(model), runs, join_at)
@@ -87,7 +87,7 @@ def test_each_adapter_trains_as_it_would_alone(world: World, model: Any, join_at
         assert_same_run(together[key], fine_tune(model, run))
 
 
-def test_an_adapter_leaves_at_once_when_it_is_ready_or_dropped(world: World, model: Any) -> None:
+def test_an_adapter_leaves_at_once_when_it_is_ready_or_dropped(world: TaskWorld, model: Any) -> None:
     stays, other, *_ = runs_of_many_kinds(world, model)
     leaves = replace(other, watch=ready_when(lambda evaluation: True))
     dropped = replace(other, watch=lambda evaluation: Verdict.DROP)
@@ -104,7 +104,7 @@ def test_an_adapter_leaves_at_once_when_it_is_ready_or_dropped(world: World, mod
     assert_same_run(end, fine_tune(model, stays))
 
 
-def test_a_broken_adapter_does_not_affect_the_others(world: World, model: Any) -> None:
+def test_a_broken_adapter_does_not_affect_the_others(world: TaskWorld, model: Any) -> None:
     """It shares a cohort with the first run, and a batch with all others."""
     runs = runs_of_many_kinds(world, model)
     first, factors = next(iter(world.specialist.factors.items()))
@@ -116,7 +116,7 @@ def test_a_broken_adapter_does_not_affect_the_others(world: World, model: Any) -
         assert_same_run(ends[key], fine_tune(model, run))
 
 
-def test_an_evaluation_runs_only_its_own_adapter(world: World, model: Any) -> None:
+def test_an_evaluation_runs_only_its_own_adapter(world: TaskWorld, model: Any) -> None:
     runs = runs_of_many_kinds(world, model)
     ends = run_all(TrainingGroup(model), runs, (0, 0, 0, 0))
     for end in ends.values():
@@ -124,7 +124,7 @@ def test_an_evaluation_runs_only_its_own_adapter(world: World, model: Any) -> No
         assert_near(end.curve[-1].loss, alone.loss, FORWARD)
 
 
-def test_an_adapter_that_does_not_fit_is_refused_and_the_others_go_on(world: World, model: Any) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_and_the_others_go_on(world: TaskWorld, model: Any) -> None:
     run = runs_of_many_kinds(world, model)[0]
     group = TrainingGroup(model)
     group.add("sound", run)
@@ -137,7 +137,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_others_go_on(world: Wor
     group.close()
 
 
-def test_an_evaluation_that_raises_leaves_the_model_bare(world: World, model: Any) -> None:
+def test_an_evaluation_that_raises_leaves_the_model_bare(world: TaskWorld, model: Any) -> None:
     bare = logits(model)
 
     def evaluate() -> Evaluation:
@@ -148,7 +148,7 @@ def test_an_evaluation_that_raises_leaves_the_model_bare(world: World, model: An
     assert torch.equal(logits(model), bare)
 
 
-def test_a_row_that_cannot_be_encoded_ends_its_own_run_and_no_other(world: World, model: Any) -> None:
+def test_a_row_that_cannot_be_encoded_ends_its_own_run_and_no_other(world: TaskWorld, model: Any) -> None:
     """The row comes in the middle of a run, because rows are encoded when they are first used."""
     runs = runs_of_many_kinds(world, model)
     rows = EncodedRows(world.encoder, [*world.task.train[:80], Row("too long", "x" * world.encoder.max_tokens)])
@@ -159,7 +159,7 @@ def test_a_row_that_cannot_be_encoded_ends_its_own_run_and_no_other(world: World
         assert_same_run(ends[key], fine_tune(model, run))
 
 
-def test_an_evaluation_that_fails_ends_its_own_run_and_no_other(world: World, model: Any) -> None:
+def test_an_evaluation_that_fails_ends_its_own_run_and_no_other(world: TaskWorld, model: Any) -> None:
     stays, other, *_ = runs_of_many_kinds(world, model)
 
     def evaluate() -> Evaluation:

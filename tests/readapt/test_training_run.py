@@ -16,22 +16,22 @@ from readapt.training.optimiser import learning_rate
 from readapt.training.training_group import fine_tune
 from readapt.training.training_run import BrokenRunError, CurvePoint, RunSettings, TrainingResult, TrainingRun
 from tests.worlds.precision import assert_near
-from tests.worlds.readapt import World, make_world, ready_when
+from tests.worlds.readapt import TaskWorld, make_world, ready_when
 
 SETTINGS = RunSettings(steps=30, learning_rate=1e-2, eval_every=10)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture
-def model(world: World) -> Any:
+def model(world: TaskWorld) -> Any:
     return load_base(world.base)
 
 
-def run(world: World, start: Adapter, model: Any, settings: RunSettings, **more: Any) -> TrainingResult:
+def run(world: TaskWorld, start: Adapter, model: Any, settings: RunSettings, **more: Any) -> TrainingResult:
     evaluate = more.pop("evaluate", Evaluator(model, world.encoder, world.task.valid[:40], "exact_match"))
     return fine_tune(model, TrainingRun(start, world.encoder.encode_all(world.task.train), settings, evaluate, **more))
 
@@ -46,7 +46,7 @@ def distance(one: Adapter, other: Adapter) -> float:
     return max(float((f.a_RD - g.a_RD).abs().max() + (f.b_FR - g.b_FR).abs().max()) for f, g in pairs)
 
 
-def test_training_from_scratch_lowers_the_loss(world: World, model: Any) -> None:
+def test_training_from_scratch_lowers_the_loss(world: TaskWorld, model: Any) -> None:
     seen: list[CurvePoint] = []
     result = run(world, blank_like(world.specialist, 0), model, SETTINGS, report=seen.append)
     assert [p.step for p in result.curve] == [0, 10, 20, 30]
@@ -56,7 +56,7 @@ def test_training_from_scratch_lowers_the_loss(world: World, model: Any) -> None
     assert (result.steps_done, result.is_ready) == (30, False)
 
 
-def test_only_the_seed_changes_the_result(world: World) -> None:
+def test_only_the_seed_changes_the_result(world: TaskWorld) -> None:
     def trained(seed: int) -> Adapter:
         settings = replace(SETTINGS, steps=5, seed=seed)
         return run(world, blank_like(world.specialist, 0), load_base(world.base), settings).last
@@ -65,7 +65,7 @@ def test_only_the_seed_changes_the_result(world: World) -> None:
     assert distance(trained(0), trained(1)) > 0.0
 
 
-def test_stops_at_the_first_accepted_evaluation(world: World, model: Any) -> None:
+def test_stops_at_the_first_accepted_evaluation(world: TaskWorld, model: Any) -> None:
     start_loss = Evaluator(model, world.encoder, world.task.valid[:40], "exact_match").loss()
     result = run(
         world, blank_like(world.specialist, 0), model, SETTINGS, watch=ready_when(lambda e: e.loss < start_loss)
@@ -73,20 +73,20 @@ def test_stops_at_the_first_accepted_evaluation(world: World, model: Any) -> Non
     assert (result.steps_done, result.is_ready, len(result.curve)) == (10, True, 2)
 
 
-def test_good_start_is_accepted_without_a_step(world: World, model: Any) -> None:
+def test_good_start_is_accepted_without_a_step(world: TaskWorld, model: Any) -> None:
     result = run(world, world.specialist, model, SETTINGS, watch=ready_when(lambda e: e.quality >= 95))
     assert (result.steps_done, result.is_ready) == (0, True)
     assert distance(result.best, world.specialist) == 0.0
 
 
-def test_never_returns_worse_than_its_start(world: World, model: Any) -> None:
+def test_never_returns_worse_than_its_start(world: TaskWorld, model: Any) -> None:
     result = run(world, world.specialist, model, replace(SETTINGS, learning_rate=0.3))
     assert result.curve[-1].quality < result.curve[0].quality, "the run is meant to get worse"
     assert result.best_quality == result.curve[0].quality
     assert distance(result.best, world.specialist) == 0.0
 
 
-def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any) -> None:
+def test_among_equal_qualities_the_lowest_loss_is_kept(world: TaskWorld, model: Any) -> None:
     losses = iter([3.0, 1.0, 2.0, float("nan")])
     start, rows = blank_like(world.specialist, 0), world.encoder.encode_all(world.task.train)
     kept = fine_tune(model, TrainingRun(start, rows, SETTINGS, lambda: Evaluation(next(losses), 50.0)))
@@ -95,7 +95,7 @@ def test_among_equal_qualities_the_lowest_loss_is_kept(world: World, model: Any)
     assert distance(kept.best, short.last) == 0.0
 
 
-def test_the_default_warm_settings_do_not_lose_a_good_start(world: World, model: Any) -> None:
+def test_the_default_warm_settings_do_not_lose_a_good_start(world: TaskWorld, model: Any) -> None:
     """Neither the best nor the last checkpoint is worse than the start."""
     result = run(world, world.specialist, model, warm_settings(TrainConfig(), anchor=None))
     start, last = result.curve[0], result.curve[-1]
@@ -106,7 +106,7 @@ def test_the_default_warm_settings_do_not_lose_a_good_start(world: World, model:
     assert last.loss <= start.loss
 
 
-def test_dora_magnitudes_are_trained_and_pulled(world: World, model: Any) -> None:
+def test_dora_magnitudes_are_trained_and_pulled(world: TaskWorld, model: Any) -> None:
     shapes = linear_shapes(model)
     start = blank(shapes, 4, 8.0, norms=row_norms(model, shapes))
     free = run(world, start, model, SETTINGS)
@@ -123,7 +123,7 @@ def magnitude(adapter: Adapter, module: str) -> torch.Tensor:
     return magnitude_F
 
 
-def test_averaging_evaluates_and_keeps_the_moving_average(world: World, model: Any) -> None:
+def test_averaging_evaluates_and_keeps_the_moving_average(world: TaskWorld, model: Any) -> None:
     """The average equals that of runs of one to five steps without averaging."""
     start, settings = blank_like(world.specialist, 0), replace(SETTINGS, eval_every=1, learning_rate=1e-3)
     rows = world.encoder.encode_all(world.task.train)
@@ -142,18 +142,18 @@ def test_averaging_evaluates_and_keeps_the_moving_average(world: World, model: A
     assert_near(until(5, 0.7).last.factors[name].b_FR, average_FR, multiple=16)
 
 
-def test_full_pull_at_the_peak_rate_stays_at_the_start(world: World, model: Any) -> None:
+def test_full_pull_at_the_peak_rate_stays_at_the_start(world: TaskWorld, model: Any) -> None:
     result = run(world, world.specialist, model, replace(SETTINGS, steps=1, pull_strong=1.0, strong_fraction=1.0))
     assert distance(result.last, world.specialist) == 0.0
 
 
-def test_pull_goes_to_the_given_anchor(world: World, model: Any) -> None:
+def test_pull_goes_to_the_given_anchor(world: TaskWorld, model: Any) -> None:
     anchor = blank_like(world.specialist, seed=5)
     settings = replace(SETTINGS, steps=1, pull_strong=1.0, strong_fraction=1.0, anchor=anchor)
     assert distance(run(world, world.specialist, model, settings).last, anchor) == 0.0
 
 
-def test_the_pull_fades_with_the_learning_rate(world: World, model: Any) -> None:
+def test_the_pull_fades_with_the_learning_rate(world: TaskWorld, model: Any) -> None:
     """The learning rate is tiny, so only the pulls move the weights. Each leaves a known share of them."""
     nothing = Adapter(
         {n: replace(f, a_RD=f.a_RD * 0, b_FR=f.b_FR * 0) for n, f in world.specialist.factors.items()},
@@ -169,7 +169,7 @@ def test_the_pull_fades_with_the_learning_rate(world: World, model: Any) -> None
         assert_near(factors.b_FR, left * specialist_FR, multiple=64, reference=specialist_FR)
 
 
-def test_stronger_pull_stays_nearer(world: World) -> None:
+def test_stronger_pull_stays_nearer(world: TaskWorld) -> None:
     def moved(strength: float) -> float:
         settings = replace(SETTINGS, pull_strong=strength, pull_weak=strength)
         return distance(run(world, world.specialist, load_base(world.base), settings).last, world.specialist)
@@ -184,7 +184,7 @@ def poisoned(adapter: Adapter) -> Adapter:
     )
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_best(world: World, model: Any) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_its_best(world: TaskWorld, model: Any) -> None:
     with pytest.raises(BrokenRunError, match="step 0") as broken:
         run(world, poisoned(world.specialist), model, SETTINGS)
     again = pickle.loads(pickle.dumps(broken.value))

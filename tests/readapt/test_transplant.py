@@ -15,18 +15,18 @@ from readapt.training.data import Encoded, by_length
 from readapt.training.evaluate import judge
 from readapt.training.lora import attach, attached, load_base, row_norms
 from tests.worlds.precision import FORWARD, assert_near, tolerance
-from tests.worlds.readapt import World, evolve, logits, make_world
+from tests.worlds.readapt import TaskWorld, evolve, logits, make_world
 from tests.worlds.serving import make_checkpoint
 
 CONFIG = TransplantConfig(rank=8, energy=1.0)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tmp_path_factory: pytest.TempPathFactory) -> TaskWorld:
     return make_world(tmp_path_factory.mktemp("transplant"))
 
 
-def rows_of(world: World, num_rows: int = 200) -> list[Encoded]:
+def rows_of(world: TaskWorld, num_rows: int = 200) -> list[Encoded]:
     return by_length(world.encoder.encode_all(world.task.train[:num_rows]))
 
 
@@ -77,7 +77,7 @@ def test_the_cut_is_the_best_of_its_rank_in_the_metric_of_the_outputs() -> None:
     assert energy == pytest.approx(1 - found / float((full_FD @ gram_DD * full_FD).sum()), rel=1e-3)
 
 
-def test_for_an_unchanged_base_the_transplant_is_the_old_adapter(world: World) -> None:
+def test_for_an_unchanged_base_the_transplant_is_the_old_adapter(world: TaskWorld) -> None:
     found = transplant(load_base(world.base), world.specialist, load_base(world.base), rows_of(world), CONFIG)
     lora = attach(model := load_base(world.base), world.specialist)
     expected = logits(model)
@@ -88,14 +88,14 @@ def test_for_an_unchanged_base_the_transplant_is_the_old_adapter(world: World) -
         assert (found.adapter.factors[name].delta() - old.delta()).norm() < 2e-2 * old.delta().norm()
 
 
-def as_dora(world: World) -> Adapter:
+def as_dora(world: TaskWorld) -> Adapter:
     """Return the specialist with magnitudes that differ from the weights' norms."""
     norms = row_norms(load_base(world.base), world.specialist.factors)
     factors = {n: replace(f, magnitude_F=1.1 * norms[n]) for n, f in world.specialist.factors.items()}
     return replace(world.specialist, factors=factors)
 
 
-def test_everything_a_dora_changes_is_carried_over(world: World) -> None:
+def test_everything_a_dora_changes_is_carried_over(world: TaskWorld) -> None:
     """Its magnitudes have full rank; a plain adapter of full rank does the same."""
     old = as_dora(world)
     config = TransplantConfig(rank=256, energy=1.0)
@@ -157,7 +157,7 @@ def test_if_there_is_nothing_to_add_the_factors_can_still_be_trained() -> None:
     assert b_FR.norm(dim=0).min() > 1e-3
 
 
-def test_decoders_of_another_family_are_refused(world: World) -> None:
+def test_decoders_of_another_family_are_refused(world: TaskWorld) -> None:
     """One decoder computes something else under the same names; another lacks the names."""
     model, rows = load_base(world.base), rows_of(world, 2)
     check_walk(model, rows)
@@ -174,7 +174,7 @@ def test_decoders_of_another_family_are_refused(world: World) -> None:
     "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 )
 def test_at_full_rank_the_new_base_does_what_the_old_service_did(
-    world: World, tmp_path: Path, architecture: str
+    world: TaskWorld, tmp_path: Path, architecture: str
 ) -> None:
     """On the calibration rows, with almost no ridge. The families have biases, head norms and grouped heads."""
     old_base = make_checkpoint(tmp_path / "old", architecture, std=0.08)
@@ -191,13 +191,13 @@ def test_at_full_rank_the_new_base_does_what_the_old_service_did(
     assert (got - expected).norm() < 0.05 * (bare - expected).norm()
 
 
-def test_for_an_unchanged_head_the_target_is_the_teachers_stream(world: World) -> None:
+def test_for_an_unchanged_head_the_target_is_the_teachers_stream(world: TaskWorld) -> None:
     model, answers_Y = load_base(world.base), torch.tensor([5, 6, 6])
     stream_UD = random(7, model.config.hidden_size, seed=0)
     assert_near(HeadMap(model, model, answers_Y)(stream_UD), stream_UD, FORWARD)
 
 
-def test_for_a_rotated_head_the_target_has_the_same_logits(world: World) -> None:
+def test_for_a_rotated_head_the_target_has_the_same_logits(world: TaskWorld) -> None:
     """The new head and final norm read the stream in other coordinates."""
     teacher, student = load_base(world.base), load_base(world.base)
     width = teacher.config.hidden_size
@@ -217,7 +217,7 @@ def test_for_a_rotated_head_the_target_has_the_same_logits(world: World) -> None
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)  # the ridge, far above rounding errors
 
 
-def test_what_the_new_head_cannot_see_is_unchanged(world: World) -> None:
+def test_what_the_new_head_cannot_see_is_unchanged(world: TaskWorld) -> None:
     """One gain of the norm is zero; nothing is divided by it."""
     teacher, student = load_base(world.base), load_base(world.base)
     for model in (teacher, student):
@@ -227,7 +227,7 @@ def test_what_the_new_head_cannot_see_is_unchanged(world: World) -> None:
     assert_near(HeadMap(teacher, student, answers_Y)(stream_UD), stream_UD, FORWARD)
 
 
-def test_it_repairs_a_full_rank_change_and_leaves_both_models_bare(world: World, tmp_path: Path) -> None:
+def test_it_repairs_a_full_rank_change_and_leaves_both_models_bare(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.25)
     teacher, student = load_base(world.base), load_base(new)
     before = logits(teacher), logits(student)
@@ -241,14 +241,14 @@ def test_it_repairs_a_full_rank_change_and_leaves_both_models_bare(world: World,
     assert copied < quality - 10
 
 
-def test_only_the_old_adapters_modules_are_adapted(world: World, tmp_path: Path) -> None:
+def test_only_the_old_adapters_modules_are_adapted(world: TaskWorld, tmp_path: Path) -> None:
     new = evolve(world.base, tmp_path / "v2", rank=None, scale=0.1)
     some = {name: f for name, f in world.specialist.factors.items() if name.endswith(("q_proj", "down_proj"))}
     found = transplant(load_base(world.base), Adapter(some), load_base(new), rows_of(world, 50), CONFIG)
     assert found.adapter.factors.keys() == some.keys()
 
 
-def test_ranks_are_as_configured_but_never_below_the_old_ones(world: World) -> None:
+def test_ranks_are_as_configured_but_never_below_the_old_ones(world: TaskWorld) -> None:
     bases = load_base(world.base), load_base(world.base)
     low = transplant(bases[0], world.specialist, bases[1], rows_of(world, 50), TransplantConfig(rank=2))
     assert {f.rank for f in low.adapter.factors.values()} == {8}

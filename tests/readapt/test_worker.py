@@ -18,7 +18,7 @@ from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.fusion.points import CORNERS
 from readapt.ladder.outcome import Outcome
 from readapt.training.data import Row, encoder_for
-from tests.worlds.local_executor import LocalExecutor
+from tests.worlds.executors import LocalExecutor
 from tests.worlds.readapt import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
 from tests.worlds.serving import make_checkpoint
 

@@ -9,11 +9,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention import AttentionMetadata
 from kernels.ops import Ops
 from kernels.segments import LoraGroup, LoraSegments
+
+# Multiples of each precision's rounding error, relative and absolute: float32 sums up to about 1,100 products of order
+# one; half precisions sum in float32 and round a few times.
+TOLERANCE = {
+    torch.float32: 84 * torch.finfo(torch.float32).eps,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
+}
+# A batch: the new tokens of each sequence, and all its tokens.
+sequences = st.lists(
+    st.tuples(st.sampled_from([1, 1, 1, 2, 5, 9]), st.integers(0, 40)).map(lambda two: (two[0], sum(two))),
+    min_size=1,
+    max_size=9,
+)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Assert that two results agree within the tolerance of `dtype`, by default that of `expected`."""
+    tolerance = TOLERANCE[dtype or expected.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,8 +26,8 @@ MAX_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class World:
-    """A base v1, a specialist trained on it, and its task."""
+class TaskWorld:
+    """A base, a specialist that was trained on it, and the specialist's task."""
 
     base: Path
     encoder: Encoder
@@ -59,11 +59,11 @@ def write_task(folder: Path, task: Task) -> Path:
     return folder
 
 
-def make_world(folder: Path) -> World:
+def make_world(folder: Path) -> TaskWorld:
     """Train a rank-4 specialist (stored at rank 8) on a tiny random base. Takes a few seconds."""
     base = make_checkpoint(folder / "v1", std=0.08)
     encoder, task = encoder_for(base, MAX_TOKENS), make_task()
-    return World(base, encoder, task, pad_ranks(train_specialist(base, encoder, task), 8))
+    return TaskWorld(base, encoder, task, pad_ranks(train_specialist(base, encoder, task), 8))
 
 
 def train_specialist(base: Path, encoder: Encoder, task: Task) -> Adapter:
