@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -254,21 +254,24 @@ class Gateway:
         """Yield the request's events as parts of choice `index`. If a replica dies, another continues its tokens."""
         tokens: list[int] = []
         for attempt in range(MAX_RESUBMISSIONS + 1):
-            try:
-                backend = self.snapshot.backend(target.base)
-                async with aclosing(backend.generate(replace(request, resumed_tokens=tuple(tokens)))) as events:
+            # The stack closes the stream outside the `try`: an error in closing must not resubmit the request.
+            async with AsyncExitStack() as stack:
+                try:
+                    backend = self.snapshot.backend(target.base)
+                    resumed = replace(request, resumed_tokens=tuple(tokens))
+                    events = await stack.enter_async_context(aclosing(backend.generate(resumed)))
                     async for event in events:
                         raise_error_of(event)
                         tokens.extend(event.tokens)
                         yield index, event
                         if event.finish_reason is not None:
                             return
-                raise BackendDiedError(f"The engine of {target.base} ended a stream without a finish reason.")
-            except BackendDiedError as error:
-                if attempt == MAX_RESUBMISSIONS:
-                    raise
-                log.warning("resubmitting request %s after %d tokens: %s", request.id, len(tokens), error)
-                self._num_resubmissions[target.base] += 1
+                    raise BackendDiedError(f"The engine of {target.base} ended a stream without a finish reason.")
+                except BackendDiedError as error:
+                    if attempt == MAX_RESUBMISSIONS:
+                        raise
+                    log.warning("resubmitting request %s after %d tokens: %s", request.id, len(tokens), error)
+                    self._num_resubmissions[target.base] += 1
             await asyncio.sleep(BACKOFF_S * 2**attempt)
 
     async def _prompter(self, base: str) -> Prompter:

@@ -343,6 +343,16 @@ async def test_closing_an_answer_closes_every_stream(world: FakeFleet):
     assert asyncio.all_tasks() == {asyncio.current_task()}, "no task is left"
 
 
+async def test_a_request_whose_stream_cannot_be_closed_is_not_resubmitted(world: FakeFleet):
+    world.backends["v1"] = UnclosableBackend("v1")
+    gateway = world.gateway()
+    await gateway.refresh()
+    answer = await gateway.answer(call("v1", max_tokens=50), whole=False)
+    with pytest.raises(BackendDiedError, match="cannot cancel"):
+        await answer.rest.aclose()
+    assert len(world.backends["v1"].requests) == 1
+
+
 async def test_cancelling_before_the_first_part_closes_every_stream(world: FakeFleet):
     world.backends["v1"] = SleepingBackend("v1")
     gateway = world.gateway()
@@ -621,6 +631,17 @@ class FailingBackend(FakeBackend):
         if self.error is None:
             raise BackendDiedError("gone")
         yield TokenEvent(request.id, finish_reason=FinishReason.ABORT, error=self.error)
+
+
+class UnclosableBackend(FakeBackend):
+    """Fails when a stream is closed, as HandleBackend does if Ray cannot cancel the call."""
+
+    async def generate(self, request: Request) -> TokenStream:
+        try:
+            async for event in super().generate(request):
+                yield event
+        finally:
+            raise BackendDiedError("cannot cancel")
 
 
 class SleepingBackend(FakeBackend):
