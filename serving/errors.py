@@ -26,7 +26,7 @@ class BackendDiedError(ReloraError):
 
 
 class BackendFailedError(ReloraError):
-    """The engine failed on a request because of a bug. The same request may fail on any engine."""
+    """The server failed, and the client is not to blame: a bug, or files that cannot be used. Retrying may not help."""
 
 
 @dataclass(frozen=True)
