@@ -290,7 +290,7 @@ TABLES = {
     "readapt-readiness": _READINESS,
     "readapt": _READAPT,
     "kit-demo": _adapters("kit-demo", _FUSED),
-    "demo": _adapters("demo", _FUSED),
+    "demo": _adapters("demo"),
     "demo-quick": _adapters("demo-quick"),
     "extract": _EXTRACT,
     "serving": _SERVING,
