@@ -68,9 +68,10 @@ class SearchRounds:
             self._is_closed = True
 
     def begin(self, round_id: str) -> Round | None:
-        """Return the next round, to be known as `round_id`, or None if there is none at present."""
+        """Return the next round, to be known as `round_id`, or None if there is none at present or after `close`."""
         with self._lock:
-            found = self._next_round() if len(self._running) < self._config.concurrency else None
+            has_room = not self._is_closed and len(self._running) < self._config.concurrency
+            found = self._next_round() if has_room else None
             if found is not None:
                 self._running[round_id] = found
             return found

@@ -309,6 +309,13 @@ def test_tune_gets_the_rounds_and_their_end():
     assert searcher.suggest("over") == "FINISHED"
 
 
+def test_no_round_begins_after_the_end():
+    rounds = SearchRounds(SearchConfig(trials=3), lambda version_id, found: None)
+    rounds.add(3)
+    rounds.close()
+    assert play(rounds, "late") == [None]
+
+
 def test_the_first_rounds_are_empty_and_load_the_base():
     rounds = SearchRounds(SearchConfig(concurrency=2), lambda version_id, found: None)
     rounds.warm_up(7)
