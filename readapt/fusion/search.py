@@ -123,7 +123,7 @@ def split_valid(rows: Sequence[Row], config: SearchConfig) -> tuple[list[Row], l
     """
     distinct = list(dict.fromkeys(rows))
     if len(distinct) < 2:
-        raise InvalidDataError("search and gate need at least two different validation rows: add rows to `valid.jsonl`")
+        raise InvalidDataError("search and gate need at least two different validation rows; add rows (or prompts)")
     chosen = subset(distinct, min(config.subset_rows, len(distinct) // 2), config.seed)
     seen = set(chosen)
     return chosen, [row for row in rows if row not in seen]
