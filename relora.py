@@ -32,7 +32,7 @@ console = Console(width=None if sys.stdout.isatty() else 150)  # wide enough for
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option(help="run a smaller example, in under two minutes")] = False,
+    quick: Annotated[bool, typer.Option(help="run a smaller example, in a few minutes")] = False,
     folder: Annotated[Path, typer.Option("--dir", help="folder for the example fleet and the report")] = Path(
         ".relora/demo"
     ),
@@ -148,10 +148,7 @@ def upgrade(
     open_checkpoint(loaded.base(to).path)  # report an unknown name or a missing folder before anything starts
     opened = open_fleet(loaded)
     join()
-    if rollout:
-        _print_result(upgrade_fleet(opened, to, _print_line))
-    else:
-        make_candidates(opened, to)
+    _print_result(upgrade_fleet(opened, to, _print_line) if rollout else make_candidates(opened, to))
 
 
 @app.command()

@@ -35,9 +35,9 @@ class UpgradeResult:
         return ", ".join(counts) or "nothing was left to do"
 
 
-def make_candidates(opened: OpenFleet, base: str) -> None:
+def make_candidates(opened: OpenFleet, base: str) -> UpgradeResult:
     """Run a campaign that carries every adapter over to `base`, and leave the traffic where it is."""
-    _campaign(opened, base).run()
+    return _result(_campaign(opened, base).run(), opened.registry)
 
 
 def upgrade_fleet(opened: OpenFleet, base: str, say: Say) -> UpgradeResult:

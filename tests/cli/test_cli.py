@@ -219,6 +219,15 @@ def test_an_upgrade_ends_even_if_a_base_without_an_engine_has_a_candidate(
     registry.close()
 
 
+def test_an_upgrade_without_rollout_says_how_its_versions_ended(
+    run: Run, upgradable: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Idle, "is_endless", False)
+    code, output, _ = run("upgrade", upgradable, "--to", "v2", "--no-rollout")
+    assert code == 1
+    assert "done: 1 failed" in output
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
