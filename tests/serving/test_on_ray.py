@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from cluster.fleet import open_blobs, open_registry, register_adapters, register
 from cluster.fleet_file import load_fleet
 from cluster.registry import Registry, Status, Version
 from serving import on_ray
+from tests.worlds.servers import wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 pytestmark = pytest.mark.ray
@@ -123,11 +123,11 @@ def test_disconnecting_aborts_the_request_in_the_engine(served: Served, stream: 
             with client.stream("POST", f"{served.url}/v1/completions", json=body) as response:
                 lines = response.iter_lines()
                 next(lines)  # of one choice; the others may not have reached a replica yet
-                _wait_until(lambda: _gauge(served, "v1", "running") == 8, timeout_s=2)
+                wait_until(lambda: _gauge(served, "v1", "running") == 8, timeout_s=2)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{served.url}/v1/completions", json=body, timeout=0.5)
-    _wait_until(lambda: _gauge(served, "v1", "running") == 0, timeout_s=2)
+    wait_until(lambda: _gauge(served, "v1", "running") == 0, timeout_s=2)
 
 
 def test_another_fleet_cannot_replace_the_one_that_is_served(served: Served, tmp_path: Path):
@@ -170,20 +170,20 @@ def test_a_killed_replica_changes_no_answer(served: Served):
     threads = [threading.Thread(target=lambda p=p: answers.update({p: _stream(served, p)})) for p in prompts]
     for thread in threads:
         thread.start()
-    _wait_until(lambda: _gauge(served, "v1", "running") == 6, timeout_s=10)
+    wait_until(lambda: _gauge(served, "v1", "running") == 6, timeout_s=10)
     first, second = _replica_pids("v1")
     os.kill(first, signal.SIGKILL)
     for thread in threads:
         thread.join()
     assert [answers.get(prompt) for prompt in prompts] == expected
     assert _gauge(served, "v1", "resubmissions") >= 1
-    _wait_until(lambda: len(set(_replica_pids("v1")) - {first}) == 2, timeout_s=30)
+    wait_until(lambda: len(set(_replica_pids("v1")) - {first}) == 2, timeout_s=30)
     assert second in _replica_pids("v1")
 
 
 def test_a_base_is_removed(served: Served):
     serve.delete(f"{on_ray.ENGINE_PREFIX}v2")
-    _wait_until(lambda: httpx.get(f"{served.url}/v1/models/v2").status_code == 404)  # when the gateway polls
+    wait_until(lambda: httpx.get(f"{served.url}/v1/models/v2").status_code == 404)  # when the gateway polls
     with pytest.raises(openai.NotFoundError):
         served.text("v2")
     assert served.text("v1")
@@ -230,10 +230,3 @@ def _replica_pids(base: str) -> list[int]:
         for process in psutil.Process().children(recursive=True)
         if process.status() != psutil.STATUS_ZOMBIE and "".join(process.cmdline()).startswith(name)
     ]
-
-
-def _wait_until(condition, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
