@@ -279,7 +279,9 @@ class RoundSearcher(Searcher):
 def spread(function: Callable[[ItemT], None], items: Sequence[ItemT], in_flight_per_cpu: int = 2) -> Iterator[ItemT]:
     """Call the function on every item, on all CPUs of the connected cluster; yield each item once it is done.
 
-    The function is shipped once. The first error is raised and cancels the calls that are under way.
+    The function is shipped once. The first error is raised when the calls under way have ended, so that none of them
+    still writes files when the caller cleans up. We do not cancel them: if a call ends as `ray.cancel` arrives, Ray's
+    core can end this process ("Tried to complete task that was not pending", ray 2.60).
     """
     shared = ray.put(function)
     call = ray.remote(num_cpus=1)(_call)
@@ -295,8 +297,8 @@ def spread(function: Callable[[ItemT], None], items: Sequence[ItemT], in_flight_
             ray.get(done)
             yield from (running.pop(reference) for reference in done)
     finally:
-        for reference in running:
-            ray.cancel(reference)
+        if running:
+            ray.wait(list(running), num_returns=len(running))
 
 
 def _call(function: Callable[[ItemT], None], item: ItemT) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_without_matplotlib_the_command_line_says_that_there_is_no_plot(
     assert not (tmp_path / "out" / "spectrum.png").exists()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(num_cpus=2) as running:
         connect(running.address)
@@ -155,3 +156,24 @@ def test_a_cluster_extracts_the_same_adapter(pair: tuple[Path, Path], tmp_path: 
     save_file(tensors, tmp_path / "broken" / "model.safetensors")
     with pytest.raises(InvalidCheckpointError, match=r"up_proj\.weight has values that are not finite"):
         extract(base, open_checkpoint(tmp_path / "broken"), tmp_path / "out", Settings(), spread)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+def test_calls_under_way_end_before_an_error_is_raised(tmp_path: Path) -> None:
+    from readapt.on_ray import spread
+
+    def call(number: int) -> None:
+        (tmp_path / f"{number}.began").touch()
+        time.sleep(0.2 * (number % 3))
+        if number == 3:
+            raise ValueError("the fourth call fails")
+        (tmp_path / f"{number}.ended").touch()
+
+    with pytest.raises(ValueError, match="the fourth call fails"):
+        list(spread(call, range(100)))
+    began, ended = ({file.stem for file in tmp_path.glob(f"*.{state}")} for state in ("began", "ended"))
+    assert began == ended | {"3"}
+    assert len(began) < 100
+    time.sleep(1.0)
+    assert began == {file.stem for file in tmp_path.glob("*.began")}, "no call begins after the error"
