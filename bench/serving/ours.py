@@ -21,6 +21,7 @@ from serving.engine.request import AdapterRef, Request, SamplingParams
 
 PAGE_TOKENS = 16
 RETRY_S = 0.01  # the pause of a client refused because adapters in use fill the host
+GIVE_UP_S = 300.0  # a client refused for longer reports the refusal: adapters in use cannot fill the host for ever
 
 
 def config(
@@ -152,11 +153,17 @@ async def _replay_live(loop: EngineLoop, served: ServedModel, asks: Sequence[Ask
 
 
 async def _client(loop: EngineLoop, served: ServedModel, ask: Ask, request_id: str, start_s: float) -> Answer:
-    """Return one client's answer. A refused client tries again, and its latency includes that wait."""
+    """Return one client's answer. A refused client tries again, and its latency includes that wait.
+
+    Raises the last refusal after `GIVE_UP_S`.
+    """
+    give_up_at = time.monotonic() + GIVE_UP_S
     while True:
         try:
             return await _answer(loop, served, ask, request_id, start_s)
         except (OverloadedError, NotFoundError):  # not found: other adapters evicted it after it was loaded
+            if time.monotonic() > give_up_at:
+                raise
             await asyncio.sleep(RETRY_S)
 
 

@@ -118,16 +118,18 @@ def test_engine_errors_keep_their_type(served: Served):
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnecting_aborts_the_request_in_the_engine(served: Served, stream: bool):
     body = {"model": "intent", "prompt": "x", "max_tokens": 1400, "ignore_eos": True, "n": 8, "stream": stream}
+    num_tokens_before = _gauge(served, "v1", "tokens_generated")
     with httpx.Client(timeout=30) as client:
         if stream:
             with client.stream("POST", f"{served.url}/v1/completions", json=body) as response:
                 lines = response.iter_lines()
                 next(lines)  # of one choice; the others may not have reached a replica yet
-                wait_until(lambda: _gauge(served, "v1", "running") == 8, timeout_s=2)
+                wait_until(lambda: _gauge(served, "v1", "running") == 8)
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{served.url}/v1/completions", json=body, timeout=0.5)
-    wait_until(lambda: _gauge(served, "v1", "running") == 0, timeout_s=2)
+    wait_until(lambda: _gauge(served, "v1", "running") == 0)
+    assert _gauge(served, "v1", "tokens_generated") - num_tokens_before < 8 * 1400, "the answers were cut short"
 
 
 def test_another_fleet_cannot_replace_the_one_that_is_served(served: Served, tmp_path: Path):
