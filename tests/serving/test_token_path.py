@@ -22,7 +22,8 @@ from serving.engine.stream import Stream
 from serving.gateway import backend
 from serving.gateway.gateway import Call, Gateway
 from serving.gateway.local_backend import LocalBackend
-from serving.http.api import EventStream, create_app
+from serving.http.api import create_app
+from serving.http.generation import EventStream
 from serving.on_ray import EngineDeployment, HandleBackend
 from tests.worlds.serving import make_checkpoint
 
