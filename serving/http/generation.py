@@ -19,8 +19,9 @@ from cluster.errors import ReloraError
 from serving.errors import error_body, http_error
 from serving.gateway.gateway import Answer
 from serving.http.app_state import gateway_of, metrics_of
+from serving.http.bodies.chat import ChatBody
+from serving.http.bodies.completions import CompletionBody
 from serving.http.replies import ChatShape, CompletionShape, Reply, Shape, sse
-from serving.http.schemas import ChatBody, CompletionBody
 
 Result = TypeVar("Result")
 

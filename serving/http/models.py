@@ -11,7 +11,7 @@ from serving.adapters.residency import Residency
 from serving.gateway.gateway import Gateway
 from serving.gateway.routing import Target, residencies
 from serving.http.app_state import gateway_of
-from serving.http.schemas import LoadAdapterBody, UnloadAdapterBody
+from serving.http.bodies.adapters import LoadAdapterBody, UnloadAdapterBody
 
 router = APIRouter()
 
