@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cluster import config
+from cluster import config, config_readapt
 from cluster.config import GIB, MIB, AdapterSpec, BaseSpec, Fleet
 
 _HEAD = """\
@@ -32,7 +32,7 @@ _EXAMPLE = Fleet(
     bases=(BaseSpec(name="v1", path=Path("models/v1")), BaseSpec(name="v2", path=Path("models/v2"))),
     adapters=(AdapterSpec(name="intent", path=Path("adapters/intent"), base="v1", data=Path("tasks/intent")),),
 )
-_READAPT = tuple(f"readapt.{section.name}" for section in fields(config.ReadaptConfig))
+_READAPT = tuple(f"readapt.{section.name}" for section in fields(config_readapt.ReadaptConfig))
 _TABLES = ("bases", "adapters", "serving", *_READAPT, "rollout")
 
 
@@ -67,9 +67,10 @@ def _keys(table: Any) -> Iterator[str]:
 
 @cache
 def _docs() -> dict[tuple[str, str], str]:
-    """Return the string under each field of `cluster.config`, by class and field."""
+    """Return the string under each field of the config modules, by class and field."""
     found = {}
-    classes = [node for node in ast.parse(inspect.getsource(config)).body if isinstance(node, ast.ClassDef)]
+    sources = "\n".join(map(inspect.getsource, (config, config_readapt)))
+    classes = [node for node in ast.parse(sources).body if isinstance(node, ast.ClassDef)]
     for section in classes:
         for field, below in pairwise(section.body):
             match field, below:

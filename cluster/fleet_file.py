@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from cluster.config import Fleet, Rung
+from cluster.config import Fleet
+from cluster.config_readapt import Rung
 from cluster.errors import ConfigError
 
 

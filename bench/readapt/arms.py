@@ -27,7 +27,7 @@ from bench.readapt.records import Arm, Point, RunSpec
 from bench.specialists import BenchTask
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
-from cluster.config import LadderConfig, ReadaptConfig, SearchConfig
+from cluster.config_readapt import LadderConfig, ReadaptConfig, SearchConfig
 from cluster.errors import TrainingError
 from readapt.fusion.search import find
 from readapt.ladder.inputs import Bases, LadderTask, TaskRows

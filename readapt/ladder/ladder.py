@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cluster.adapter_files import Adapter
-from cluster.config import ReadaptConfig, TransplantConfig
+from cluster.config_readapt import ReadaptConfig, TransplantConfig
 from cluster.errors import ReloraError, TrainingError
 from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.ladder.inputs import Bases, LadderTask

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cluster.config import LadderConfig
+from cluster.config_readapt import LadderConfig
 
 REUSING = frozenset({"copy", "transplant", "fused", "train"})  # the rungs that use the old adapter
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cluster.adapter_files import Adapter
-from cluster.config import TransplantConfig
+from cluster.config_readapt import TransplantConfig
 from cluster.errors import InvalidDataError
 from readapt.fusion.search import subset
 from readapt.ladder.inputs import Bases, LadderTask

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config import TransplantConfig
+from cluster.config_readapt import TransplantConfig
 from cluster.errors import InvalidCheckpointError
 from readapt.ladder.layer_walk import MLP_OUTPUT, Stream, Visitor, check_walk
 from readapt.ladder.regression import HeadMap, Regression

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cluster.adapter_files import Adapter
-from cluster.config import GateConfig
+from cluster.config_readapt import GateConfig
 from cluster.extras import optional_imports
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import IGNORED, BatchTensors, Encoded, Encoder, Row, by_length, collate

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from cluster.config import AdapterSpec, BaseSpec, Fleet, SearchConfig, ServingConfig, TrainConfig, TransplantConfig
+from cluster.config import AdapterSpec, BaseSpec, Fleet, ServingConfig
+from cluster.config_readapt import SearchConfig, TrainConfig, TransplantConfig
 from cluster.config_reference import render
 from cluster.errors import ConfigError, NotFoundError
 from cluster.fleet_file import load_fleet

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from cluster.adapter_files import load_adapter, save_adapter
-from cluster.config import Fleet, LadderConfig
+from cluster.config import Fleet
+from cluster.config_readapt import LadderConfig
 from cluster.errors import InvalidCheckpointError
 from cluster.fleet import open_blobs
 from cluster.fleet_file import load_fleet

@@ -6,7 +6,7 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.checkpoints import open_checkpoint
-from cluster.config import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig, TransplantConfig
+from cluster.config_readapt import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig, TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
 from readapt.fusion.points import COPY, CORNERS
 from readapt.fusion.search import FusionObjective, SearchResult

@@ -11,7 +11,8 @@ import pytest
 
 from cluster.adapter_files import load_adapter
 from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet, LadderConfig, ReadaptConfig, SearchConfig, WorkersConfig
+from cluster.config import Fleet
+from cluster.config_readapt import LadderConfig, ReadaptConfig, SearchConfig, WorkersConfig
 from cluster.errors import ConfigError, TrainingError
 from cluster.fleet import open_blobs
 from cluster.on_ray import LocalCluster, connect

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cluster.checkpoints import open_checkpoint
-from cluster.config import SearchConfig
+from cluster.config_readapt import SearchConfig
 from readapt.fusion import refine as refine_module
 from readapt.fusion.objective import FusionObjective
 from readapt.fusion.points import COPY, UNDO, Point

@@ -9,7 +9,7 @@ from torch import nn
 
 from cluster.adapter_files import Adapter
 from cluster.checkpoints import open_checkpoint
-from cluster.config import SearchConfig
+from cluster.config_readapt import SearchConfig
 from cluster.errors import InvalidAdapterError, InvalidDataError, TrainingError
 from readapt.fusion import objective as objective_module
 from readapt.fusion.objective import FusionObjective, Trial, best_of

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.adapter_files import load_adapter, save_adapter
-from cluster.config import Fleet, GateConfig, LadderConfig, TrainConfig
+from cluster.config import Fleet
+from cluster.config_readapt import GateConfig, LadderConfig, TrainConfig
 from cluster.fleet import open_blobs
 from cluster.registry import Registry, Status, Version
 from readapt.campaign.campaign import Campaign

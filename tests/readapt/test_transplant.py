@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cluster.adapter_files import Adapter
-from cluster.config import TransplantConfig
+from cluster.config_readapt import TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
 from readapt.ladder.layer_walk import check_walk
 from readapt.ladder.regression import HeadMap, Regression

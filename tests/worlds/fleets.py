@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.adapter_files import save_adapter
-from cluster.config import Fleet, TrainConfig
+from cluster.config import Fleet
+from cluster.config_readapt import TrainConfig
 from cluster.fleet import open_blobs, open_registry, register_adapters
 from cluster.fleet_file import load_fleet
 from cluster.registry import Registry
