@@ -1,10 +1,13 @@
 """A base model's checkpoint in Hugging Face's layout, read one tensor at a time.
 
-Only safetensors files are opened, because pickled weights can run code.
+A folder may hold several sets of weights: one file, an index with shards, variants, pickled files. `open_checkpoint`
+alone decides which of them count. They are those that transformers loads, because readapt trains on its models. Only
+safetensors files are opened, because pickled weights can run code.
 """
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,11 +20,14 @@ from torch import Tensor
 
 from cluster.errors import InvalidCheckpointError
 
+log = logging.getLogger(__name__)
+
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-# The file names of transformers and of diffusers.
-_LAYOUTS = ((_WEIGHTS, _INDEX), (f"diffusion_pytorch_{_WEIGHTS}", f"diffusion_pytorch_{_INDEX}"))
+_INDEX = f"{_WEIGHTS}.index.json"
+# The weights' file names, first choice first. transformers prefers the single file, diffusers the index.
+_CHOICES = (_WEIGHTS, _INDEX, f"diffusion_pytorch_{_INDEX}", f"diffusion_pytorch_{_WEIGHTS}")
+_ADAPTER_CONFIG = "adapter_config.json"
 _LINEAR = re.compile(r"(.*\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj))\.weight")
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 # The files that determine the token ids if there is no tokenizer.json (older, "slow" tokenizers).
@@ -53,12 +59,7 @@ class Checkpoint:
 
     def load(self, name: str) -> Tensor:
         """Read one tensor to the CPU in its stored dtype; InvalidCheckpointError if there is no such tensor."""
-        file = self._entry(name).file
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InvalidCheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
+        return _load(name, self._entry(name))
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out, in) of the seven linear modules of each layer, by module path without `.weight`."""
@@ -81,7 +82,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name, entry in self._entries.items():
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
-            digest.update(self.load(name).contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(_bytes(name, entry).numpy())
         return digest.hexdigest()
 
     def stamp(self) -> str:
@@ -112,39 +113,99 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a Hugging Face checkpoint folder, single-file or sharded.
+    """Open a Hugging Face checkpoint folder, single-file or sharded, with the weights that transformers would load.
 
     Reads the header of every file. So a missing shard, a truncated file or a tensor that the index lists but no shard
-    has raises InvalidCheckpointError here, not in the middle of loading.
+    has raises InvalidCheckpointError here, not in the middle of loading. A folder that also holds an adapter is
+    refused: transformers would add the adapter to the weights.
     """
     if not folder.is_dir():
         raise InvalidCheckpointError(f"{folder}: no such checkpoint folder.")
     config = _read_json(folder / _CONFIG)
-    for weights, index in _LAYOUTS:
-        if (folder / index).is_file():
-            return Checkpoint(folder, config, _sharded_entries(folder / index))
-        if (folder / weights).is_file():
-            return Checkpoint(folder, config, _file_entries(folder / weights))
-    hint = " Pickled weights (pytorch_model.bin) are not read." if any(folder.glob("pytorch_model*.bin")) else ""
-    raise InvalidCheckpointError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} exists.{hint}")
+    if (folder / _ADAPTER_CONFIG).exists():
+        raise InvalidCheckpointError(
+            f"{folder}: an adapter ({_ADAPTER_CONFIG}) lies beside the base's weights, and transformers would add it "
+            "to them. Move the adapter into its own folder."
+        )
+    file = _weights_file(folder, config)
+    if file.name.endswith(".index.json"):
+        return Checkpoint(folder, config, _sharded_entries(file))
+    return Checkpoint(folder, config, _file_entries(file))
+
+
+def _weights_file(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Return the file or the index that holds the weights. `transformers_weights` in config.json may name it."""
+    named = config.get("transformers_weights")
+    if named is not None:
+        if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise InvalidCheckpointError(f"{folder}: transformers_weights in {_CONFIG} is not a safetensors file.")
+        return _inside(folder, named)
+    found = [folder / name for name in _CHOICES if (folder / name).is_file()]
+    if not found:
+        raise InvalidCheckpointError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} exists.{_hint(folder)}")
+    if len(found) > 1:
+        ignored = ", ".join(file.name for file in found[1:])
+        log.warning("%s: the weights are read from %s; ignored: %s", folder, found[0].name, ignored)
+    return found[0]
+
+
+def _hint(folder: Path) -> str:
+    variants = sorted(file.name for file in folder.glob("model.*.safetensors*"))
+    if variants:
+        return f" {variants[0]} is a variant: rename it to {_WEIGHTS} to use it."
+    pickled = any(folder.glob("pytorch_model*.bin"))
+    return " Pickled weights (pytorch_model.bin) are not read." if pickled else ""
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file of the folder or of its subfolders. InvalidCheckpointError if it is missing or elsewhere."""
+    file = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
+        raise InvalidCheckpointError(f"{folder}: {name!r} is missing.")
+    return file
 
 
 def _sharded_entries(index: Path) -> dict[str, _Entry]:
+    """Return all tensors of all shards that the index names, also those that its list lacks, as transformers does."""
     folder = index.parent
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InvalidCheckpointError(f"{index}: no 'weight_map' from tensor names to shard files.")
-    stored: dict[str, _Entry] = {}
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise InvalidCheckpointError(f"{folder}: shard {shard!r} is missing.")
-        stored |= _file_entries(folder / shard)
+    shards = {shard: _file_entries(_inside(folder, shard)) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
-        if name not in stored or stored[name].file.name != shard:
+        if name not in shards[shard]:
             raise InvalidCheckpointError(
                 f"{folder}: the index lists tensor {name!r} in shard {shard!r}, but the shard does not have it."
             )
-    return {name: stored[name] for name in weight_map}
+    stored: dict[str, _Entry] = {}
+    for entries in shards.values():
+        _check_equal(stored, entries)
+        stored |= entries
+    return stored
+
+
+def _check_equal(stored: Mapping[str, _Entry], entries: Mapping[str, _Entry]) -> None:
+    """Raise InvalidCheckpointError if two shards have different tensors of one name: no reader may have to choose."""
+    for name in sorted(stored.keys() & entries.keys()):
+        first, second = stored[name], entries[name]
+        if first.dtype != second.dtype or not torch.equal(_bytes(name, first), _bytes(name, second)):
+            raise InvalidCheckpointError(
+                f"{first.file.parent}: {first.file.name!r} and {second.file.name!r} have different tensors {name!r}. "
+                "One of them belongs to another checkpoint."
+            )
+
+
+def _load(name: str, entry: _Entry) -> Tensor:
+    try:
+        with safe_open(entry.file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InvalidCheckpointError(f"{entry.file}: tensor {name!r} cannot be read: {error}") from error
+
+
+def _bytes(name: str, entry: _Entry) -> Tensor:
+    """Return a tensor's bytes, flat."""
+    return _load(name, entry).contiguous().flatten().view(torch.uint8)
 
 
 def _file_entries(file: Path) -> dict[str, _Entry]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cluster.adapter_files import Adapter, LoraFactors, check_fits
 from cluster.checkpoints import open_checkpoint
+from cluster.errors import InvalidCheckpointError
 from readapt.training.causal_lm import CausalLM
 from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, values_of
 
@@ -21,12 +23,27 @@ def load_base(folder: Path, device: str | torch.device = "cpu") -> CausalLM:
 
     Of its generation settings only the stop tokens are kept. Many checkpoints set others, such as a repetition
     penalty, but the engine uses only those of the request: with them, greedy answers would differ from the engine's.
-    InvalidCheckpointError if the folder is not a complete checkpoint.
+    InvalidCheckpointError if the folder is not a complete checkpoint: transformers would make up missing weights.
     """
     open_checkpoint(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model = _from_pretrained(folder).to(device)
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.requires_grad_(False).eval()
+
+
+def _from_pretrained(folder: Path) -> Any:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidCheckpointError(f"{folder}: transformers cannot load it: {error!r}") from error
+    faults = [f"{name!r} is missing" for name in sorted(report["missing_keys"])]
+    faults += [f"{name!r} has shape {tuple(has)}, not {tuple(wants)}" for name, has, wants in report["mismatched_keys"]]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise InvalidCheckpointError(f"{folder}: the weights do not fit config.json: tensor {faults[0]}{more}.")
+    return model
 
 
 def linear_shapes(model: CausalLM) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,6 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cluster.checkpoints import open_checkpoint
+from cluster.config import MIB, ServingConfig
 from cluster.errors import InvalidCheckpointError
+from readapt.training.lora import load_base
+from serving.engine.engine import Engine
+from serving.engine.request import Request, SamplingParams
 from tests.worlds.serving import make_checkpoint
 
 
@@ -23,6 +29,39 @@ def sharded(tmp_path: Path, single: Path) -> Path:
     (folder / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(single).save_pretrained(folder, max_shard_size="100KB")
     return folder
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path, single: Path) -> Path:
+    """The shards of one checkpoint with their index, beside the single file of another."""
+    folder = make_checkpoint(tmp_path / "two", seed=3)
+    AutoModelForCausalLM.from_pretrained(single).save_pretrained(folder / "shards", max_shard_size="100KB")
+    for file in (folder / "shards").glob("model*"):
+        file.rename(folder / file.name)
+    shutil.rmtree(folder / "shards")
+    return folder
+
+
+def assert_same_as_transformers(folder: Path) -> None:
+    """Assert that the checkpoint, the engine's model and readapt's model all hold what transformers loads."""
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    checkpoint = open_checkpoint(folder)
+    assert set(checkpoint.names()) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.load(name).float(), tensor), name
+    tokens = torch.tensor([[7, 99, 3, 250, 12]])
+    ours = load_base(folder)(input_ids=tokens).logits[0, -1]
+    engine = Engine.open(folder, ServingConfig(memory_bytes=4 * MIB, compiled_kernels=False))
+    engine.submit(Request("r", tuple(tokens[0].tolist()), SamplingParams(temperature=0.0, max_tokens=1)))
+    [event] = [event for event in engine.step() if event.tokens]
+    assert event.tokens == (int(ours.argmax()),)
+
+
+def edit_index(folder: Path, change: Callable[[dict], None]) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
 
 
 def assert_refused(folder: Path, *words: str) -> None:
@@ -157,3 +196,88 @@ def test_a_bad_index_is_refused(sharded: Path, weight_map: object, word: str):
 def test_an_unknown_tensor_is_named(single: Path):
     with pytest.raises(InvalidCheckpointError, match="nothing"):
         open_checkpoint(single).load("nothing")
+
+
+@pytest.mark.parametrize("are_shards_left", [True, False])
+def test_a_single_file_beside_a_stale_index_counts(two_sets: Path, are_shards_left: bool, caplog):
+    if not are_shards_left:
+        for shard in two_sets.glob("model-*.safetensors"):
+            shard.unlink()
+    assert_same_as_transformers(two_sets)
+    assert open_checkpoint(two_sets).fingerprint() != open_checkpoint(make_checkpoint(two_sets / "x")).fingerprint()
+    assert "ignored: model.safetensors.index.json" in caplog.text
+
+
+def test_pickled_weights_beside_do_not_count(sharded: Path):
+    other = AutoModelForCausalLM.from_pretrained(sharded).state_dict()
+    torch.save({name: tensor + 1 for name, tensor in other.items()}, sharded / "pytorch_model.bin")
+    (sharded / "pytorch_model.bin.index.json").write_text("{}")
+    assert_same_as_transformers(sharded)
+
+
+def test_a_variant_beside_does_not_count_and_alone_is_named(tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "base")
+    shutil.copy(make_checkpoint(tmp_path / "other", seed=4) / "model.safetensors", folder / "model.fp16.safetensors")
+    assert_same_as_transformers(folder)
+    (folder / "model.safetensors").unlink()
+    assert_refused(folder, "model.fp16.safetensors is a variant")
+
+
+def test_tensors_that_the_index_lacks_are_read(sharded: Path):
+    shared = next(list(load_file(shard)) for shard in sharded.glob("*.safetensors") if len(load_file(shard)) > 2)
+    edit_index(sharded, lambda index: index["weight_map"].pop(shared[0]))
+    assert_same_as_transformers(sharded)
+
+
+def test_shards_in_a_subfolder_are_read(sharded: Path):
+    (sharded / "parts").mkdir()
+    for shard in sharded.glob("model-*.safetensors"):
+        shard.rename(sharded / "parts" / shard.name)
+    edit_index(sharded, lambda i: i.update(weight_map={n: f"parts/{s}" for n, s in i["weight_map"].items()}))
+    assert_same_as_transformers(sharded)
+
+
+def test_a_file_that_the_configuration_names_is_read(two_sets: Path):
+    config = json.loads((two_sets / "config.json").read_text())
+    for named in ("model.safetensors.index.json", "model.safetensors"):
+        (two_sets / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+        assert_same_as_transformers(two_sets)
+    for named in ("../base/model.safetensors", "absent.safetensors", "pytorch_model.bin", 7):
+        (two_sets / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+        assert_refused(two_sets, str(named) if isinstance(named, str) and named.endswith(".safetensors") else "weights")
+
+
+def test_equal_copies_of_a_tensor_are_accepted_and_different_ones_refused(sharded: Path):
+    first, *_, last = sorted(sharded.glob("model-*.safetensors"))
+    name = next(iter(load_file(last)))
+    copy = load_file(last)[name].clone()
+    save_file({**load_file(first), name: copy}, first, metadata={"format": "pt"})
+    assert_same_as_transformers(sharded)
+    copy.view(-1)[0] += 1
+    save_file({**load_file(first), name: copy}, first, metadata={"format": "pt"})
+    assert_refused(sharded, first.name, last.name, name, "different")
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "base")
+    (folder / "adapter_config.json").write_text("{}")
+    assert_refused(folder, "adapter_config.json", "own folder")
+
+
+def test_weights_that_transformers_would_make_up_are_refused(tmp_path: Path):
+    folder = make_checkpoint(tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    whole = tensors.pop(name)
+    for broken, word in ((tensors, "missing"), ({**tensors, name: whole[:-1].clone()}, "shape")):
+        save_file(broken, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InvalidCheckpointError, match=f"{name}.*{word}"):
+            load_base(folder)
+        with pytest.raises(InvalidCheckpointError, match=name):
+            Engine.open(folder, ServingConfig(memory_bytes=4 * MIB, compiled_kernels=False))
+
+
+def test_an_index_that_transformers_cannot_read_is_refused_by_readapt(sharded: Path):
+    edit_index(sharded, lambda index: index.pop("metadata"))
+    with pytest.raises(InvalidCheckpointError, match="metadata"):
+        load_base(sharded)
