@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "bench": {"kernels", "cluster", "serving", "readapt", "demo"},
 }
 FOLDERS = {  # from the top down: a folder imports only itself and folders below it
-    "serving": ["http", "gateway", "engine", "model", "adapters", "memory"],
+    "serving": ["http", "gateway", "chat", "engine", "model", "adapters", "memory"],
     "readapt": ["campaign", "ladder", "continual", "extraction", "fusion", "training", "lowrank"],
 }
 TOP = ["upgrade.py", "relora.py"]  # these compose the packages: relora.py may import upgrade.py and every package
