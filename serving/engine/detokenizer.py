@@ -3,12 +3,13 @@
 Text that was shown is never taken back. An unfinished character is held back, and so is text that may still become a
 stop string. The shown pieces add up to `tokenizer.decode(tokens, skip_special_tokens=True)` up to the first stop
 string, wherever the borders between tokens fall. The one exception is a run of more than MAX_WINDOW byte-fallback
-tokens: it is decided piece by piece, because the work for a token must not grow with the text.
+tokens: it is decided piece by piece, because the work for a token must not grow with the text. With
+`Vocabulary.with_special` special tokens are text too.
 """
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,22 +21,33 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Vocabulary:
-    """What detokenisation needs to know about a tokenizer, computed once for all sequences."""
+    """What detokenisation needs to know about a tokenizer, computed once for all sequences.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    `special` are the tokens that are not shown: none, unless `skips_special`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skips_special: bool = True):
+        special = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.special = frozenset(special) if skips_special else frozenset()
         self.byte_tokens = frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
         self._tokenizer = tokenizer
+        self._skips_special = skips_special
         # The fast tokenizers' own decode takes a third of the time of transformers' method around it.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._num_characters: dict[int, int] = {}
         self.following = lru_cache(_NUM_PAIRS)(self._following)
 
+    @cached_property
+    def with_special(self) -> "Vocabulary":
+        """The same vocabulary, with special tokens shown."""
+        return Vocabulary(self._tokenizer, skips_special=False)
+
     def decode(self, tokens: list[int]) -> str:
-        """Return the tokens' text without special tokens, and without any clean-up of spaces."""
+        """Return the text of the tokens that are shown, without any clean-up of spaces."""
+        skips_special = self._skips_special
         if self._backend is not None:
-            return self._backend.decode(tokens, skip_special_tokens=True)
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return self._backend.decode(tokens, skip_special_tokens=skips_special)
+        return self._tokenizer.decode(tokens, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False)
 
     def num_characters(self, tokens: list[int]) -> int:
         """Return the length of the tokens' text."""
@@ -131,17 +143,18 @@ class _Decoder:
 class Detokenizer(_Decoder):
     """The growing text of one sequence. `is_stopped` becomes True when a stop string is complete.
 
-    The stop string that is complete first counts; of several complete at once, the one that starts first. Neither it
-    nor the text after it is shown.
+    The stop string that is complete first counts; of several complete at once, the one that starts first. The text
+    after it is not shown, and neither is the stop string unless `includes_stop`.
     """
 
-    __slots__ = ("_held", "_stop", "is_stopped")
+    __slots__ = ("_held", "_includes_stop", "_stop", "is_stopped")
 
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = ()):
+    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = (), *, includes_stop: bool = False):
         assert all(stop), "a stop string is empty"
         super().__init__(vocabulary)
         self.is_stopped = False
         self._stop = stop
+        self._includes_stop = includes_stop
         self._held = ""  # decided text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
@@ -152,10 +165,10 @@ class Detokenizer(_Decoder):
             return ""
         text = self._held + self.decide(token)
         whole = text + self.undecided
-        cut = self._find_stop(whole)
-        if cut is not None:
+        found = self._find_stop(whole)
+        if found is not None:
             self.is_stopped = True
-            return whole[:cut]
+            return whole[: found[1] if self._includes_stop else found[0]]
         num_shown = len(text) - self._num_held(text)
         self._held = text[num_shown:]
         return text[:num_shown]
@@ -164,11 +177,14 @@ class Detokenizer(_Decoder):
         """Return the text that was held back, when no more tokens come."""
         return "" if self.is_stopped else self._held + self.undecided
 
-    def _find_stop(self, text: str) -> int | None:
-        """Return the start of the stop string that is complete first, if there is one."""
+    def _find_stop(self, text: str) -> tuple[int, int] | None:
+        """Return the start and the end of the stop string that is complete first, if there is one."""
         starts = [(text.find(stop), stop) for stop in self._stop]
         ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
-        return min(ends)[1] if ends else None
+        if not ends:
+            return None
+        end, start = min(ends)
+        return start, end
 
     def _num_held(self, text: str) -> int:
         """Return the length of the longest suffix of the text that is a prefix of a stop string."""

@@ -13,7 +13,6 @@ from cluster.adapter_files import Adapter, check_base_copies, check_fits
 from cluster.config import ServingConfig
 from cluster.errors import (
     ConfigError,
-    ContextLengthError,
     InvalidAdapterError,
     InvalidCheckpointError,
     InvalidRequestError,
@@ -25,6 +24,7 @@ from serving.adapters.disk_tier import packing_id
 from serving.adapters.packing import PackedAdapter, dora_factors, pack_adapter
 from serving.adapters.residency import Residency
 from serving.engine.batch_builder import BatchBuilder
+from serving.engine.check import check_request
 from serving.engine.detokenizer import Vocabulary
 from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent
 from serving.engine.running import SchedulerOutput
@@ -97,7 +97,9 @@ class Engine:
         Raises InvalidRequestError if it can never be served, NotFoundError if its adapter is not loaded,
         OverloadedError if the queue is full, and TenantLimitError if the tenant has used up its share of the queue.
         """
-        self._check(request)
+        if request.id in self._sequences:
+            raise InvalidRequestError(f"request id {request.id} is already in use")
+        check_request(request, self._model.vocab_size, self._max_model_tokens)
         sequence = new_sequence(request, self._vocabulary, self._eos_ids, self._max_model_tokens, self.config)
         reason = sequence.replay()
         if reason is None:
@@ -228,20 +230,6 @@ class Engine:
         """Assert that all owners of pages, adapters and sequences agree; for tests and fault runs."""
         self._scheduler.check_integrity()
         assert len(self._sequences) == self._scheduler.num_running + self._scheduler.num_waiting, "a sequence is lost"
-
-    def _check(self, request: Request) -> None:
-        num_prompt, limit = len(request.prompt_tokens), self._max_model_tokens - 1
-        if request.id in self._sequences:
-            raise InvalidRequestError(f"request id {request.id} is already in use")
-        if num_prompt == 0:
-            raise InvalidRequestError("the prompt is empty: send at least one token")
-        if num_prompt > limit:
-            raise ContextLengthError(f"the prompt has {num_prompt} tokens, the model takes at most {limit}")
-        if request.sampling.max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {request.sampling.max_tokens}: it must be at least 1")
-        tokens = (*request.prompt_tokens, *request.resumed_tokens)
-        if not 0 <= min(tokens) <= max(tokens) < self._model.vocab_size:
-            raise InvalidRequestError(f"the prompt has token ids outside the vocabulary of {self._model.vocab_size}")
 
     def _refuse_overdue(self) -> list[TokenEvent]:
         """End the requests whose first token would come too late: their clients no longer wait."""

@@ -14,6 +14,10 @@ class SamplingParams:
     same tokens in any batch, after preemption and on any replica, because a token's random number depends only on the
     seed and the token's position. `num_logprobs` is the number of alternatives to report per token; 0 reports the
     chosen token only, and None reports nothing.
+
+    Tokens of `stop_token_ids` end the sequence, and the model's own end tokens too unless `ignore_eos`. The text leaves
+    out special tokens if `skip_special_tokens`. It ends before the stop string or the end token, or after it with
+    `include_stop_str_in_output`.
     """
 
     temperature: float = 1.0
@@ -22,7 +26,10 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 16
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     num_logprobs: int | None = None
 
 

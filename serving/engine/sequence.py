@@ -28,7 +28,7 @@ class SequenceState:
     limit_tokens: int  # it ends at this length at the latest: by `max_tokens` or by the context length
     text: Detokenizer
     seed: int  # the request's, or drawn when the request came
-    eos_ids: Set[int]  # the tokens that end it; empty with `ignore_eos`
+    end_ids: Set[int]  # the tokens that end it
     prefix_keys: PrefixKeys | None = None  # None: it neither reads the prefix cache nor adds to it
     deadline_at: float | None = None  # when its first token is due, by the monotonic clock
 
@@ -52,8 +52,9 @@ class SequenceState:
 
     def read(self, token: int, num_tokens: int) -> tuple[str, FinishReason | None]:
         """Return the text to show for the `num_tokens`-th token, and the finish reason if the sequence ends with it."""
-        if token in self.eos_ids:
-            return self.text.finish(), FinishReason.STOP
+        if token in self.end_ids:
+            shown = self.text.push(token) if self.request.sampling.include_stop_str_in_output else ""
+            return shown + self.text.finish(), FinishReason.STOP
         text = self.text.push(token)
         if self.text.is_stopped:
             return text, FinishReason.STOP
@@ -81,16 +82,20 @@ class SequenceState:
 
 
 def new_sequence(
-    request: Request, vocabulary: Vocabulary, eos_ids: Set[int], max_model_tokens: int, config: ServingConfig
+    request: Request, vocabulary: Vocabulary, eos_ids: frozenset[int], max_model_tokens: int, config: ServingConfig
 ) -> SequenceState:
     """Return the state of a request that has just come. Call `replay` next to read its resumed tokens."""
     sampling = request.sampling
     return SequenceState(
         request=request,
         limit_tokens=min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),
-        text=Detokenizer(vocabulary, sampling.stop),
+        text=Detokenizer(
+            vocabulary if sampling.skip_special_tokens else vocabulary.with_special,
+            sampling.stop,
+            includes_stop=sampling.include_stop_str_in_output,
+        ),
         seed=secrets.randbelow(_NUM_SEEDS) if sampling.seed is None else sampling.seed,
-        eos_ids=frozenset() if sampling.ignore_eos else eos_ids,
+        end_ids=(frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids),
         prefix_keys=_prefix_keys(request, config),
         deadline_at=_deadline_at(request),
     )

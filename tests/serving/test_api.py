@@ -185,6 +185,22 @@ def test_stop_strings_cut_the_answer(server: Server):
     assert "".join(chunk.choices[0].text for chunk in chunks) == cut.text
 
 
+def test_stop_tokens_cut_the_answer(server: Server):
+    asked = {"model": "summary", "prompt": "stop here", "max_tokens": 30, "temperature": 0}
+    text = server.client.completions.create(**asked).choices[0].text
+    letter = next(letter for letter in text[5:] if letter.isascii())
+    (token,) = AutoTokenizer.from_pretrained(server.files / "v1")(letter, add_special_tokens=False)["input_ids"]
+    cut = server.client.completions.create(**asked, extra_body={"stop_token_ids": [token]}).choices[0]
+    assert cut.text == text[: text.index(letter)]
+    assert cut.finish_reason == "stop"
+    more = {"stop_token_ids": [token], "include_stop_str_in_output": True}
+    shown = server.client.completions.create(**asked, extra_body=more).choices[0]
+    assert shown.text == text[: text.index(letter) + 1]
+    raw = server.client.completions.create(**asked, extra_body={**more, "skip_special_tokens": False}).choices[0]
+    assert raw.text != shown.text
+    assert raw.text.replace("<s>", "") == shown.text
+
+
 async def test_concurrent_requests_get_their_own_answers(server: Server):
     client = server.async_client
     models = ["v1", "v2", "intent", "summary"]
@@ -225,6 +241,7 @@ async def test_concurrent_requests_get_their_own_answers(server: Server):
         ({"logprobs": 21}, "logprobs"),
         ({"stop": ["a", 1]}, "stop.1"),
         ({"stop": ""}, "stop.0"),
+        ({"stop_token_ids": [3, -1]}, "stop_token_ids.1"),
         ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),

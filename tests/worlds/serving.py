@@ -133,4 +133,4 @@ def weight_of(checkpoint: Checkpoint, module: str) -> torch.Tensor:
 def make_sequence(request: Request, limit_tokens: int, **settings: Any) -> SequenceState:
     """Return a sequence for tests that schedule but read no text."""
     no_text = Detokenizer(cast(Vocabulary, None))
-    return SequenceState(request, limit_tokens, text=no_text, seed=0, eos_ids=frozenset(), **settings)
+    return SequenceState(request, limit_tokens, text=no_text, seed=0, end_ids=frozenset(), **settings)
