@@ -135,6 +135,9 @@ class GateConfig:
     this limit. It also limits what a stage of `relora continual` may cost an earlier stage."""
     agreement_points: PositiveOrZero = 5.0
     """The tolerance if there are only prompts, so that the old service's answers count as correct."""
+    min_reference_points: PositiveOrZero = 5.0
+    """An old adapter that scores less on its own rows is no reference, since nearly anything would pass: its upgrade
+    fails, with the likely cause. So does that of an adapter that only ever gives one answer. 0: no such check."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """An evaluation that is going to fail ends early. It does so wrongly with a probability of at most 1 - `confidence`
     (a few times that if chrF varies much between rows). Passing always takes all rows."""

@@ -257,6 +257,8 @@ class Campaign:
             return None
         if target in SETTLED:
             self._settled.append(moved)
+        if moved.setback is not None:
+            self._registry.log("setback", moved.id, campaign=self.id, status=moved.status, reason=moved.setback)
         return moved
 
 

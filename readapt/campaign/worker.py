@@ -1,7 +1,7 @@
 """A worker holds the base models, loaded once, and carries adapters over, job after job."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -19,6 +19,7 @@ from readapt.ladder.relabel import is_data_free, prompts_to_answer, relabelled
 from readapt.training.data import Encoder, Row, Task, encoder_for, joined, load_rows
 from readapt.training.evaluate import Gate, golden, judge
 from readapt.training.lora import attached, load_base
+from readapt.training.reference import reference
 from readapt.training.training_run import CurvePoint
 
 NUM_OLD_BASES_HELD = 2  # beside the new one; adapters seldom come from more
@@ -60,12 +61,13 @@ class Worker:
         task = self._task(job)
         rows = TaskRows.split(task, self._config.search)
         gate = self._gate(job, rows)
+        stages = self._stages(job)
         reference_s = time.perf_counter() - started
         bases = self._bases(job)
         ladder_task = LadderTask(self._adapter(job.task_key), rows, gate, job.metric)
         outcome = yield from Ladder(bases, ladder_task, self._config, search_and_keep, report=report_point).climb()
         completions = self._golden(bases, task.valid, outcome.adapter)
-        setback = self._setback(job, outcome.adapter) if outcome.accepted and len(job.data) > 1 else None
+        setback = self._setback(job, outcome.adapter, stages) if outcome.accepted else None
         climb_s = time.perf_counter() - started - reference_s
         return AdapterResult(
             replace(outcome, ready=None, accepted=outcome.accepted and setback is None),
@@ -113,23 +115,27 @@ class Worker:
         gate = Gate.beside(self._old_quality(job, rows.gate), self._config.gate)
         return gate if has_labels(job) else replace(gate, tolerance_points=self._config.gate.agreement_points)
 
-    def _setback(self, job: AdapterJob, adapter: Adapter) -> str | None:
+    def _stages(self, job: AdapterJob) -> dict[Path, float]:
+        """Return the old adapter's quality by folder, if it learned stages: each stage has its own reference."""
+        folders = [folder for folder in job.data if not is_data_free(folder)] if len(job.data) > 1 else []
+        return {folder: self._old_quality(job, load_rows(folder / "valid.jsonl")) for folder in folders}
+
+    def _setback(self, job: AdapterJob, adapter: Adapter, stages: Mapping[Path, float]) -> str | None:
         """Name a stage that lost more than `gate.max_drop_points`. The gate, over all rows, may miss a small stage.
 
         A stage may always lose one row, because one row of few is many points.
         """
-        for folder in (folder for folder in job.data if not is_data_free(folder)):
+        for folder, before in stages.items():
             rows = load_rows(folder / "valid.jsonl")
-            before = self._old_quality(job, rows)
             after = judge(self.new_base(job.new_base), adapter, self._encoder(job.new_base), rows, job.metric).quality
             if before - after > max(self._config.gate.max_drop_points, 100.0 / len(rows)) + 1e-6:
                 return f"it passed its gate, but fell from {before:.1f} to {after:.1f} points on the rows in {folder}"
         return None
 
     def _old_quality(self, job: AdapterJob, rows: Sequence[Row]) -> float:
-        """Return the old adapter's quality on the old base."""
-        old = self._adapter(job.task_key)
-        return judge(self._old_base(job.old_base), old, self._encoder(job.old_base), rows, job.metric).quality
+        """Return the old adapter's quality on the old base. InvalidDataError if it is no reference."""
+        base, old, gate = self._old_base(job.old_base), self._adapter(job.task_key), self._config.gate
+        return reference(base, old, self._encoder(job.old_base), rows, job.metric, gate).quality
 
     def _golden(self, bases: Bases, rows: list[Row], adapter: Adapter) -> tuple[dict[str, str], ...]:
         """Return the adapter's golden completions of the first distinct prompts that leave room for an answer."""

@@ -28,6 +28,7 @@ from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoded, Encoder, Row, encoder_for, load_rows
 from readapt.training.evaluate import golden
 from readapt.training.lora import attached, load_base
+from readapt.training.reference import reference
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,15 @@ def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Ne
     method or a registration made it.
 
     Raises ConflictError if the adapter has a stage of that name; InvalidDataError if the rows have no new label, rows
-    of an earlier stage are missing, or the metric is not exact match; InvalidAdapterError for an unusable parent or
-    rank; NotFoundError for an unknown parent.
+    of an earlier stage are missing or the parent scores nothing on them, or the metric is not exact match;
+    InvalidAdapterError for an unusable parent or rank; NotFoundError for an unknown parent.
     """
     prepared = _prepare(fleet, registry, blobs, next_stage, method)
     base = fleet.base(prepared.parent.base).path
     model, encoder = load_base(base), encoder_for(base, fleet.readapt.train.max_tokens)
+    for earlier in prepared.before.stages:  # a parent that scores nothing could forget everything unnoticed
+        rows = prepared.valid[earlier.name]
+        reference(model, prepared.served, encoder, rows, "exact_match", fleet.readapt.gate)
     after = Learned(_learn(model, encoder, prepared, method), (*prepared.before.stages, prepared.stage))
     adapter, lost = _fold(after.state, next_stage.rank or fleet.serving.max_rank)
     old, new = (_accuracies(model, encoder, version, prepared.valid) for version in (prepared.served, adapter))

@@ -6,14 +6,14 @@ would not notice the new base. A folder of such data holds `prompts.jsonl`, one 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.adapter_files import Adapter
 from cluster.errors import InvalidDataError
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder, Row, Task, load_rows, read_lines, text_field
-from readapt.training.greedy import greedy_answers
+from readapt.training.greedy import Answer, greedy_answers
 from readapt.training.lora import attached
 
 PROMPTS = "prompts.jsonl"
@@ -62,13 +62,16 @@ def relabelled(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequenc
     The validation rows are drawn at random, because logs may be sorted. Raises InvalidDataError if there are answers
     to fewer than four prompts.
     """
-    rows = answered(model, old, encoder, prompts)
+    answers = _answers(model, old, encoder, prompts)
+    rows = _whole_rows(answers)
     if len(rows) < 4:
-        num_long = len(prompts) - len(_fitting(encoder, prompts))
+        num_open = sum(not answer.is_finished for answer in answers.values())
         raise InvalidDataError(
             f"the old adapter answered {len(rows)} of {len(prompts)} prompts, but at least 4 answers are needed; "
-            f"{num_long} prompts leave no room for an answer of {_max_answer_tokens(encoder)} tokens within "
-            f"readapt.train.max_tokens = {encoder.max_tokens}"
+            f"{len(prompts) - len(answers)} prompts leave no room for an answer of {_max_answer_tokens(encoder)} "
+            f"tokens within readapt.train.max_tokens = {encoder.max_tokens}; {num_open} answers do not end with "
+            f"{encoder.end_text}. If the adapter was trained with another end token, put the tokenizer files that it "
+            "was trained with beside its weights."
         )
     rows = random.Random(0).sample(rows, len(rows))
     num_valid = min(MAX_VALID_ROWS, max(2, round(VALID_SHARE * len(rows))))
@@ -80,11 +83,18 @@ def answered(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequence[
 
     Prompts that leave no room for an answer are left out, and so are empty answers and answers that do not end.
     """
+    return _whole_rows(_answers(model, old, encoder, prompts))
+
+
+def _answers(model: CausalLM, old: Adapter, encoder: Encoder, prompts: Sequence[str]) -> dict[str, Answer]:
     fitting = _fitting(encoder, prompts)
     with attached(model, old):
         answers = greedy_answers(model, encoder, list(fitting.values()), _max_answer_tokens(encoder), BATCH_ROWS)
-    pairs = zip(fitting, answers, strict=True)
-    return [Row(prompt, answer.text) for prompt, answer in pairs if answer.text and answer.is_finished]
+    return dict(zip(fitting, answers, strict=True))
+
+
+def _whole_rows(answers: Mapping[str, Answer]) -> list[Row]:
+    return [Row(prompt, answer.text) for prompt, answer in answers.items() if answer.text and answer.is_finished]
 
 
 def _max_answer_tokens(encoder: Encoder) -> int:

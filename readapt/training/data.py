@@ -131,12 +131,21 @@ def joined(tasks: Sequence[Task]) -> Task:
 
 
 class Encoder:
-    """Turns rows into tokens, with a Hugging Face `tokenizer`. `max_tokens` limits prompt, completion and eos."""
+    """Turns rows into tokens, with a Hugging Face `tokenizer`. `max_tokens` limits prompt, completion and eos.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_id: int, max_tokens: int):
+    `eos_id` ends each row. A generated answer ends at any token of `end_ids`, which always include `eos_id`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_id: int, max_tokens: int, end_ids: Iterable[int] = ()):
         self.tokenizer = tokenizer
         self.eos_id = eos_id
         self.max_tokens = max_tokens
+        self.end_ids = frozenset({eos_id, *end_ids})
+
+    @property
+    def end_text(self) -> str:
+        """The end-of-sequence token, for messages."""
+        return f"{self.tokenizer.convert_ids_to_tokens(self.eos_id)!r} (id {self.eos_id})"
 
     def encode(self, row: Row) -> Encoded:
         """Encode one row. A prompt that is too long loses its beginning; a completion is never cut.
@@ -234,14 +243,14 @@ def encoder_for(base_folder: Path, max_tokens: int) -> Encoder:
     except (OSError, ValueError) as error:
         raise InvalidCheckpointError(f"{base_folder}: has no usable tokenizer: {error}") from error
     configured = (_configured_eos(base_folder / name) for name in ("generation_config.json", "config.json"))
-    eos_id = next((eos for eos in configured if eos is not None), tokenizer.eos_token_id)
-    if eos_id is None:
+    eos_ids = next((ids for ids in configured if ids), [tokenizer.eos_token_id])
+    if eos_ids[0] is None:
         raise InvalidCheckpointError(f"{base_folder}: names no end-of-sequence token")
-    return Encoder(tokenizer, int(eos_id), max_tokens)
+    return Encoder(tokenizer, int(eos_ids[0]), max_tokens, eos_ids)
 
 
-def _configured_eos(path: Path) -> int | None:
+def _configured_eos(path: Path) -> list[int]:
     if not path.is_file():
-        return None
+        return []
     eos = json.loads(path.read_text()).get("eos_token_id")
-    return eos[0] if isinstance(eos, list) else eos
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -44,7 +44,7 @@ def greedy_answers(
 def _greedy_batch(model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Answer]:
     """Decode one batch. Finished rows leave it a quarter at a time, because that copies the keys and values."""
     width = max(map(len, prompts))
-    stops = _stop_ids(model, encoder)
+    stops = encoder.end_ids
     input_ids_BT = torch.tensor([[encoder.eos_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     is_token_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     positions_BT = (is_token_BT.cumsum(1) - 1).clamp_min(0)
@@ -77,12 +77,6 @@ def _greedy_batch(model: CausalLM, encoder: Encoder, prompts: Sequence[Sequence[
             input_ids_BT, positions_BT, is_token_BT = (t[kept_B] for t in (input_ids_BT, positions_BT, is_token_BT))
             cache.batch_select_indices(kept_B)
     return [_answer(encoder, tokens, stops) for tokens in written]
-
-
-def _stop_ids(model: CausalLM, encoder: Encoder) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return {encoder.eos_id, *(i for i in ids if i is not None)}
 
 
 def _answer(encoder: Encoder, tokens: Sequence[int], stops: Container[int]) -> Answer:

@@ -21,8 +21,8 @@ from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment,
 def load_base(folder: Path, device: str | torch.device = "cpu") -> CausalLM:
     """Load a checkpoint as a frozen float32 Hugging Face causal LM in eval mode.
 
-    Of its generation settings only the stop tokens are kept. Many checkpoints set others, such as a repetition
-    penalty, but the engine uses only those of the request: with them, greedy answers would differ from the engine's.
+    Of its generation settings only the end tokens are kept. Many checkpoints set others, such as a repetition penalty,
+    but the engine uses only those of the request: with them, transformers' answers would differ from the engine's.
     InvalidCheckpointError if the folder is not a complete checkpoint: transformers would make up missing weights.
     """
     open_checkpoint(folder)

@@ -112,9 +112,9 @@ def test_golden_is_greedy_decoding_up_to_eos(model: Any, encoder: Encoder) -> No
 def test_golden_stops_at_every_eos_of_the_model(model: Any, encoder: Encoder) -> None:
     prompt = prompts(1)[0]
     tokens = greedy_one_by_one(model, encoder, prompt, 5)
-    model.generation_config.eos_token_id = [EOS, tokens[2]]
+    several = Encoder(encoder.tokenizer, EOS, encoder.max_tokens, [EOS, tokens[2]])
     expected = encoder.decode(tokens[: tokens.index(tokens[2])])
-    assert golden(model, encoder, [prompt], 5) == [{"prompt": prompt, "completion": expected}]
+    assert golden(model, several, [prompt], 5) == [{"prompt": prompt, "completion": expected}]
 
 
 def test_chrf_is_full_for_the_models_own_answers_and_less_for_others(model: Any, encoder: Encoder) -> None:
