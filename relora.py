@@ -27,7 +27,8 @@ app = typer.Typer(
     help="Keeps LoRA adapters working while the base model under them changes.",
 )
 app.add_typer(bench.cli.app, name="bench")
-console = Console(width=None if sys.stdout.isatty() else 150)  # wide enough for the tables in a log
+# Wide enough for the tables in a log. Without emoji, because `:fire:` may be a part of a name.
+console = Console(width=None if sys.stdout.isatty() else 150, emoji=False)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from sqlalchemy import make_url
 from cluster.config import Fleet
 from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry
+from cluster.names import flat_name, unflat_name
 from cluster.registry import Version
 from serving.adapters.residency import Residency
 from serving.engine.engine import Engine
@@ -165,13 +166,13 @@ class ServeBackends:
         with _our_errors():
             apps = serve.status().applications
             alive = {
-                name.removeprefix(ENGINE_PREFIX): app
+                unflat_name(name.removeprefix(ENGINE_PREFIX)): app
                 for name, app in apps.items()
                 if name.startswith(ENGINE_PREFIX) and app.status not in gone
             }
             for base, app in alive.items():
                 if app.status is ApplicationStatus.RUNNING and base not in self._known:
-                    self._known[base] = HandleBackend(serve.get_app_handle(ENGINE_PREFIX + base))
+                    self._known[base] = HandleBackend(serve.get_app_handle(ENGINE_PREFIX + flat_name(base)))
         self._known = {base: backend for base, backend in self._known.items() if base in alive}
         return self._known
 
@@ -196,10 +197,8 @@ def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
     )
     with _deploying("the gateway"):
         serve.start(http_options={"host": fleet.serving.host, "port": fleet.serving.port})
-        serve.run_many(
-            [serve.RunTarget(gateway.bind(fleet), name=GATEWAY, route_prefix="/")]
-            + [_engine_target(fleet, base) for base in bases]
-        )
+        front = serve.RunTarget(gateway.bind(fleet), name=GATEWAY, route_prefix="/")
+        serve.run_many([front, *(_engine_target(fleet, base) for base in bases)])
         _refresh_gateway()
 
 
@@ -221,7 +220,7 @@ def check_gateway(fleet: Fleet) -> None:
 
 def has_engine(base: str) -> bool:
     """Whether the engine of a base runs on the connected cluster."""
-    return _is_running(ENGINE_PREFIX + base)
+    return _is_running(ENGINE_PREFIX + flat_name(base))
 
 
 def _served() -> tuple[str, str]:
@@ -249,7 +248,7 @@ def probe(fleet: Fleet, version: Version) -> None:
     """
     try:
         with _our_errors():
-            backend = HandleBackend(_outside_handle(ENGINE_PREFIX + version.base))
+            backend = HandleBackend(_outside_handle(ENGINE_PREFIX + flat_name(version.base)))
         asyncio.run(check_golden(version, Prompter(fleet.base(version.base).path), backend))
     except BackendDiedError as error:
         raise OverloadedError(f"{version.label} cannot be probed yet: {error}") from error
@@ -290,7 +289,7 @@ def _engine_target(fleet: Fleet, base: str) -> serve.RunTarget:
         health_check_timeout_s=30.0,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     )
-    return serve.RunTarget(deployment.bind(fleet, base), name=ENGINE_PREFIX + base, route_prefix=None)
+    return serve.RunTarget(deployment.bind(fleet, base), name=ENGINE_PREFIX + flat_name(base), route_prefix=None)
 
 
 @contextmanager

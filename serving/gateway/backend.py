@@ -17,8 +17,13 @@ takes 8. They took 36 us with four more generators and a task per event (2 share
 
 from typing import Protocol
 
+from cluster.errors import InvalidAdapterError, InvalidCheckpointError, ReloraError
 from serving.adapters.residency import Residency
-from serving.engine.request import Request, TokenStream
+from serving.engine.request import FinishReason, Request, TokenEvent, TokenStream
+from serving.errors import BackendDiedError, BackendFailedError
+
+# Errors about files. While an engine generates they are the server's fault: the client only named the model.
+_FILE_ERRORS = (InvalidAdapterError, InvalidCheckpointError)
 
 
 class Backend(Protocol):
@@ -46,3 +51,13 @@ class Backend(Protocol):
         A later request for the adapter loads it again. Raises BackendDiedError if no replica is alive.
         """
         ...
+
+
+def raise_error_of(event: TokenEvent) -> None:
+    """Raise the error that an event carries. Errors that are the server's fault become BackendFailedError."""
+    if event.error is not None:
+        if isinstance(event.error, ReloraError) and not isinstance(event.error, _FILE_ERRORS):
+            raise event.error
+        raise BackendFailedError(f"The engine failed: {event.error}") from event.error
+    if event.finish_reason is FinishReason.ABORT:
+        raise BackendDiedError("The engine stopped before it finished the answer.")

@@ -20,7 +20,6 @@ from cluster.blobs import BlobStore
 from cluster.config import RolloutConfig, ServingConfig
 from cluster.errors import (
     InvalidAdapterError,
-    InvalidCheckpointError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
@@ -30,21 +29,18 @@ from cluster.errors import (
 from cluster.names import parse_model
 from cluster.registry import Registry, Version
 from cluster.rollout import CANARY_FAILURE
-from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent
+from serving.engine.request import AdapterRef, Request, SamplingParams, Terms, TokenEvent
 from serving.errors import BackendDiedError, BackendFailedError
-from serving.gateway.backend import Backend
+from serving.gateway.backend import Backend, raise_error_of
 from serving.gateway.merge import merge
 from serving.gateway.prompts import Prompt, Prompter
 from serving.gateway.publish import publish, store, withdraw
-from serving.gateway.routing import HEALTH_TIMEOUT_S, Snapshot, Target, release, release_gone
+from serving.gateway.routing import HEALTH_TIMEOUT_S, Snapshot, Target, max_position, release, release_gone
 
 log = logging.getLogger(__name__)
 
 MAX_RESUBMISSIONS = 3
 BACKOFF_S = 0.2
-
-# Errors about files. While an engine generates they are the server's fault: the client only named the model.
-_FILE_ERRORS = (InvalidAdapterError, InvalidCheckpointError)
 
 Part = tuple[int, TokenEvent]  # a choice's index and an event of it
 
@@ -196,6 +192,10 @@ class Gateway:
         except TimeoutError as error:
             raise BackendDiedError(f"The engine of {base} did not answer within {HEALTH_TIMEOUT_S:g} s.") from error
 
+    def max_model_tokens(self, base: str) -> int:
+        """Return the most tokens that a base's engines take, prompt and output together."""
+        return min(self._serving.max_model_tokens, max_position(self.snapshot.bases[base].path))
+
     # From a name to targets.
 
     async def _targets(self, call: Call) -> list[Target]:
@@ -308,13 +308,3 @@ class Gateway:
             except Exception as error:
                 self._poll_error = BackendFailedError(f"The gateway cannot refresh its routes: {error!r}.")
                 log.exception("could not refresh the routes")
-
-
-def raise_error_of(event: TokenEvent) -> None:
-    """Raise the error that an event carries. Errors that are the server's fault become BackendFailedError."""
-    if event.error is not None:
-        if isinstance(event.error, ReloraError) and not isinstance(event.error, _FILE_ERRORS):
-            raise event.error
-        raise BackendFailedError(f"The engine failed: {event.error}") from event.error
-    if event.finish_reason is FinishReason.ABORT:
-        raise BackendDiedError("The engine stopped before it finished the answer.")

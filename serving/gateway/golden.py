@@ -6,8 +6,7 @@ from uuid import uuid4
 from cluster.errors import ReloraError
 from cluster.registry import Version
 from serving.engine.request import Request, SamplingParams
-from serving.gateway.backend import Backend
-from serving.gateway.gateway import raise_error_of
+from serving.gateway.backend import Backend, raise_error_of
 from serving.gateway.prompts import Prompter
 from serving.gateway.routing import Target
 

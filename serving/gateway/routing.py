@@ -9,13 +9,17 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 
+from cluster.checkpoints import open_checkpoint
 from cluster.errors import NotFoundError, ReloraError
 from cluster.registry import BaseModel, Route, Status, Version
 from serving.adapters.residency import Residency, Tier, summed
 from serving.engine.request import AdapterRef
 from serving.errors import BackendDiedError
 from serving.gateway.backend import Backend
+from serving.model.config import read_model_config
 
 HEALTH_TIMEOUT_S = 5.0
 SERVABLE = frozenset((Status.CANDIDATE, Status.READY, Status.CANARY, Status.LIVE, Status.RETIRED))
@@ -101,6 +105,12 @@ class Snapshot:
     def needed_bases(self) -> set[str]:
         """Return the bases whose engines must be alive: those with a live version, and those with an engine."""
         return {route.live.base for route in self.routes.values()} | self.backends.keys()
+
+
+@lru_cache(maxsize=256)
+def max_position(folder: str) -> int:
+    """Return the longest sequence of a base model. Raises InvalidCheckpointError if its config.json is unusable."""
+    return read_model_config(open_checkpoint(Path(folder)).config).max_position
 
 
 async def residencies(snapshot: Snapshot) -> list[tuple[Target, Residency]]:

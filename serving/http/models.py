@@ -1,5 +1,6 @@
 """The routes about models: what is served, and vLLM's two for loading and unloading adapters."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,16 +21,17 @@ router = APIRouter()
 async def models(request: HttpRequest) -> Response:
     """List the served base models, and the adapters with their live versions."""
     gateway = gateway_of(request)
-    return JSONResponse({"object": "list", "data": [_model(gateway, target) for target in gateway.snapshot.models()]})
+    entries = await asyncio.to_thread(lambda: [_model(gateway, target) for target in gateway.snapshot.models()])
+    return JSONResponse({"object": "list", "data": entries})
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name:path}")
 async def model(name: str, request: HttpRequest) -> Response:
-    """Return one entry of the list of models."""
+    """Return one entry of the list of models. A name may contain `/`."""
     gateway = gateway_of(request)
     for target in gateway.snapshot.models():
         if name in (_id(target), target.label):
-            return JSONResponse(_model(gateway, target))
+            return JSONResponse(await asyncio.to_thread(_model, gateway, target))
     raise HTTPException(404, f"The model {name!r} does not exist.")
 
 
@@ -59,15 +61,17 @@ def _id(target: Target) -> str:
 
 
 def _model(gateway: Gateway, target: Target) -> dict[str, Any]:
-    created_at = target.version.created_at if target.version else gateway.snapshot.bases[target.base].created_at
+    """Return OpenAI's model object with vLLM's additions: `root` is where the files are, `parent` an adapter's base."""
+    base, version = gateway.snapshot.bases[target.base], target.version
     return {
         "id": _id(target),
         "object": "model",
-        "created": int(created_at),
+        "created": int(version.created_at if version else base.created_at),
         "owned_by": "relora",
-        "root": target.base,
-        "parent": target.base if target.version else None,
-        "version": target.label if target.version else None,
+        "root": version.blob_key if version else base.path,
+        "parent": base.name if version else None,
+        "max_model_len": gateway.max_model_tokens(base.name),
+        "version": version.label if version else None,
     }
 
 

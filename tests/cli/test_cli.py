@@ -99,6 +99,18 @@ def test_register_then_status(run: Run, fleet_file: Path):
     assert [cell.strip() for cell in output.splitlines()[3].strip("│").split("│")[:3]] == ["intent@1", "v1", "live"]
 
 
+def test_status_shows_names_as_they_are(run: Run, tmp_path: Path):
+    (tmp_path / "fleet.toml").write_text('name = "other"')
+    registry = open_registry(load_fleet(tmp_path / "fleet.toml"))
+    registry.add_base("Qwen/Qwen2.5-0.5B", "v2", "print")
+    registry.add_adapter("v1:fire:acme/bot")
+    registry.add_version("v1:fire:acme/bot", "Qwen/Qwen2.5-0.5B", Status.FAILED, details={"error": "none"})
+    _, output, _ = run("status", tmp_path / "fleet.toml")
+    cells = [cell.strip() for cell in output.splitlines()[3].strip("│").split("│")]
+    assert cells[:2] == ["v1:fire:acme/bot@1", "Qwen/Qwen2.5-0.5B"]
+    assert output.splitlines()[-1] == "v1:fire:acme/bot@1: failed: none"
+
+
 def test_status_shows_quality_and_rung(run: Run, fleet_file: Path, tmp_path: Path):
     (tmp_path / "fleet.toml").write_text('name = "other"')
     registry = open_registry(load_fleet(tmp_path / "fleet.toml"))

@@ -20,12 +20,15 @@ from cluster.config import BaseSpec, Fleet
 from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry, register_adapters, register_base
 from cluster.fleet_file import load_fleet
+from cluster.names import flat_name
 from cluster.registry import Registry, Status, Version
 from serving import on_ray
 from tests.worlds.servers import wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 pytestmark = pytest.mark.ray
+
+NEXT = "org/v2:next"  # Serve names log files after its applications, where such a name would not do
 
 FLEET = """
 name = "test"
@@ -35,7 +38,7 @@ name = "v1"
 path = "v1"
 
 [[bases]]
-name = "v2"
+name = "org/v2:next"
 path = "v2"
 
 [[adapters]]
@@ -112,7 +115,7 @@ def test_engine_errors_keep_their_type(served: Served):
     with pytest.raises(openai.BadRequestError, match="tokens"):
         served.text("v1", prompt="x" * 1501)
     with pytest.raises(openai.NotFoundError):
-        served.text("v2")
+        served.text(NEXT)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -153,10 +156,10 @@ def test_a_base_that_cannot_start_raises_one_error(served: Served, tmp_path: Pat
 
 
 def test_a_second_base_is_added_and_its_versions_are_probed(served: Served):
-    register_base(served.fleet, served.registry, "v2")
-    on_ray.deploy_base(served.fleet, "v2")
-    assert httpx.get(f"{served.url}/v1/models/v2").status_code == 200
-    assert served.text("v2") != served.text("v1")
+    register_base(served.fleet, served.registry, NEXT)
+    on_ray.deploy_base(served.fleet, NEXT)
+    assert httpx.get(f"{served.url}/v1/models/{NEXT}").status_code == 200
+    assert served.text(NEXT) != served.text("v1")
     text = served.text(_candidate(served, []).label)
     right = _candidate(served, [{"prompt": "hello", "completion": text}])
     on_ray.probe(served.fleet, right)
@@ -184,10 +187,10 @@ def test_a_killed_replica_changes_no_answer(served: Served):
 
 
 def test_a_base_is_removed(served: Served):
-    serve.delete(f"{on_ray.ENGINE_PREFIX}v2")
-    wait_until(lambda: httpx.get(f"{served.url}/v1/models/v2").status_code == 404)  # when the gateway polls
+    serve.delete(f"{on_ray.ENGINE_PREFIX}{flat_name(NEXT)}")
+    wait_until(lambda: httpx.get(f"{served.url}/v1/models/{NEXT}").status_code == 404)  # when the gateway polls
     with pytest.raises(openai.NotFoundError):
-        served.text("v2")
+        served.text(NEXT)
     assert served.text("v1")
     with pytest.raises((OverloadedError, NotFoundError)):
         on_ray.probe(served.fleet, _candidate(served, [{"prompt": "a", "completion": "b"}]))
@@ -210,7 +213,7 @@ def _candidate(served: Served, golden: list[dict[str, str]]) -> Version:
     files = served.fleet.folder / "intent-v2"
     key = open_blobs(served.fleet).put_folder(files)
     details = {"golden": golden}
-    return served.registry.add_version("intent", "v2", Status.CANDIDATE, key, content_hash(files), details=details)
+    return served.registry.add_version("intent", NEXT, Status.CANDIDATE, key, content_hash(files), details=details)
 
 
 def _stream(served: Served, prompt: str) -> str:
