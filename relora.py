@@ -12,6 +12,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import bench.cli
+import cli.care
+from cli.output import FleetPath, console, print_line
 from cluster.errors import ReloraError
 from cluster.extras import EXTRAS, optional_imports
 
@@ -19,16 +21,13 @@ if TYPE_CHECKING:
     from readapt.extraction.extract import Spread
     from upgrade import UpgradeResult
 
-FleetPath = Annotated[Path, typer.Argument(help="path to fleet.toml", exists=True, dir_okay=False)]
-
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Keeps LoRA adapters working while the base model under them changes.",
 )
 app.add_typer(bench.cli.app, name="bench")
-# Wide enough for the tables in a log. Without emoji, because `:fire:` may be a part of a name.
-console = Console(width=None if sys.stdout.isatty() else 150, emoji=False)
+cli.care.add_to(app)
 
 
 @app.command()
@@ -102,7 +101,7 @@ def serve(
         console.print(f"serving {', '.join(bases)} at http://{loaded.serving.host}:{loaded.serving.port}/v1")
         for spec in loaded.bases:
             if spec.name not in bases:
-                _print_line(f"to move to {spec.name}: {submit} -- relora upgrade {fleet.resolve()} --to {spec.name}")
+                print_line(f"to move to {spec.name}: {submit} -- relora upgrade {fleet.resolve()} --to {spec.name}")
         while not detach:
             time.sleep(1.0)
 
@@ -127,7 +126,7 @@ def assess(
         out.write_text(as_json(assessments, to))
     failed = [assessment for assessment in assessments if assessment.error is not None]
     for assessment in failed:
-        _print_line(f"{assessment.version}: {assessment.error}")
+        print_line(f"{assessment.version}: {assessment.error}")
     if failed:
         raise typer.Exit(1)
 
@@ -149,7 +148,7 @@ def upgrade(
     open_checkpoint(loaded.base(to).path)  # report an unknown name or a missing folder before anything starts
     opened = open_fleet(loaded)
     join()
-    _print_result(upgrade_fleet(opened, to, _print_line) if rollout else make_candidates(opened, to))
+    _print_result(upgrade_fleet(opened, to, print_line) if rollout else make_candidates(opened, to))
 
 
 @app.command()
@@ -166,7 +165,7 @@ def rollout(
     loaded = load_fleet(fleet)
     registry = open_registry(loaded)
     join()
-    _print_result(roll_out(loaded, registry, base, _print_line))
+    _print_result(roll_out(loaded, registry, base, print_line))
 
 
 @app.command()
@@ -216,7 +215,7 @@ def extract(
         verify_into_report(done, base, tuned, verify)
     console.print(adapters_table(read_report(done.folder)))
     if not (done.folder / PLOT).exists():
-        _print_line(f"{PLOT} was not drawn: it needs matplotlib (pip install 'relora[{EXTRAS['matplotlib']}]')")
+        print_line(f"{PLOT} was not drawn: it needs matplotlib (pip install 'relora[{EXTRAS['matplotlib']}]')")
 
 
 def _spread() -> "Spread":
@@ -265,11 +264,11 @@ def continual(
     method = method_of(kind, steps, learning_rate, direction_rank)
     version = add_stage(opened.config, opened.registry, opened.blobs, wanted, method)
     points = ", ".join(f"{name} {value:.1f}" for name, value in version.details["accuracy_by_stage"].items())
-    _print_line(f"{version.label}: {version.status} on {version.base}, rank {version.details['rank']}: {points}")
+    print_line(f"{version.label}: {version.status} on {version.base}, rank {version.details['rank']}: {points}")
     if version.status is Status.REJECTED:
-        _print_line(f"it does not go live: {version.setback}")
+        print_line(f"it does not go live: {version.setback}")
         raise typer.Exit(1)
-    _print_line(f"`relora rollout {fleet}` moves its traffic")
+    print_line(f"`relora rollout {fleet}` moves its traffic")
 
 
 @app.command()
@@ -281,7 +280,7 @@ def status(fleet: FleetPath) -> None:
     loaded = load_fleet(fleet)
     versions = open_registry(loaded).versions() if has_registry(loaded) else []
     if not versions:
-        _print_line(f"nothing is registered yet: run `relora register {fleet}` first")
+        print_line(f"nothing is registered yet: run `relora register {fleet}` first")
         return
     table = Table("version", "base", "status", "quality", "rung")
     for version in versions:
@@ -290,7 +289,7 @@ def status(fleet: FleetPath) -> None:
     console.print(table)
     for version in versions:
         if version.setback is not None:
-            _print_line(f"{version.label}: {version.status}: {version.setback}")
+            print_line(f"{version.label}: {version.status}: {version.setback}")
 
 
 def _print_result(result: "UpgradeResult") -> None:
@@ -298,11 +297,6 @@ def _print_result(result: "UpgradeResult") -> None:
     console.print(f"done: {result}")
     if result.needs_attention:
         raise typer.Exit(1)
-
-
-def _print_line(line: str) -> None:
-    """Print without markup (messages contain brackets) and without wrapping (logs are searched by line)."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

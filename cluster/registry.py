@@ -13,10 +13,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
+from cluster.database import open_engines
 from cluster.errors import ConflictError, NotFoundError, StorageError
 from cluster.names import check_name
 from cluster.records import TRANSITIONS, AdapterRecord, BaseModel, Event, Route, Status, Version
-from cluster.tables import adapters, bases, events, heartbeats, open_engines, versions
+from cluster.tables import adapters, bases, events, heartbeats, versions
 
 __all__ = ["AdapterRecord", "BaseModel", "Event", "Registry", "Route", "Status", "Version"]
 

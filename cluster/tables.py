@@ -1,16 +1,8 @@
-"""The registry's tables, and opening its database: SQLite by default, PostgreSQL by URL."""
-
-import random
-import sqlite3
-import time
-from contextlib import closing
-from typing import Any
+"""The registry's tables. A change here needs a revision in `cluster/migrations`."""
 
 from sqlalchemy import (
     JSON,
     Column,
-    Connection,
-    Engine,
     Float,
     ForeignKey,
     Index,
@@ -19,24 +11,17 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
-    create_engine,
-    event,
-    insert,
-    inspect,
-    select,
-    text,
 )
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from cluster.errors import StorageError
+REVISION = "0002"
+"""The newest revision in `cluster/migrations`: the schema that this file describes."""
 
-SCHEMA_VERSION = 2
-_BUSY_TIMEOUT_S = 30.0
-_WRITES = "relora_writes"  # execution option of the writing engine
-_WRITE_LOCK = 0x72656C6F7261  # the PostgreSQL advisory lock that all writers take: "relora" in ASCII
+REVISION_TABLE = Table("registry_revision", MetaData(), Column("version_num", String(32), primary_key=True))
+"""Alembic's table of the database's own revision."""
 
 metadata = MetaData()
 
+# Releases without migrations read only this number. It stays at 3, which they refuse.
 schema_version = Table("schema_version", metadata, Column("number", Integer, primary_key=True, autoincrement=False))
 
 bases = Table(
@@ -96,76 +81,3 @@ heartbeats = Table(
     Column("owner", String, primary_key=True),
     Column("num_beats", Integer, nullable=False),
 )
-
-
-def open_engines(url: str) -> tuple[Engine, Engine]:
-    """Return (reading, writing) engines that share a connection pool; create the schema, or check its version.
-
-    A transaction of the writing engine takes the database's only write lock when it begins. So what it reads stays true
-    until it commits, and events get their ids in the order of the commits.
-    """
-    try:
-        reading = create_engine(url)
-    except (ArgumentError, ModuleNotFoundError) as error:
-        raise StorageError(f"Registry {url.partition('://')[0]}://...: cannot be opened: {error}") from error
-    if reading.dialect.name == "sqlite":
-        event.listen(reading, "connect", _set_up_sqlite)
-    event.listen(reading, "begin", _begin)
-    writing = reading.execution_options(**{_WRITES: True})
-    try:
-        with writing.begin() as connection:
-            _create_or_check(connection)
-    except SQLAlchemyError as error:
-        reading.dispose()
-        raise StorageError(f"Registry {reading.url!r}: cannot be opened: {error}") from error
-    except StorageError:
-        reading.dispose()
-        raise
-    return reading, writing
-
-
-def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # _begin starts the transactions, not the driver
-    with closing(connection.cursor()) as cursor:
-        cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_S * 1000)}")
-        _keep_write_ahead_log(cursor)
-        cursor.execute("PRAGMA synchronous = NORMAL")
-        cursor.execute("PRAGMA foreign_keys = ON")
-
-
-def _keep_write_ahead_log(cursor: sqlite3.Cursor) -> None:
-    """Switch the file to a write-ahead log; retry if other processes do the same.
-
-    If several processes switch a new file at once, SQLite refuses all but one immediately, without the busy timeout,
-    because they would wait for each other.
-    """
-    deadline = time.monotonic() + _BUSY_TIMEOUT_S
-    while True:
-        try:
-            cursor.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-        time.sleep(random.uniform(0.001, 0.02))
-
-
-def _begin(connection: Connection) -> None:
-    is_writing = connection.get_execution_options().get(_WRITES, False)
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
-    elif is_writing:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _WRITE_LOCK})
-
-
-def _create_or_check(connection: Connection) -> None:
-    if not inspect(connection).has_table(schema_version.name):
-        metadata.create_all(connection)
-        connection.execute(insert(schema_version).values(number=SCHEMA_VERSION))
-        return
-    found = connection.execute(select(schema_version.c.number)).scalar()
-    if found != SCHEMA_VERSION:
-        raise StorageError(
-            f"Registry {connection.engine.url!r} has schema version {found}, but this ReLoRA reads {SCHEMA_VERSION}. "
-            "Use the ReLoRA that wrote it, or set another `registry` in the fleet file and register again."
-        )

@@ -1,0 +1,27 @@
+"""What all commands share: the fleet file as an argument, and how they print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster.records import jsonable
+
+FleetPath = Annotated[Path, typer.Argument(help="path to fleet.toml", exists=True, dir_okay=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead, for programs")]
+
+# Wide enough for the tables in a log. Without emoji, because `:fire:` may be a part of a name.
+console = Console(width=None if sys.stdout.isatty() else 150, emoji=False)
+
+
+def print_line(line: str) -> None:
+    """Print without markup (messages contain brackets) and without wrapping (logs are searched by line)."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; NaN and infinities become null."""
+    print(json.dumps(jsonable(value), indent=2))

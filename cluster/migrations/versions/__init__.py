@@ -1,0 +1,1 @@
+"""The revisions, in order: each has its number, that of its predecessor, and `upgrade`."""
