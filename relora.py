@@ -74,23 +74,32 @@ def register(fleet: FleetPath) -> None:
 
 @app.command()
 def serve(
-    fleet: FleetPath,
+    fleet: Annotated[Path | None, typer.Argument(help="path to fleet.toml", exists=True, dir_okay=False)] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="checkpoint folder to serve without a fleet file", exists=True, file_okay=False)
+    ] = None,
     base: Annotated[
-        list[str] | None, typer.Option(help="base model to start an engine for (repeatable); default: all live ones")
+        list[str] | None,
+        typer.Option(help="base model to start an engine for (repeatable); default: those with live adapters"),
     ] = None,
     detach: Annotated[bool, typer.Option(help="return once it answers; needs a running cluster")] = False,
 ) -> None:
     """Serve the fleet over HTTP on the running Ray cluster, or on one that is started here and stopped with Ctrl-C."""
     import serving.on_ray
-    from cluster.fleet import open_fleet
-    from cluster.fleet_file import load_fleet
+    from cluster.fleet import bases_to_serve, open_fleet
+    from cluster.fleet_file import load_fleet, model_fleet_file
     from cluster.on_ray import join_or_start
 
+    if (fleet is None) == (model is None):
+        raise typer.BadParameter("give either the path of a fleet file or --model with a checkpoint folder")
+    if model is not None:
+        fleet = model_fleet_file(model, Path(".relora"))
+        print_line(f"the fleet file is {fleet}: change its settings there")
+    assert fleet is not None, "one of the two is given"
     loaded = load_fleet(fleet)
     for name in base or []:
         loaded.base(name)  # report an unknown name before anything starts
-    opened = open_fleet(loaded)
-    bases = base or sorted({route.live.base for route in opened.registry.routes().values()})
+    bases = bases_to_serve(open_fleet(loaded), base or [])
     with join_or_start(may_start=not detach) as started:
         submit = "ray job submit"
         if started is not None:

@@ -14,6 +14,7 @@ from cluster.config_types import (
     FilePath,
     Folder,
     Name,
+    Origin,
     Positive,
     PositiveOrZero,
     RegistryUrl,
@@ -62,6 +63,8 @@ class ServingConfig:
     """Address to listen on; 0.0.0.0 to be reachable from other machines."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on."""
+    cors_origins: tuple[Origin, ...] = ()
+    """Web pages of these origins may call the API from a browser, e.g. "http://localhost:3000"; "*" allows all."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Data type of the weights and the KV cache."""
     device: str = "cpu"

@@ -3,6 +3,7 @@
 While a file is loaded, `info.context["folder"]` is the file's folder: relative paths become absolute in it.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, TypeVar, cast, dataclass_transform
 
@@ -20,6 +21,14 @@ def _valid_name(name: str) -> str:
         return check_name(name)
     except InvalidRequestError as error:
         raise ValueError(str(error)) from error
+
+
+def _valid_origin(origin: str) -> str:
+    if re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin) is None:
+        raise ValueError(
+            f"Not an origin: {origin!r}. Write a scheme, a host and perhaps a port, without a path, or '*'"
+        )
+    return origin
 
 
 def _absolute_path(path: Path, info: ValidationInfo) -> Path:
@@ -46,6 +55,7 @@ Config = TypeVar("Config")
 Name = Annotated[str, AfterValidator(_valid_name)]
 FilePath = Annotated[Path, AfterValidator(_absolute_path)]
 Folder = Annotated[str, AfterValidator(_absolute_folder), Field(validate_default=True)]
+Origin = Annotated[str, AfterValidator(_valid_origin)]
 BlobsUrl = Annotated[str, AfterValidator(_absolute_blobs), Field(validate_default=True)]
 RegistryUrl = Annotated[str, AfterValidator(_absolute_registry), Field(validate_default=True)]
 Count = Annotated[int, Field(gt=0)]

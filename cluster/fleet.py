@@ -1,5 +1,6 @@
 """Opening a fleet: its registry and its blob store, and registering the base models and adapters of the fleet file."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from cluster.blobs import BlobStore, content_hash
 from cluster.checkpoints import open_checkpoint
 from cluster.config import AdapterSpec, Fleet
 from cluster.config_types import SQLITE
-from cluster.errors import ConflictError, NotFoundError
+from cluster.errors import ConfigError, ConflictError, NotFoundError
 from cluster.registry import BaseModel, Registry, Status, Version
 
 
@@ -60,6 +61,22 @@ def register_base(fleet: Fleet, registry: Registry, name: str) -> BaseModel:
         if (known.path, known.stamp) == (str(path), stamp):
             return known
     return registry.add_base(name, str(path), checkpoint.fingerprint(), stamp)
+
+
+def bases_to_serve(opened: OpenFleet, wanted: Sequence[str] = ()) -> list[str]:
+    """Register and return the base models that need an engine: `wanted`, or else those with live adapters.
+
+    If the fleet file names no adapters, or if none is live, all bases of the file are served: clients can load adapters
+    into them. Raises ConfigError if the file has no base.
+    """
+    fleet = opened.config
+    if not fleet.bases:
+        raise ConfigError(f"Fleet {fleet.name!r} has no base model. Add a [[bases]] table with `name` and `path`.")
+    live = sorted({route.live.base for route in opened.registry.routes().values()}) if fleet.adapters else []
+    bases = list(wanted) or live or [spec.name for spec in fleet.bases]
+    for name in bases:
+        register_base(fleet, opened.registry, name)
+    return bases
 
 
 def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> list[Version]:

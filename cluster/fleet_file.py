@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from cluster.config import Fleet
 from cluster.config_readapt import Rung
 from cluster.errors import ConfigError
+from cluster.names import check_name
 
 
 def load_fleet(path: Path) -> Fleet:
@@ -33,6 +34,24 @@ def load_fleet(path: Path) -> Fleet:
     if faults:
         raise ConfigError("\n".join(f"{path.name}: {fault}" for fault in faults))
     return fleet
+
+
+def model_fleet_file(model: Path, folder: Path) -> Path:
+    """Return the fleet file, under `folder`, of a fleet with one base model and no adapters. Write it on first use.
+
+    The base has the name of its checkpoint folder, `model`. Raises InvalidRequestError if that cannot be a name, and
+    ConfigError if the file exists and is about another base.
+    """
+    path = model.resolve()
+    file = folder.absolute() / check_name(path.name) / "fleet.toml"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        quoted = json.dumps(str(path), ensure_ascii=False)
+        file.write_text(f'name = "{path.name}"\n\n[[bases]]\nname = "{path.name}"\npath = {quoted}\n', encoding="utf-8")
+    paths = [spec.path for spec in load_fleet(file).bases]
+    if paths != [path]:
+        raise ConfigError(f"{file} serves {', '.join(map(str, paths))}, not {path}. Write a fleet file of your own.")
+    return file
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class GatewayDeployment:
         """Return the application. Serve calls this on the replica, because a gateway cannot be pickled."""
         fleet, backends = self._fleet, ServeBackends()
         self._gateway = Gateway(open_registry(fleet), open_blobs(fleet), backends.running, fleet.serving, fleet.rollout)
-        return create_app(self._gateway)
+        return create_app(self._gateway, fleet.serving.cors_origins)
 
     async def refresh(self) -> None:
         """See `Gateway.refresh`."""

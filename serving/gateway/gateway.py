@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 MAX_RESUBMISSIONS = 3
 BACKOFF_S = 0.2
+NO_ENGINE = "No engine is running yet."
 
 Part = tuple[int, TokenEvent]  # a choice's index and an event of it
 
@@ -147,6 +148,8 @@ class Gateway:
         then.
         """
         await self.refresh()
+        if not self.snapshot.backends:
+            raise BackendDiedError(NO_ENGINE)
         served, max_rank = self.snapshot.backends.keys(), self._serving.max_rank
         store_adapter = partial(store, self._registry, self._blobs, served_bases=served, max_rank=max_rank)
         base_name, key = await asyncio.to_thread(store_adapter, name, folder, base)
@@ -179,6 +182,8 @@ class Gateway:
         """Raise an error that names what fails: the refresh, or the engine of a served base or a live adapter."""
         if self._poll_error is not None:
             raise self._poll_error
+        if not self.snapshot.backends:
+            raise BackendDiedError(NO_ENGINE)
         await asyncio.gather(*map(self.stats, self.snapshot.needed_bases()))
 
     async def stats(self, base: str) -> dict[str, float]:

@@ -3,13 +3,14 @@
 Handlers only translate.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from cluster.errors import InvalidRequestError, ReloraError
@@ -19,8 +20,11 @@ from serving.http import generation, models, operations
 from serving.http.metrics import Metrics, MetricsMiddleware
 
 
-def create_app(gateway: Gateway) -> FastAPI:
-    """Return the application over a gateway. It starts and stops the gateway with itself."""
+def create_app(gateway: Gateway, cors_origins: Sequence[str] = ()) -> FastAPI:
+    """Return the application over a gateway. It starts and stops the gateway with itself.
+
+    Browsers let pages of `cors_origins` call it; "*" stands for all origins.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -32,6 +36,14 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.state.gateway = gateway
     app.state.metrics = Metrics()
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "x-relora-version", "x-relora-base"],
+        )
     app.add_exception_handler(ReloraError, _on_relora_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_exception)

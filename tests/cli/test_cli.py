@@ -283,6 +283,29 @@ def test_what_cannot_start_says_why_in_one_line(run: Run, fleet_file: Path, argu
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_ray")
+def test_serve_takes_a_fleet_file_or_a_model(run: Run, fleet_file: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = fleet_file.parent / "v1"
+    for arguments in ([], [fleet_file, "--model", model]):
+        code, _, errors = run("serve", *arguments)
+        assert code == 2
+        assert "either the path of a fleet file or --model" in " ".join(errors.replace("│", "").split())
+    code, output, errors = run("serve", "--model", model, "--detach")
+    assert (code, errors.startswith("error: No Ray cluster is running")) == (1, True)
+    assert output == f"the fleet file is {tmp_path}/.relora/v1/fleet.toml: change its settings there\n"
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_serve_without_any_base_says_what_to_add(run: Run, tmp_path: Path):
+    (tmp_path / "fleet.toml").write_text('name = "empty"')
+    code, _, errors = run("serve", tmp_path / "fleet.toml")
+    assert (code, errors) == (
+        1,
+        "error: Fleet 'empty' has no base model. Add a [[bases]] table with `name` and `path`.\n",
+    )
+
+
 @pytest.mark.parametrize(("package", "extra"), [("openai", "demo"), ("matplotlib", "plots")])
 def test_a_missing_optional_package_is_one_line_that_names_its_extra(
     run: Run, monkeypatch: pytest.MonkeyPatch, package: str, extra: str

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 from cluster.config import AdapterSpec, BaseSpec, Fleet, ServingConfig
 from cluster.config_readapt import SearchConfig, TrainConfig, TransplantConfig
 from cluster.config_reference import render
-from cluster.errors import ConfigError, NotFoundError
-from cluster.fleet_file import load_fleet
+from cluster.errors import ConfigError, InvalidRequestError, NotFoundError
+from cluster.fleet_file import load_fleet, model_fleet_file
 
 EXAMPLE = Path(__file__).parents[2] / "fleet.toml"
 BASES = '[[bases]]\nname = "v1"\npath = "models/v1"\n'
@@ -86,6 +86,36 @@ def test_urls_stay_as_they_are(tmp_path: Path):
     assert (fleet.registry, fleet.blobs) == ("postgresql+psycopg://u:p@db/relora", "s3://bucket/fleet")
 
 
+def test_a_hub_id_can_name_a_base(tmp_path: Path):
+    text = 'name = "f"\n[[bases]]\nname = "Qwen/Qwen2.5-0.5B"\npath = "models/qwen"\n'
+    assert load_fleet(write(tmp_path, text)).base("Qwen/Qwen2.5-0.5B").path == tmp_path / "models/qwen"
+
+
+def test_a_model_gets_a_fleet_file_that_its_owner_may_change(tmp_path: Path):
+    model = tmp_path / "models" / "v1"
+    model.mkdir(parents=True)
+    file = model_fleet_file(model, tmp_path / ".relora")
+    assert file == tmp_path / ".relora/v1/fleet.toml"
+    fleet = load_fleet(file)
+    assert (fleet.name, fleet.bases, fleet.adapters) == ("v1", (BaseSpec(name="v1", path=model),), ())
+    file.write_text(file.read_text() + "[serving]\nport = 9000\n")
+    assert load_fleet(model_fleet_file(model, tmp_path / ".relora")).serving.port == 9000
+
+
+def test_two_models_of_one_name_do_not_share_a_fleet_file(tmp_path: Path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "v1").mkdir(parents=True)
+    model_fleet_file(tmp_path / "a/v1", tmp_path)
+    with pytest.raises(ConfigError, match=r"fleet\.toml serves .*a/v1, not .*b/v1"):
+        model_fleet_file(tmp_path / "b/v1", tmp_path)
+
+
+def test_a_model_folder_whose_name_cannot_be_one_is_refused(tmp_path: Path):
+    (tmp_path / "my model").mkdir()
+    with pytest.raises(InvalidRequestError, match="it contains ' '"):
+        model_fleet_file(tmp_path / "my model", tmp_path)
+
+
 def test_the_error_for_an_unknown_base_lists_the_known_ones(tmp_path: Path):
     fleet = load_fleet(write(tmp_path, f'name = "f"\n{BASES}'))
     with pytest.raises(NotFoundError, match=r"'v7'.*v1"):
@@ -100,6 +130,9 @@ def test_the_error_for_an_unknown_base_lists_the_known_ones(tmp_path: Path):
         ("[servng]\nport = 1", "fleet.toml: servng: Unexpected"),
         ('[serving]\nport = "8000"', "serving.port: Input should be a valid integer"),
         ("[serving]\nport = 70000", "serving.port: "),
+        ('[serving]\ncors_origins = ["localhost:3000"]', "serving.cors_origins[0]: Not an origin: 'localhost:3000'"),
+        ('[serving]\ncors_origins = ["*", "http://a.de/"]', "serving.cors_origins[1]: Not an origin: 'http://a.de/'"),
+        ('[serving]\ncors_origins = "*"', "serving.cors_origins: "),
         ("[serving]\nthreads = true", "serving.threads: "),
         ("[serving]\nmemory_bytes = 1.5", "serving.memory_bytes: "),
         ('[serving]\ndtype = "float64"', "serving.dtype: Input should be 'float32', 'float16' or 'bfloat16'"),

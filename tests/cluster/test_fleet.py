@@ -8,8 +8,17 @@ import pytest
 
 from cluster.checkpoints import Checkpoint, open_checkpoint
 from cluster.config import AdapterSpec, BaseSpec, Fleet
-from cluster.errors import ConflictError
-from cluster.fleet import has_registry, open_blobs, open_registry, register_adapters, register_base
+from cluster.errors import ConfigError, ConflictError
+from cluster.fleet import (
+    bases_to_serve,
+    has_registry,
+    open_blobs,
+    open_fleet,
+    open_registry,
+    register_adapters,
+    register_base,
+)
+from cluster.registry import Status
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 
@@ -100,3 +109,36 @@ def test_looking_for_a_registry_does_not_create_it(fleet: Fleet):
     open_registry(fleet).close()
     assert has_registry(fleet)
     assert has_registry(replace(fleet, registry="postgresql://host/fleet"))
+
+
+# Which bases are served.
+
+
+def test_a_fleet_without_adapters_serves_its_bases(fleet: Fleet, tmp_path: Path):
+    make_checkpoint(tmp_path / "v2", seed=1)
+    fleet = replace(fleet, bases=(*fleet.bases, BaseSpec(name="org/v2", path=tmp_path / "v2")))
+    opened = open_fleet(fleet)
+    assert bases_to_serve(opened) == ["v1", "org/v2"]
+    assert [base.name for base in opened.registry.bases()] == ["v1", "org/v2"], "an engine's base must be registered"
+    opened.registry.close()
+
+
+def test_a_fleet_with_adapters_serves_the_bases_on_which_they_are_live(fleet: Fleet, tmp_path: Path):
+    make_adapter(tmp_path / "intent", tmp_path / "v1", rank=2)
+    spec = AdapterSpec(name="intent", path=tmp_path / "intent", base="v1", data=tmp_path)
+    bases = (*fleet.bases, BaseSpec(name="v2", path=tmp_path / "v2"))
+    opened = open_fleet(replace(fleet, bases=bases, adapters=(spec,)))
+    assert bases_to_serve(opened) == ["v1"]
+    make_checkpoint(tmp_path / "v2", seed=1)
+    assert bases_to_serve(opened, ["v2"]) == ["v2"]
+    assert {base.name for base in opened.registry.bases()} == {"v1", "v2"}
+    opened.registry.move(opened.new_versions[0].id, Status.LIVE, Status.RETIRED)
+    assert bases_to_serve(opened) == ["v1", "v2"], "clients can load adapters into either"
+    opened.registry.close()
+
+
+def test_a_fleet_without_bases_serves_nothing(fleet: Fleet):
+    opened = open_fleet(replace(fleet, bases=()))
+    with pytest.raises(ConfigError, match=r"Fleet 'f' has no base model\. Add a \[\[bases\]\] table"):
+        bases_to_serve(opened)
+    opened.registry.close()

@@ -181,6 +181,15 @@ async def test_a_live_adapter_without_an_engine_is_unavailable(world: FakeFleet)
         await gateway.check_health()
 
 
+async def test_without_any_engine_the_service_is_not_healthy(world: FakeFleet):
+    world.backends.clear()
+    gateway = world.gateway()
+    await gateway.refresh()
+    for work in (gateway.check_health(), gateway.load_adapter("mine", str(world.folder / "adapter"), None)):
+        with pytest.raises(BackendDiedError, match="No engine is running yet"):
+            await work
+
+
 async def test_an_unknown_name_refreshes_the_snapshot(world: FakeFleet):
     gateway = world.gateway(poll_s=60)
     await gateway.start()

@@ -79,7 +79,7 @@ def serve_bases(files: Path, folder: Path, config: ServingConfig, bases: tuple[s
     backends = {name: LocalBackend(loop, blobs) for name, loop in loops.items()}
     gateway = Gateway(registry, blobs, lambda: backends, config, RolloutConfig(poll_s=0.05))
     try:
-        with serve(create_app(gateway)) as url:
+        with serve(create_app(gateway, config.cors_origins)) as url:
             yield Server(url, registry, loops, files)
     finally:
         for loop in loops.values():
