@@ -15,6 +15,9 @@ from typing import Any
 from cluster.errors import InvalidAdapterError
 
 CONFIG = "adapter_config.json"
+_ALL_LINEAR = "all-linear"
+_DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's own for the models that are served here
+_TIED = ("embed_tokens", "lm_head")
 # Settings that LoRA and DoRA factors alone cannot express: (key, name for messages).
 _UNSUPPORTED_SETTINGS = (
     ("use_qalora", "QALoRA"),
@@ -28,9 +31,22 @@ _UNSUPPORTED_SETTINGS = (
     ("arrow_config", "Arrow"),
     ("kasa_config", "KaSA"),
     ("monteclora_config", "MonteCLoRA"),
+    ("velora_config", "VeLoRA"),
+    ("megatron_config", "Megatron layers (megatron_config)"),
+    ("enable_lora", "merged linear layers (enable_lora)"),
 )
-# Initialisations that also change the base's weights, so that the files alone do not tell what the adapter adds.
-_UNSUPPORTED_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Settings that this module reads, and those that do not change what a trained adapter computes: PEFT's own of all
+# releases, and those that Unsloth and ms-swift add. The last line belongs to initialisations.
+_KNOWN_SETTINGS = """
+peft_type task_type r lora_alpha use_rslora use_dora rank_pattern alpha_pattern target_modules exclude_modules
+layers_to_transform layers_pattern bias ensure_weight_tying init_lora_weights
+auto_mapping base_model_name_or_path fan_in_fan_out inference_mode lora_dropout megatron_core merge_weights
+peft_version qalora_group_size revision runtime_config unsloth_fixed lora_dtype lorap_lr_ratio lorap_emb_lr
+corda_config eva_config lora_ga_config loftq_config
+"""
+# Initialisations after which the files tell what the adapter adds. Others also change the base's weights.
+_STARTS = ("gaussian", "eva", "orthogonal")
+_UNSUPPORTED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -38,7 +54,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except FileNotFoundError as error:
-        raise InvalidAdapterError(f"{CONFIG} is missing.") from error
+        raise InvalidAdapterError(f"{CONFIG} is missing.{_found_below(file.parent)}") from error
     except (OSError, ValueError) as error:
         raise InvalidAdapterError(f"{CONFIG} is not readable as JSON: {error}") from error
     if not isinstance(config, dict):
@@ -46,18 +62,74 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _found_below(folder: Path) -> str:
+    """Name the subfolders that are adapters: PEFT writes an adapter that is not called "default" into one."""
+    found = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    return f" Did you mean one of its subfolders? {', '.join(found)}" if found else ""
+
+
 def check_kind(config: Mapping[str, Any]) -> None:
     """Raise InvalidAdapterError, with the names of all unsupported settings, if there are any."""
     if config.get("peft_type") != "LORA":
         raise InvalidAdapterError(f"adapters of peft_type {config.get('peft_type')!r} are not supported, only 'LORA'.")
     kinds = [kind for key, kind in _UNSUPPORTED_SETTINGS if config.get(key)]
-    if (config.get("bias") or "none") != "none":
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
         kinds.append(f"bias={config['bias']!r}")
+    if config.get("task_type") in _UNSUPPORTED_TASKS:
+        kinds.append(f"task_type={config['task_type']!r}, whose answers come from its own head")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_UNSUPPORTED_STARTS):
+    if isinstance(start, str) and start.lower() not in _STARTS:
         kinds.append(f"init_lora_weights={start!r} that was not converted to plain LoRA")
+    known = {*_KNOWN_SETTINGS.split(), *(key for key, _ in _UNSUPPORTED_SETTINGS)}
+    kinds += [f"the unknown setting {key}={value!r}" for key, value in config.items() if value and key not in known]
     if kinds:
         raise InvalidAdapterError(f"not supported: {', '.join(kinds)}. Supported are LoRA, rsLoRA and DoRA.")
+
+
+def check_targets(modules: Iterable[str], config: Mapping[str, Any]) -> None:
+    """Raise InvalidAdapterError if the configuration leaves out a module that has factors: PEFT ignores these."""
+    if isinstance(config.get("target_modules"), str) and config.get("layers_to_transform") is not None:
+        raise InvalidAdapterError(f"{CONFIG}: layers_to_transform needs a list as target_modules.")
+    for module in modules:
+        if not _is_target(module, config):
+            raise InvalidAdapterError(
+                f"{CONFIG} does not select module {module!r}, which has factors. See target_modules, exclude_modules "
+                "and layers_to_transform there. PEFT ignores such factors; remove them or correct the file."
+            )
+
+
+def _is_target(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT adapts a module. Lists match the end of its path, strings are regular expressions of all of it."""
+    try:
+        if _matches(module, config.get("exclude_modules") or ()):
+            return False
+        targets = config.get("target_modules")
+        if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+            return module.rpartition(".")[2] not in _TIED
+        is_named = _matches(module, _DEFAULT_TARGETS if targets is None else targets)
+        if not is_named and config.get("ensure_weight_tying") and module.rpartition(".")[2] in _TIED:
+            return any(_matches(tied, targets or ()) for tied in _TIED)
+        return is_named and (isinstance(targets, str) or _is_in_layers(module, config))
+    except (re.error, TypeError) as error:
+        raise InvalidAdapterError(f"{CONFIG}: the selection of modules cannot be read: {error}") from error
+
+
+def _matches(module: str, wanted: str | Iterable[str]) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in wanted)
+
+
+def _is_in_layers(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether `layers_to_transform` selects the module's layer: the first number in its path."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    named = config.get("layers_pattern") or []
+    starts = [rf"(?:.*?\.)?{pattern}" for pattern in ([named] if isinstance(named, str) else named)]
+    found = (re.match(rf"{start}\.(\d+)\.", module) for start in starts or [r".*?\.[^.]*"])
+    layer = next((int(match[1]) for match in found if match is not None), None)
+    return layer is not None and layer in ([layers] if isinstance(layers, int) else layers)
 
 
 def rank_of(module: str, config: Mapping[str, Any]) -> int:

@@ -7,10 +7,9 @@ weight is its table transposed, so D is the vocabulary and F the width.
 
 import json
 import math
-import re
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.adapter_config import CONFIG, check_kind, config_of, rank_of, read_config, scaling_of
+from cluster.adapter_config import CONFIG, check_kind, check_targets, config_of, rank_of, read_config, scaling_of
+from cluster.adapter_tensors import PREFIX, sort_names
+from cluster.checkpoints import Checkpoint
 from cluster.errors import InvalidAdapterError, StorageError
 
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_TENSOR = re.compile(
-    re.escape(_PREFIX) + r"(?P<module>.+)\."
-    r"(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?"
-    r"|(?P<base>base_layer)\.weight)"
-)
-# Tensors that reveal an unsupported kind even if the configuration does not name it: (part of the name, the kind).
-_UNSUPPORTED_TENSORS = (
-    ("lora_B.bias", "lora_bias"),
-    ("modules_to_save", "modules_to_save"),
-    ("embed_tokens", "retrained embeddings"),
-    ("lm_head", "a retrained lm_head"),
-)
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _NORM_ROWS = 1024  # rows whose norms are computed at once, to bound the extra memory for a vocabulary's weight
 
 
@@ -96,8 +85,8 @@ class Adapter:
 
     `task_type` is PEFT's name for the model's task, or None.
 
-    PEFT stores a copy of the base's weight beside the factors of an embedding or a head. `base_copies` holds these
-    copies as stored (an embedding's is its table) for `check_base_copies`. They are never written.
+    `base_copies` holds tensors of the base that the files contain, by their name in the base, for `check_base_copies`.
+    PEFT stores the embedding and the head in this way, also if they were not trained. They are never written.
     """
 
     factors: dict[str, LoraFactors]
@@ -160,7 +149,10 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Raise InvalidAdapterError unless the base, with modules of these (out, in) shapes, has each adapted module."""
     for module, factors in adapter.factors.items():
         if module not in shapes:
-            raise InvalidAdapterError(f"The adapter changes module {module!r}, which the base model does not have.")
+            hint = _fusion_hint(module, shapes)
+            raise InvalidAdapterError(
+                f"The adapter changes module {module!r}, which the base model does not have.{hint}"
+            )
         if factors.shape != tuple(shapes[module]):
             raise InvalidAdapterError(
                 f"The adapter's module {module!r} has shape (out, in) = {factors.shape}, "
@@ -168,25 +160,51 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
             )
 
 
-def check_base_copies(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
-    """Raise InvalidAdapterError if the files hold base weights that are not these (out, in): retrained or resized ones.
+def _fusion_hint(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Return what to say if only one of the adapter and the base has fused projections, as Phi-3 has."""
+    parent, _, kind = module.rpartition(".")
+    for fused, split in _FUSED.items():
+        if kind == fused and f"{parent}.{split[0]}" in shapes:
+            return f" It has {', '.join(split)} instead: the adapter was trained on a model that fuses them."
+        if kind in split and f"{parent}.{fused}" in shapes:
+            return f" It has {fused} instead: the adapter was trained on a model that does not fuse {', '.join(split)}."
+    return ""
 
-    If a copy has another dtype than the base, the two may differ by the rounding to both dtypes.
+
+def check_base(adapter: Adapter, base: Checkpoint) -> None:
+    """Raise InvalidAdapterError unless the adapter fits a base's checkpoint and repeats its stored base tensors."""
+    check_fits(adapter, base.adaptable_shapes())
+    check_base_copies(adapter, base.weight)
+
+
+def check_base_copies(adapter: Adapter, weight: Callable[[str], Tensor | None]) -> None:
+    """Raise InvalidAdapterError if the files hold base tensors that differ from the base's own.
+
+    `weight` returns the base's tensor of a name, or None. If a copy has another dtype than the base, the two may differ
+    by the rounding to both dtypes.
     """
-    for module, copy in adapter.base_copies.items():
-        ours = weights[module].T if adapter.factors[module].is_embedding else weights[module]
-        is_same_dtype = copy.dtype == ours.dtype
-        rtol = 0.0 if is_same_dtype else (torch.finfo(copy.dtype).eps + torch.finfo(ours.dtype).eps) / 2
-        copy = copy.to(ours.device)
-        if copy.shape != ours.shape or not torch.allclose(copy.float(), ours.float(), rtol=rtol, atol=rtol * 1e-4):
+    for name, copy in adapter.base_copies.items():
+        ours = weight(name)
+        if ours is None:
+            raise InvalidAdapterError(f"not supported: tensor {name!r}, which the base model does not have.")
+        if not _is_copy(copy.to(ours.device), ours):
             raise InvalidAdapterError(
-                f"not supported: {module!r} was retrained or resized in addition to its LoRA (its base_layer differs)."
+                f"not supported: {name!r} was retrained or resized beside the LoRA, because it differs from the base "
+                "model's. It would need modules_to_save or a trained bias."
             )
+
+
+def _is_copy(copy: Tensor, ours: Tensor) -> bool:
+    is_same_dtype = copy.dtype == ours.dtype
+    rtol = 0.0 if is_same_dtype else (torch.finfo(copy.dtype).eps + torch.finfo(ours.dtype).eps) / 2
+    return copy.shape == ours.shape and torch.allclose(copy.float(), ours.float(), rtol=rtol, atol=rtol * 1e-4)
 
 
 def _weights_file(folder: Path) -> Path:
     if (folder / _WEIGHTS).is_file():
         return folder / _WEIGHTS
+    if (folder / _WEIGHTS).is_symlink():
+        raise InvalidAdapterError(f"{_WEIGHTS} is a link to {(folder / _WEIGHTS).readlink()}, which does not exist.")
     if (folder / "adapter_model.bin").exists():
         raise InvalidAdapterError(
             f"adapter_model.bin is pickled, and pickled files can run code; save it as {_WEIGHTS}."
@@ -197,54 +215,20 @@ def _weights_file(folder: Path) -> Path:
 def _read_adapter(file: Path, config: Mapping[str, Any], max_rank: int | None) -> Adapter:
     try:
         with safe_open(file, framework="pt") as stored:
-            modules = _names_by_module(stored.keys(), bool(config.get("use_dora")))
-            for module, names in modules.items():
-                shapes = {part: tuple(stored.get_slice(name).get_shape()) for part, name in names.items()}
+            names = sort_names(stored.keys(), is_dora=bool(config.get("use_dora")))
+            check_targets(names.modules, config)
+            for module, parts in names.modules.items():
+                shapes = {part: tuple(stored.get_slice(name).get_shape()) for part, name in parts.items()}
                 _check_shapes(module, shapes, rank_of(module, config), max_rank)
             factors = {
-                module: _read_factors(stored, names, scaling_of(module, config)) for module, names in modules.items()
+                module: _read_factors(stored, parts, scaling_of(module, config))
+                for module, parts in names.modules.items()
             }
-            copies = {m: stored.get_tensor(names["base"]) for m, names in modules.items() if "base" in names}
+            copies = {tensor: _floating(stored.get_tensor(name), name) for tensor, name in names.base.items()}
     except (SafetensorError, OSError) as error:
         raise InvalidAdapterError(f"{_WEIGHTS} is truncated or not a safetensors file: {error}") from error
     base_model, task_type = str(config.get("base_model_name_or_path") or ""), config.get("task_type")
     return Adapter(factors, bool(config.get("use_rslora")), base_model, task_type, copies)
-
-
-def _names_by_module(names: Iterable[str], is_dora: bool) -> dict[str, dict[str, str]]:
-    """Return the tensor names of each module by part; InvalidAdapterError for a name that PEFT does not write.
-
-    The parts are A and B, `magnitude` for a DoRA, `base` for a copy of the base's weight, and `embedding` (again the
-    name of A or B) for an embedding.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
-        match = _TENSOR.fullmatch(name)
-        if match is None:
-            kind = next((kind for part, kind in _UNSUPPORTED_TENSORS if part in name), "a tensor of unknown meaning")
-            raise InvalidAdapterError(f"not supported: {kind} (tensor {name!r}).")
-        part = match["side"] or match["embedding"] or ("magnitude" if match["magnitude"] else "base")
-        found.setdefault(match["module"], {})[part] = name
-        if match["embedding"]:
-            found[match["module"]]["embedding"] = name
-    if not any("A" in parts for parts in found.values()):
-        raise InvalidAdapterError(f"{_WEIGHTS} has no LoRA weights.")
-    for module, parts in found.items():
-        _check_parts(module, parts, is_dora)
-    return found
-
-
-def _check_parts(module: str, parts: Mapping[str, str], is_dora: bool) -> None:
-    sides = [side for side in "AB" if side in parts]
-    if not sides:
-        raise InvalidAdapterError(
-            f"not supported: {module!r} was retrained without LoRA (tensor {min(parts.values())!r})."
-        )
-    if len(sides) < 2:
-        raise InvalidAdapterError(f"module {module!r} has lora_{sides[0]} without its counterpart.")
-    if is_dora != ("magnitude" in parts):
-        state = "without" if is_dora else "with"
-        raise InvalidAdapterError(f"module {module!r} is {state} a DoRA magnitude; use_dora in {CONFIG} is {is_dora}.")
 
 
 def _check_shapes(module: str, shapes: Mapping[str, tuple[int, ...]], rank: int, max_rank: int | None) -> None:
@@ -265,7 +249,7 @@ def _check_shapes(module: str, shapes: Mapping[str, tuple[int, ...]], rank: int,
 
 
 def _read_factors(stored: Any, names: Mapping[str, str], scaling: float) -> LoraFactors:
-    parts = {part: _float32(stored.get_tensor(names[part]), names[part]) for part in names if part != "base"}
+    parts = {part: _float32(stored.get_tensor(name), name) for part, name in names.items()}
     return LoraFactors(
         parts["A"].flatten(1),
         parts["B"].flatten(1),
@@ -276,10 +260,14 @@ def _read_factors(stored: Any, names: Mapping[str, str], scaling: float) -> Lora
     )
 
 
-def _float32(tensor: Tensor, name: str) -> Tensor:
+def _floating(tensor: Tensor, name: str) -> Tensor:
     if not tensor.is_floating_point():
         raise InvalidAdapterError(f"tensor {name!r} has dtype {tensor.dtype}; only floating point is supported.")
-    tensor = tensor.to(torch.float32)
+    return tensor
+
+
+def _float32(tensor: Tensor, name: str) -> Tensor:
+    tensor = _floating(tensor, name).to(torch.float32)
     if not bool(torch.isfinite(tensor).all()):
         raise InvalidAdapterError(f"tensor {name!r} has NaN or infinite values.")
     return tensor
@@ -295,7 +283,7 @@ def _tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         }
         if factors.magnitude_F is not None:
             stored["lora_magnitude_vector"] = factors.magnitude_F
-        tensors |= {f"{_PREFIX}{module}.{name}": t.detach().cpu().contiguous().clone() for name, t in stored.items()}
+        tensors |= {f"{PREFIX}{module}.{name}": t.detach().cpu().contiguous().clone() for name, t in stored.items()}
     return tensors
 
 

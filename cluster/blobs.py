@@ -11,7 +11,7 @@ import re
 import shutil
 import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -46,16 +46,16 @@ class BlobStore:
         self._root: str = root.rstrip("/")
         self._cache_dir = cache_dir
 
-    def put_folder(self, folder: Path) -> str:
-        """Store a folder and return its content key; storing the same content again only costs the hashing.
+    def put_folder(self, folder: Path, files: Sequence[Path] | None = None) -> str:
+        """Store a folder, or only `files` of it, and return the content key. The same content is stored once.
 
         Raises StorageError if the folder cannot be read, or if the store cannot be reached or is full. Then no part of
         the folder stays in the store.
         """
         with self._storage_errors(f"storing {folder}"):
-            key = content_hash(folder)
+            key = content_hash(folder, files)
             if not self.exists(key):
-                self._write_aside_then_rename(folder, key)
+                self._write_aside_then_rename(folder, _files(folder) if files is None else files, key)
         return key
 
     def fetch_folder(self, key: str) -> Path:
@@ -92,12 +92,12 @@ class BlobStore:
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}.tar"
 
-    def _write_aside_then_rename(self, folder: Path, key: str) -> None:
+    def _write_aside_then_rename(self, folder: Path, files: Iterable[Path], key: str) -> None:
         part = f"{self._root}/.{key}.{uuid.uuid4().hex}.part"
         self._fs.makedirs(self._root, exist_ok=True)
         try:
             with self._fs.open(part, "wb") as stream, _tar(stream, "w|") as tar:
-                for file in _files(folder):
+                for file in files:
                     tar.add(file, arcname=file.relative_to(folder).as_posix(), recursive=False)
             self._fs.mv(part, self._path(key))
         except BaseException:
@@ -137,8 +137,8 @@ def _tar(stream: IO[bytes], mode: Literal["r|", "w|"]) -> tarfile.TarFile:
     return tarfile.open(fileobj=stream, mode=mode, bufsize=_BLOCK_BYTES, dereference=True)
 
 
-def content_hash(folder: Path) -> str:
-    """Return a SHA-256 over the relative names and the bytes of all files in a folder, at any depth.
+def content_hash(folder: Path, files: Sequence[Path] | None = None) -> str:
+    """Return a SHA-256 over the relative names and the bytes of `files`, or of all files in a folder, at any depth.
 
     Raises StorageError if it is not a folder or a file cannot be read.
     """
@@ -146,7 +146,7 @@ def content_hash(folder: Path) -> str:
         raise StorageError(f"{folder}: no such folder.")
     digest = hashlib.sha256()
     try:
-        for file in _files(folder):
+        for file in _files(folder) if files is None else sorted(files):
             with file.open("rb") as stream:
                 digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

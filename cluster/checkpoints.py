@@ -61,6 +61,11 @@ class Checkpoint:
         """Read one tensor to the CPU in its stored dtype; InvalidCheckpointError if there is no such tensor."""
         return _load(name, self._entry(name))
 
+    def weight(self, name: str) -> Tensor | None:
+        """Return a tensor by the name that the model class uses, or None: a tied head is the embedding."""
+        stored = f"{_EMBEDDING}.weight" if name == f"{_HEAD}.weight" and name not in self._entries else name
+        return self.load(stored) if stored in self._entries else None
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out, in) of the seven linear modules of each layer, by module path without `.weight`."""
         matches = ((_LINEAR.fullmatch(name), entry.shape) for name, entry in self._entries.items())

@@ -5,8 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.adapter_files import check_fits, load_adapter
-from cluster.blobs import BlobStore, content_hash
+from cluster.adapter_files import check_base, load_adapter
+from cluster.adapter_folder import identity, store_adapter
+from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import AdapterSpec, Fleet
 from cluster.config_types import SQLITE
@@ -89,10 +90,10 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
     bases = {spec.base for spec in fleet.adapters}
     for base in sorted(bases):
         register_base(fleet, registry, base)
-    shapes = {base: open_checkpoint(fleet.base(base).path).adaptable_shapes() for base in bases}
+    checkpoints = {base: open_checkpoint(fleet.base(base).path) for base in bases}
     for spec in fleet.adapters:
-        check_fits(load_adapter(spec.path, max_rank=fleet.serving.max_rank), shapes[spec.base])
-        _check_unchanged(spec, registry)
+        check_base(load_adapter(spec.path, max_rank=fleet.serving.max_rank), checkpoints[spec.base])
+        _check_unchanged(spec, registry, blobs)
     new = []
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
@@ -102,8 +103,11 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
     return new
 
 
-def _check_unchanged(spec: AdapterSpec, registry: Registry) -> None:
-    """Raise ConflictError if version 1 is registered with another base or other files than those in the fleet file."""
+def _check_unchanged(spec: AdapterSpec, registry: Registry, blobs: BlobStore) -> None:
+    """Raise ConflictError if version 1 is registered with another base or another adapter than the fleet file names.
+
+    An older release stored and hashed all files of the folder. If the hashes differ, the stored files therefore decide.
+    """
     first = next(iter(registry.versions(adapter=spec.name)), None)
     if first is None:
         return
@@ -113,7 +117,10 @@ def _check_unchanged(spec: AdapterSpec, registry: Registry) -> None:
             f"{first.base!r}. Change the file back to {first.base!r}, and carry the adapter over with "
             f"`relora upgrade --to {spec.base}`. An adapter that was trained for {spec.base!r} needs another name."
         )
-    if first.content_hash != content_hash(spec.path):
+    found = identity(spec.path)
+    if found != first.content_hash and (
+        first.blob_key is None or found != identity(blobs.fetch_folder(first.blob_key))
+    ):
         raise ConflictError(
             f"Adapter {spec.name!r}: the files in {spec.path} are not those that {first.label} is registered with. "
             "Restore the old files. Give the new files another name in the fleet file, or load them into the running "
@@ -122,5 +129,5 @@ def _check_unchanged(spec: AdapterSpec, registry: Registry) -> None:
 
 
 def _add_first_version(spec: AdapterSpec, registry: Registry, blobs: BlobStore) -> Version:
-    key = blobs.put_folder(spec.path)
+    key = store_adapter(blobs, spec.path)
     return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key)

@@ -147,7 +147,7 @@ class Engine:
             raise InvalidAdapterError(f"rank {adapter.max_rank} is above the limit of {self.config.max_rank}")
         check_fits(adapter, self._model.target_shapes)
         weights = self._model.target_weights()
-        check_base_copies(adapter, weights)
+        check_base_copies(adapter, self._model.weight)
         factors = dora_factors(adapter, weights)
         page_elements = self._arena_PE.shape[1]
         return pack_adapter(adapter, tuple(weights), page_elements, self._dtype, factors, self._layout.order)

@@ -4,7 +4,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from cluster.adapter_files import check_fits, load_adapter
+from cluster.adapter_files import check_base, load_adapter
+from cluster.adapter_folder import store_adapter
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError
@@ -35,9 +36,8 @@ def store(
     if base not in served_bases:
         raise NotFoundError(f"Base model {base!r} is not served. Served are: {', '.join(sorted(served_bases))}.")
     path = _local_folder(folder)
-    shapes = open_checkpoint(Path(registry.base(base).path)).adaptable_shapes()
-    check_fits(load_adapter(path, max_rank=max_rank), shapes)
-    return base, blobs.put_folder(path)
+    check_base(load_adapter(path, max_rank=max_rank), open_checkpoint(Path(registry.base(base).path)))
+    return base, store_adapter(blobs, path)
 
 
 def publish(registry: Registry, name: str, base: str, key: str) -> Version:

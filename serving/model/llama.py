@@ -3,6 +3,7 @@
 Inference only; the caller enters `torch.inference_mode()`.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -66,6 +67,16 @@ class CausalLM:
         for layer in self.layers:
             named |= {f"model.layers.{layer.index}.{name}": weight for name, weight in layer.parameters().items()}
         return named
+
+    def weight(self, name: str) -> Tensor | None:
+        """Return one of the weights by its name in a checkpoint, or None. A tied head is the embedding."""
+        if name == "lm_head.weight":
+            return from_blocked(self.head_VD)
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        if match is None:
+            return {"model.embed_tokens.weight": self.embedding_VD, "model.norm.weight": self.norm.weight_D}.get(name)
+        index = int(match[1])
+        return self.layers[index].parameters().get(name[match.end() :]) if index < self.num_layers else None
 
     def forward(self, batch: Batch, arena: Tensor, page_tokens: int) -> Tensor:
         """Run one step: store the batch's keys and values, and return the logits of `batch.logit_rows_O`.

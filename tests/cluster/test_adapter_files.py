@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cluster.adapter_files import Adapter, LoraFactors, check_base_copies, check_fits, load_adapter, save_adapter
+from cluster.adapter_files import (
+    Adapter,
+    LoraFactors,
+    check_base,
+    check_base_copies,
+    check_fits,
+    load_adapter,
+    save_adapter,
+)
 from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidAdapterError, StorageError
 from tests.worlds.serving import KINDS, make_adapter, make_checkpoint
@@ -157,7 +165,8 @@ def test_embeddings_and_heads_survive_a_round_trip_through_peft(
         reference = model(TOKENS).logits
     model.save_pretrained(tmp_path / "theirs")
     adapter = load_adapter(tmp_path / "theirs")
-    assert ("model.embed_tokens" in adapter.base_copies) == ("embed_tokens" in targets["target_modules"])
+    assert ("model.embed_tokens.weight" in adapter.base_copies) == ("embed_tokens" in targets["target_modules"])
+    check_base(adapter, open_checkpoint(base))
     assert_same_logits(logits_of_merged(base, adapter), reference)
     save_adapter(adapter, tmp_path / "ours")
     assert not load_adapter(tmp_path / "ours").base_copies
@@ -190,15 +199,17 @@ def test_a_stored_copy_of_a_base_weight_must_equal_the_base(tmp_path: Path, chec
     folder = make_adapter(tmp_path / "adapter", checkpoint, modules=("embed_tokens", "lm_head"))
     stored = open_checkpoint(checkpoint)
     table, head = (stored.load(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
-    weights = {"model.embed_tokens": table.T, "lm_head": head}
-    table_name, head_name = (f"base_model.model.{name}.base_layer.weight" for name in weights)
+    weights = {"model.embed_tokens.weight": table, "lm_head.weight": head}
+    table_name, head_name = (f"base_model.model.{name}.base_layer.weight" for name in ("model.embed_tokens", "lm_head"))
     rewrite_tensors(folder, {table_name: table, head_name: head.bfloat16()})
-    check_base_copies(load_adapter(folder), weights)
-    check_base_copies(load_adapter(folder), {name: weight.half() for name, weight in weights.items()})
+    check_base_copies(load_adapter(folder), weights.get)
+    check_base_copies(load_adapter(folder), {name: weight.half() for name, weight in weights.items()}.get)
     for name, changed in ((table_name, table[:-1]), (table_name, table + 0.1), (head_name, head * 1.1)):
         rewrite_tensors(folder, {table_name: table, head_name: head, name: changed})
         with pytest.raises(InvalidAdapterError, match="retrained or resized"):
-            check_base_copies(load_adapter(folder), weights)
+            check_base_copies(load_adapter(folder), weights.get)
+    with pytest.raises(InvalidAdapterError, match=r"'model\.embed_tokens\.weight', which the base model does not have"):
+        check_base_copies(load_adapter(folder), {"lm_head.weight": head * 1.1}.get)
 
 
 @pytest.mark.parametrize("is_rslora", [False, True])
@@ -327,7 +338,13 @@ def assert_refused(folder: Path, *words: str, max_rank: int | None = None) -> No
         ({"use_dora": True}, "without a DoRA magnitude"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias='some'"),
+        ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
+        ({"a_new_method": {"strength": 2}}, "a_new_method={'strength': 2}"),
+        ({"enable_lora": [True, False, True]}, "enable_lora"),
+        ({"target_modules": ["down_proj"]}, "does not select module 'model.layers.0.self_attn.q_proj'"),
+        ({"target_modules": "(q_proj"}, "cannot be read"),
+        ({"target_modules": 7}, "cannot be read"),
         ({"peft_type": "IA3"}, "'IA3'"),
         ({"peft_type": None}, "None"),
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
@@ -362,9 +379,13 @@ def test_a_configuration_that_cannot_be_served_is_refused_by_name(folder: Path, 
         (f"{Q0}.lora_magnitude_vector", torch.ones(60), ["use_dora", "with a DoRA magnitude"]),
         (f"{Q0}.lora_B.bias", torch.ones(60), ["lora_bias"]),
         ("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(8, 260), ["lora_A without"]),
-        ("base_model.model.model.embed_tokens.base_layer.weight", torch.ones(260, 60), ["retrained", "embed_tokens"]),
-        ("base_model.model.model.embed_tokens.weight", torch.ones(260, 60), ["embeddings"]),
-        ("base_model.model.lm_head.weight", torch.ones(260, 60), ["lm_head"]),
+        (f"{Q0}.lora_B.default.bias", torch.ones(60), ["lora_bias"]),
+        (f"{Q0}.lora_A.other.weight", torch.ones(8, 60), ["same part", "lora_A.other.weight"]),
+        (f"{Q0}.lora_diag", torch.ones(8), ["KaSA"]),
+        ("base_model.model.lm_head.modules_to_save.default.weight", torch.ones(260, 60), ["modules_to_save"]),
+        ("base_model.model.model.embed_tokens.trainable_tokens_delta", torch.ones(1, 60), ["trainable tokens"]),
+        ("base_model.model.model.mlp.experts.base_layer.lora_A.weight", torch.ones(8, 60), ["target_parameters"]),
+        ("base_model.model.model.embed_tokens.weight", torch.ones(260, 60, dtype=torch.int8), ["int8"]),
         ("something.else", torch.ones(3), ["unknown", "something.else"]),
     ],
     ids=lambda value: None if isinstance(value, torch.Tensor) else str(value)[-30:],

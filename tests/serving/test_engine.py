@@ -453,10 +453,10 @@ def test_adapter_that_does_not_fit_is_refused(llama: BaseWithReference, spoil: C
 def test_an_embedding_retrained_beside_its_lora_is_refused(llama: BaseWithReference) -> None:
     engine, adapter = llama.engine(adapters=False), llama.adapters["embedding"]
     table = engine._model.embedding_VD.clone()
-    engine.add_adapter(ref_of("embedding"), replace(adapter, base_copies={"model.embed_tokens": table}))
+    engine.add_adapter(ref_of("embedding"), replace(adapter, base_copies={"model.embed_tokens.weight": table}))
     table[7, 3] += 0.01
-    with pytest.raises(InvalidAdapterError, match=r"'model\.embed_tokens' was retrained"):
-        engine.add_adapter(ref_of("other"), replace(adapter, base_copies={"model.embed_tokens": table}))
+    with pytest.raises(InvalidAdapterError, match=r"'model\.embed_tokens\.weight' was retrained"):
+        engine.add_adapter(ref_of("other"), replace(adapter, base_copies={"model.embed_tokens.weight": table}))
 
 
 def test_rank_above_the_limit_is_refused(llama: BaseWithReference) -> None:

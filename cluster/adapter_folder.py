@@ -1,0 +1,38 @@
+"""Which files of an adapter's folder count: its weights, its configuration, and the tokenizer and template beside them.
+
+These files are the adapter's identity, and only these are stored. Trainers and the Hugging Face hub leave others there:
+model cards, optimizer states, checkpoints. The folder may consist of links, as in the hub's cache.
+"""
+
+from pathlib import Path
+
+from cluster.blobs import BlobStore, content_hash
+
+FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def identity(folder: Path) -> str:
+    """Return the hash of the files that count. StorageError if one cannot be read."""
+    return content_hash(folder, _counting(folder))
+
+
+def store_adapter(blobs: BlobStore, folder: Path) -> str:
+    """Store the files that count, and return their key: the adapter's identity."""
+    return blobs.put_folder(folder, _counting(folder))
+
+
+def _counting(folder: Path) -> list[Path]:
+    return sorted(folder / name for name in FILES if (folder / name).is_file())
