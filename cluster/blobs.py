@@ -39,12 +39,12 @@ class BlobStore:
     def __init__(self, url: str, cache_dir: Path):
         self._url = re.sub("//[^/@]*@", "//***@", url)  # for messages, without credentials
         try:
-            filesystem, root = _open(url)
+            filesystem, root = open_filesystem(url)
         except (ImportError, ValueError, OSError) as error:
             raise StorageError(f"Blob store {self._url!r} cannot be opened: {error}") from error
         self._fs: AbstractFileSystem = filesystem
         self._root: str = root.rstrip("/")
-        self._cache_dir = cache_dir
+        self.cache_dir = cache_dir
 
     def put_folder(self, folder: Path, files: Sequence[Path] | None = None) -> str:
         """Store a folder, or only `files` of it, and return the content key. The same content is stored once.
@@ -66,10 +66,10 @@ class BlobStore:
         reached, the local disk is full, or the content does not match the key.
         """
         _check_key(key)
-        cached = self._cache_dir / key
+        cached = self.cache_dir / key
         if _is_whole(cached, key):
             return cached
-        aside = self._cache_dir / f".{key}.{uuid.uuid4().hex}"
+        aside = self.cache_dir / f".{key}.{uuid.uuid4().hex}"
         try:
             with self._storage_errors(f"fetching blob {key}"):
                 aside.mkdir(parents=True)
@@ -122,7 +122,8 @@ class BlobStore:
             raise StorageError(f"Blob store {self._url!r}: {doing} failed: {error}") from error
 
 
-def _open(url: str) -> tuple[AbstractFileSystem, str]:
+def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """Return the file system of a URL and the path in it. Raises ImportError, ValueError or OSError."""
     if not url.startswith(_OBJECT_STORES):
         return url_to_fs(url)
     from pyarrow.fs import FileSystem  # imported here because a local store does not need it

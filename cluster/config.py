@@ -1,6 +1,6 @@
 """The settings of a fleet. The string under a field is its comment in fleet.toml (see `cluster.config_reference`)."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -19,9 +19,11 @@ from cluster.config_types import (
     PositiveOrZero,
     RegistryUrl,
     Share,
+    Source,
     frozen,
 )
 from cluster.errors import NotFoundError
+from cluster.sources import local_folder
 
 MIB = 1024**2
 GIB = 1024**3
@@ -33,8 +35,16 @@ class BaseSpec:
 
     name: Name
     """What requests and adapters call it."""
-    path: FilePath
-    """The checkpoint folder."""
+    path: Source
+    """The checkpoint folder, s3://bucket/folder, gs://bucket/folder, or a Hugging Face id in the local cache."""
+
+
+@dataclass(frozen=True)
+class LocalBase:
+    """A base model whose files are on this machine."""
+
+    name: str
+    path: Path
 
 
 @frozen
@@ -43,8 +53,8 @@ class AdapterSpec:
 
     name: Name
     """What requests call it. No base may have the same name."""
-    path: FilePath
-    """A folder in PEFT's format."""
+    path: Source
+    """A folder in PEFT's format, s3://bucket/folder, gs://bucket/folder, or a Hugging Face id in the local cache."""
     base: str
     """Name of the base that it was trained for."""
     data: FilePath
@@ -157,9 +167,16 @@ class Fleet:
         object.__setattr__(self, "readapt", replace(self.readapt, transplant=filled))
         return self
 
-    def base(self, name: str) -> BaseSpec:
-        """Return the base model of that name; NotFoundError, with the names that exist, if there is none."""
+    def base(self, name: str) -> LocalBase:
+        """Return the base model of that name; NotFoundError, with the names that exist, if there is none.
+
+        Its files are fetched if they are in a bucket (see `cluster.sources.local_folder` for the errors).
+        """
         specs = {spec.name: spec for spec in self.bases}
         if name not in specs:
             raise NotFoundError(f"No base model {name!r} in fleet {self.name!r}; it has: {', '.join(specs) or 'none'}.")
-        return specs[name]
+        return LocalBase(name, self.local(specs[name].path))
+
+    def local(self, source: Path | str) -> Path:
+        """Return a local folder with the files of a base or an adapter (see `cluster.sources.local_folder`)."""
+        return local_folder(source, self.folder / ".cache" / "sources", self.folder)

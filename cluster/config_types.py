@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Annotated, TypeVar, cast, dataclass_transform
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from cluster.errors import InvalidRequestError
 from cluster.names import check_name
+from cluster.sources import check_source
 
 SQLITE = "sqlite:///"
 
@@ -32,11 +33,25 @@ def _valid_origin(origin: str) -> str:
 
 
 def _absolute_path(path: Path, info: ValidationInfo) -> Path:
+    if re.match("[a-z0-9+]+:/", str(path)):  # a path has lost one of the URL's slashes
+        raise ValueError("A URL is not supported here. Give a folder")
     return info.context["folder"] / path if info.context else path
 
 
 def _absolute_folder(folder: str, info: ValidationInfo) -> str:
     return str(_absolute_path(Path(folder), info))
+
+
+def _source(value: object, info: ValidationInfo) -> Path | str:
+    """Return a URL as it is, and a path as an absolute one."""
+    if not isinstance(value, str | Path):
+        raise ValueError("Input should be a valid string")
+    if isinstance(value, Path) or "://" not in value:
+        return _absolute_path(Path(value), info)
+    try:
+        return check_source(value)
+    except InvalidRequestError as error:
+        raise ValueError(str(error)) from error
 
 
 def _absolute_blobs(url: str, info: ValidationInfo) -> str:
@@ -54,6 +69,7 @@ def _absolute_registry(url: str, info: ValidationInfo) -> str:
 Config = TypeVar("Config")
 Name = Annotated[str, AfterValidator(_valid_name)]
 FilePath = Annotated[Path, AfterValidator(_absolute_path)]
+Source = Annotated[Path | str, PlainValidator(_source)]
 Folder = Annotated[str, AfterValidator(_absolute_folder), Field(validate_default=True)]
 Origin = Annotated[str, AfterValidator(_valid_origin)]
 BlobsUrl = Annotated[str, AfterValidator(_absolute_blobs), Field(validate_default=True)]

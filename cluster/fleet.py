@@ -92,18 +92,19 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
         register_base(fleet, registry, base)
     checkpoints = {base: open_checkpoint(fleet.base(base).path) for base in bases}
     for spec in fleet.adapters:
-        check_base(load_adapter(spec.path, max_rank=fleet.serving.max_rank), checkpoints[spec.base])
-        _check_unchanged(spec, registry, blobs)
+        folder = fleet.local(spec.path)
+        check_base(load_adapter(folder, max_rank=fleet.serving.max_rank), checkpoints[spec.base])
+        _check_unchanged(spec, folder, registry, blobs)
     new = []
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
         if not registry.versions(adapter=spec.name):
             with suppress(ConflictError):  # another process has just registered it
-                new.append(_add_first_version(spec, registry, blobs))
+                new.append(_add_first_version(spec, fleet.local(spec.path), registry, blobs))
     return new
 
 
-def _check_unchanged(spec: AdapterSpec, registry: Registry, blobs: BlobStore) -> None:
+def _check_unchanged(spec: AdapterSpec, folder: Path, registry: Registry, blobs: BlobStore) -> None:
     """Raise ConflictError if version 1 is registered with another base or another adapter than the fleet file names.
 
     An older release stored and hashed all files of the folder. If the hashes differ, the stored files therefore decide.
@@ -117,7 +118,7 @@ def _check_unchanged(spec: AdapterSpec, registry: Registry, blobs: BlobStore) ->
             f"{first.base!r}. Change the file back to {first.base!r}, and carry the adapter over with "
             f"`relora upgrade --to {spec.base}`. An adapter that was trained for {spec.base!r} needs another name."
         )
-    found = identity(spec.path)
+    found = identity(folder)
     if found != first.content_hash and (
         first.blob_key is None or found != identity(blobs.fetch_folder(first.blob_key))
     ):
@@ -128,6 +129,6 @@ def _check_unchanged(spec: AdapterSpec, registry: Registry, blobs: BlobStore) ->
         )
 
 
-def _add_first_version(spec: AdapterSpec, registry: Registry, blobs: BlobStore) -> Version:
-    key = store_adapter(blobs, spec.path)
+def _add_first_version(spec: AdapterSpec, folder: Path, registry: Registry, blobs: BlobStore) -> Version:
+    key = store_adapter(blobs, folder)
     return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key)

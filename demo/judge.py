@@ -74,7 +74,7 @@ class Judge:
     def _adapter(self, spec: AdapterSpec, scratch: ScratchRun | None, submitted_at: float) -> AdapterOutcome:
         version = self._registry.versions(adapter=spec.name, base=NEW)[0]
         details = version.details
-        old = load_adapter(spec.path)
+        old = load_adapter(self._fleet.local(spec.path))
         is_live = version.status is Status.LIVE
         return AdapterOutcome(
             name=spec.name,

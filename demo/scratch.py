@@ -55,7 +55,7 @@ def _train_alone(fleet: Fleet, target: str, spec: AdapterSpec, reference: float)
         model,
         encoder,
         task.train,
-        load_adapter(spec.path),
+        load_adapter(fleet.local(spec.path)),
         config.train,
         evaluate=Evaluator(model, encoder, split_valid(task.valid, config.search)[1], spec.metric),
         watch=Watcher(gate),

@@ -1,6 +1,5 @@
 """Loads adapters from clients' folders as LIVE versions, and takes them out of service."""
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from cluster.checkpoints import open_checkpoint
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError
 from cluster.names import check_name
 from cluster.registry import Registry, Status, Version
+from cluster.sources import local_folder
 
 
 def store(
@@ -25,7 +25,8 @@ def store(
 ) -> tuple[str, str]:
     """Check an adapter's files against its base and store them. Return the base's name and the files' key.
 
-    Nothing is stored before all checks have passed. Raises InvalidRequestError (bad name or folder, or no base given
+    `folder` is a folder on the server, a bucket's URL or a hub id (see `cluster.sources`). Nothing is stored before all
+    checks have passed. Raises InvalidRequestError (bad name or folder, or no base given
     where several are served), InvalidAdapterError (bad files), NotFoundError (the base is not served), ConflictError
     (a base has this name) and StorageError.
     """
@@ -35,7 +36,10 @@ def store(
     base = base or _only_base(registry, name, served_bases)
     if base not in served_bases:
         raise NotFoundError(f"Base model {base!r} is not served. Served are: {', '.join(sorted(served_bases))}.")
-    path = _local_folder(folder)
+    try:
+        path = local_folder(folder, blobs.cache_dir.parent / "sources")
+    except NotFoundError as error:  # not 404, which clients read as an unknown model
+        raise InvalidRequestError(f"lora_path: {error}") from error
     check_base(load_adapter(path, max_rank=max_rank), open_checkpoint(Path(registry.base(base).path)))
     return base, store_adapter(blobs, path)
 
@@ -69,11 +73,3 @@ def _only_base(registry: Registry, name: str, served_bases: Collection[str]) -> 
         listed = ", ".join(sorted(served_bases))
         raise InvalidRequestError(f"base_model_name: name the adapter's base. Served are: {listed}.")
     return next(iter(served_bases))
-
-
-def _local_folder(folder: str) -> Path:
-    if "://" in folder:
-        raise InvalidRequestError(f"lora_path: {folder!r} is a URL. Give a folder on the server.")
-    if not os.path.isdir(folder):  # Path.is_dir raises if the name is too long
-        raise InvalidRequestError(f"lora_path: {folder[:160]!r} is not a folder on the server.")
-    return Path(folder)

@@ -270,7 +270,7 @@ def test_a_missing_fleet_file_is_a_usage_error(run: Run, tmp_path: Path):
     [
         (["upgrade", "--to", "v9"], "No base model 'v9' in fleet 'tiny'; it has: v1, v2, gone."),
         (["serve", "--base", "v9"], "No base model 'v9' in fleet 'tiny'; it has: v1, v2, gone."),
-        (["upgrade", "--to", "gone"], "no such checkpoint folder."),
+        (["upgrade", "--to", "gone"], "no such folder on this machine"),
         (["upgrade", "--to", "v2"], "No Ray cluster is running"),
         (["serve", "--detach"], "No Ray cluster is running"),
     ],

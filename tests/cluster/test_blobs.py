@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
 from cluster import blobs
-from cluster.blobs import _BLOCK_BYTES, BlobStore, _open, content_hash
+from cluster.blobs import _BLOCK_BYTES, BlobStore, content_hash, open_filesystem
 from cluster.errors import NotFoundError, StorageError
 
 
@@ -67,7 +67,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def objects(url: str) -> list[str]:
-    filesystem, root = _open(url)
+    filesystem, root = open_filesystem(url)
     return [Path(path).name for path in filesystem.find(root)] if filesystem.exists(root) else []
 
 
@@ -91,7 +91,7 @@ def test_a_fetched_folder_is_available_without_the_store(url: str, folder: Path,
     store = BlobStore(url, tmp_path / "cache")
     key = store.put_folder(folder)
     fetched = store.fetch_folder(key)
-    filesystem, root = _open(url)
+    filesystem, root = open_filesystem(url)
     filesystem.rm(root, recursive=True)
     assert store.fetch_folder(key) == fetched
     assert not store.exists(key)
@@ -313,7 +313,7 @@ def test_an_unreachable_object_store_is_reported(folder: Path, tmp_path: Path, s
 
 
 def test_google_cloud_storage_needs_no_further_packages(tmp_path: Path):
-    filesystem, root = _open("gs://anonymous@bucket/prefix")
+    filesystem, root = open_filesystem("gs://anonymous@bucket/prefix")
     assert (filesystem.fs.type_name, root) == ("gcs", "bucket/prefix")
 
 

@@ -64,7 +64,7 @@ def test_the_example_documents_every_key():
 def test_a_fleet_file_needs_little_and_its_paths_become_absolute(tmp_path: Path):
     fleet = load_fleet(write(tmp_path, f'name = "f"\n{BASES}{ADAPTER}'))
     assert fleet.folder == tmp_path
-    assert fleet.base("v1").path == tmp_path / "models/v1"
+    assert fleet.bases[0].path == tmp_path / "models/v1"
     assert fleet.adapters[0].path == tmp_path / "adapters/intent"
     assert fleet.adapters[0].data == Path("/data/intent")
     assert fleet.adapters[0].metric == "exact_match"
@@ -77,7 +77,7 @@ def test_paths_are_relative_to_the_file_and_not_to_the_working_directory(
 ):
     write(tmp_path, f'name = "f"\n{BASES}')
     monkeypatch.chdir(tmp_path)
-    assert load_fleet(Path("fleet.toml")).base("v1").path == tmp_path / "models/v1"
+    assert load_fleet(Path("fleet.toml")).bases[0].path == tmp_path / "models/v1"
 
 
 def test_urls_stay_as_they_are(tmp_path: Path):
