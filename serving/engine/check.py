@@ -1,7 +1,15 @@
-"""Check a request before the engine takes it."""
+"""Check a request before the engine takes it, and say why a sequence has no next token."""
 
-from cluster.errors import ContextLengthError, InvalidRequestError
-from serving.engine.request import Request
+from collections.abc import Iterable
+
+from cluster.errors import (
+    ContextLengthError,
+    InvalidAdapterError,
+    InvalidCheckpointError,
+    InvalidRequestError,
+    ReloraError,
+)
+from serving.engine.request import AdapterRef, Request, SamplingParams
 
 
 def check_request(request: Request, vocab_size: int, max_model_tokens: int) -> None:
@@ -13,9 +21,30 @@ def check_request(request: Request, vocab_size: int, max_model_tokens: int) -> N
         raise ContextLengthError(f"the prompt has {num_prompt} tokens, the model takes at most {limit}")
     if request.sampling.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens is {request.sampling.max_tokens}: it must be at least 1")
+    if request.sampling.min_tokens > request.sampling.max_tokens:
+        low, high = request.sampling.min_tokens, request.sampling.max_tokens
+        raise InvalidRequestError(f"min_tokens is {low}, above max_tokens, which is {high}")
     tokens = (*request.prompt_tokens, *request.resumed_tokens)
     if not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise InvalidRequestError(f"the prompt has token ids outside the vocabulary of {vocab_size}")
-    for token in request.sampling.stop_token_ids:
-        if not 0 <= token < vocab_size:
-            raise InvalidRequestError(f"stop_token_ids has {token}: the model's ids are 0 to {vocab_size - 1}")
+    for name, ids in _named_tokens(request.sampling):
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(f"{name} has {token}: the model's ids are 0 to {vocab_size - 1}")
+
+
+def no_token_error(adapter: AdapterRef | None, *, is_blocked: bool) -> ReloraError:
+    """Return the error of a sequence whose logits are invalid or, if `is_blocked`, allow no token."""
+    if is_blocked:
+        return InvalidRequestError(
+            "no token may come next: allowed_token_ids, bad_words, min_tokens and structured output exclude all of them"
+        )
+    if adapter is None:
+        return InvalidCheckpointError("the base model's logits for this prompt are NaN or infinite")
+    return InvalidAdapterError(f"adapter {adapter.label} makes the logits NaN or infinite")
+
+
+def _named_tokens(sampling: SamplingParams) -> Iterable[tuple[str, Iterable[int]]]:
+    yield "stop_token_ids", sampling.stop_token_ids
+    yield "logit_bias", [token for token, _ in sampling.logit_bias]
+    yield "allowed_token_ids", sampling.allowed_token_ids

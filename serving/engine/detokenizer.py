@@ -144,17 +144,22 @@ class Detokenizer(_Decoder):
     """The growing text of one sequence. `is_stopped` becomes True when a stop string is complete.
 
     The stop string that is complete first counts; of several complete at once, the one that starts first. The text
-    after it is not shown, and neither is the stop string unless `includes_stop`.
+    after it is not shown, and neither is the stop string unless `includes_stop`. A stop string that is complete
+    within the first `min_tokens` tokens does not count.
     """
 
-    __slots__ = ("_held", "_includes_stop", "_stop", "is_stopped")
+    __slots__ = ("_held", "_includes_stop", "_num_early", "_num_exempt", "_stop", "is_stopped")
 
-    def __init__(self, vocabulary: Vocabulary, stop: Sequence[str] = (), *, includes_stop: bool = False):
+    def __init__(
+        self, vocabulary: Vocabulary, stop: Sequence[str] = (), *, includes_stop: bool = False, min_tokens: int = 0
+    ):
         assert all(stop), "a stop string is empty"
         super().__init__(vocabulary)
         self.is_stopped = False
         self._stop = stop
         self._includes_stop = includes_stop
+        self._num_early = min_tokens  # tokens to come whose stop strings do not count
+        self._num_exempt = 0  # characters of `_held` where no stop string that counts can end
         self._held = ""  # decided text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
@@ -165,12 +170,16 @@ class Detokenizer(_Decoder):
             return ""
         text = self._held + self.decide(token)
         whole = text + self.undecided
+        if self._num_early > 0:
+            self._num_early -= 1
+            self._num_exempt = len(whole)
         found = self._find_stop(whole)
         if found is not None:
             self.is_stopped = True
             return whole[: found[1] if self._includes_stop else found[0]]
         num_shown = len(text) - self._num_held(text)
         self._held = text[num_shown:]
+        self._num_exempt = max(0, self._num_exempt - num_shown)
         return text[:num_shown]
 
     def finish(self) -> str:
@@ -179,7 +188,7 @@ class Detokenizer(_Decoder):
 
     def _find_stop(self, text: str) -> tuple[int, int] | None:
         """Return the start and the end of the stop string that is complete first, if there is one."""
-        starts = [(text.find(stop), stop) for stop in self._stop]
+        starts = [(text.find(stop, max(0, self._num_exempt - len(stop) + 1)), stop) for stop in self._stop]
         ends = [(start + len(stop), start) for start, stop in starts if start >= 0]
         if not ends:
             return None

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -14,23 +15,21 @@ from cluster.config import ServingConfig
 from cluster.errors import (
     ConfigError,
     InvalidAdapterError,
-    InvalidCheckpointError,
     InvalidRequestError,
     OverloadedError,
-    ReloraError,
 )
 from serving.adapters.cache import AdapterCache
 from serving.adapters.disk_tier import packing_id
 from serving.adapters.packing import PackedAdapter, dora_factors, pack_adapter
 from serving.adapters.residency import Residency
 from serving.engine.batch_builder import BatchBuilder
-from serving.engine.check import check_request
+from serving.engine.check import check_request, no_token_error
 from serving.engine.detokenizer import Vocabulary
 from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent
 from serving.engine.running import SchedulerOutput
 from serving.engine.sampler import Samples, sample
 from serving.engine.scheduler import Scheduler
-from serving.engine.sequence import SequenceState, new_sequence
+from serving.engine.sequence import SequenceState, adjust_rows, new_sequence
 from serving.memory.arena import new_arena
 from serving.memory.eviction import EvictionQueue
 from serving.memory.pages import PageAllocator
@@ -134,8 +133,8 @@ class Engine:
         if scheduled.sequences:
             batch = self._batches.build(scheduled)
             logits_OV = self._model.forward(batch, self._arena_PE.view(-1), self.config.page_tokens)
-            rows = [None if sequence.is_plain else sequence.sample_row() for sequence in scheduled.sampling]
-            events += self._commit(scheduled, sample(logits_OV, rows))
+            rows_O = scheduled.sample_rows_B[scheduled.does_sample_B]
+            events += self._commit(scheduled, sample(logits_OV, rows_O, partial(adjust_rows, scheduled.sampling)))
         self._measure(time.perf_counter() - started_at, batch)
         return events
 
@@ -249,10 +248,11 @@ class Engine:
         self._recent_step_s += _STEP_WEIGHT * (seconds - self._recent_step_s)
 
     def _commit(self, scheduled: SchedulerOutput, samples: Samples) -> list[TokenEvent]:
-        """Record a step whose KV is stored, and end the sequences that are complete or have invalid logits."""
+        """Record a step whose KV is stored, and end the sequences that are complete or have no next token."""
         sampling = scheduled.sampling
+        blocked = {sampling[row] for row in samples.blocked}
         poisoned = {sequence for sequence, is_valid in zip(sampling, samples.is_valid, strict=True) if not is_valid}
-        events = [self._fail(sequence) for sequence in poisoned]
+        events = [self._fail(sequence, is_blocked=sequence in blocked) for sequence in poisoned]
         tokens = [token for token, is_valid in zip(samples.tokens, samples.is_valid, strict=True) if is_valid]
         self._scheduler.commit(scheduled.without(poisoned) if poisoned else scheduled, tokens)
         self._num_tokens += len(tokens)
@@ -265,14 +265,9 @@ class Engine:
                     self.abort(sequence.id)
         return events
 
-    def _fail(self, sequence: SequenceState) -> TokenEvent:
-        """End a request with invalid logits. The rest of its batch is sound: no value crosses sequences."""
-        adapter = sequence.request.adapter
-        error: ReloraError = (
-            InvalidCheckpointError("the base model's logits for this prompt are NaN or infinite")
-            if adapter is None
-            else InvalidAdapterError(f"adapter {adapter.label} makes the logits NaN or infinite")
-        )
+    def _fail(self, sequence: SequenceState, *, is_blocked: bool) -> TokenEvent:
+        """End a request without a next token. The rest of its batch is sound: no value crosses sequences."""
+        error = no_token_error(sequence.request.adapter, is_blocked=is_blocked)
         log.warning("request %s: %s", sequence.id, error)
         self.abort(sequence.id)
         return TokenEvent(sequence.id, finish_reason=FinishReason.ABORT, error=error)

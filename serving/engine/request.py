@@ -8,12 +8,16 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Says how tokens are chosen and when generation stops.
+    """Says how tokens are chosen and when generation stops. Names and meanings are those of OpenAI and vLLM.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 turn these filters off. With a `seed`, the same request gives the
-    same tokens in any batch, after preemption and on any replica, because a token's random number depends only on the
-    seed and the token's position. `num_logprobs` is the number of alternatives to report per token; 0 reports the
-    chosen token only, and None reports nothing.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 turn these filters off. With a `seed`, the same
+    request gives the same tokens in any batch, after preemption and on any replica, because a token's random number
+    depends only on the seed and the token's position. `num_logprobs` is the number of alternatives to report per token;
+    0 reports the chosen token only, and None reports nothing.
+
+    Frequency and presence penalties count the output's tokens, the repetition penalty those of prompt and output.
+    `logit_bias` has (token, bias) pairs. No word of `bad_words`, given as tokens, is completed. Only
+    `allowed_token_ids` may be chosen, if there are any. Nothing ends the sequence before it has `min_tokens` tokens.
 
     Tokens of `stop_token_ids` end the sequence, and the model's own end tokens too unless `ignore_eos`. The text leaves
     out special tokens if `skip_special_tokens`. It ends before the stop string or the end token, or after it with
@@ -23,8 +27,16 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     max_tokens: int = 16
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -93,11 +105,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log-probability of a chosen token; `top` holds the `num_logprobs` likeliest tokens as (id, logprob)."""
+    """The log-probability of a token; `top` holds the `num_logprobs` likeliest tokens as (id, logprob).
+
+    `rank` is 1 for the likeliest token.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 1
 
 
 class TokenEvent(NamedTuple):

@@ -14,6 +14,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.engine.sampler import SAMPLE_ROW, SampleArray
 from serving.engine.sequence import SequenceState
 
 IntArray = NDArray[np.int64]
@@ -34,6 +35,7 @@ class SchedulerOutput:
     adapters_B:      `ResidentAdapter.number`, or BASE_ONLY
     last_tokens_B:   the last token that each sequence has so far
     block_tables_BW: each sequence's pages in order, padded with 0
+    sample_rows_B:   how each sequence's next token is chosen
     """
 
     sequences: Sequence[SequenceState]
@@ -44,6 +46,7 @@ class SchedulerOutput:
     adapters_B: IntArray
     last_tokens_B: IntArray
     block_tables_BW: TableArray
+    sample_rows_B: SampleArray
 
     @cached_property
     def sampling(self) -> list[SequenceState]:
@@ -72,6 +75,7 @@ class RunningTable:
         self._num_tokens_B2, self._num_stored_B2, self._capacity_B2 = self._columns[:3]
         self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:]
         self._block_tables_B2W = np.zeros((num_rows, _MIN_BLOCKS), np.int32)
+        self._sample_rows_B2 = np.zeros(num_rows, SAMPLE_ROW)  # without positions; meaningless for free rows
 
     # One sequence.
 
@@ -87,6 +91,7 @@ class RunningTable:
             sequence.tokens[-1],
             BASE_ONLY if sequence.resident is None else sequence.resident.number,
         )
+        self._sample_rows_B2[row] = sequence.sample_row().record()
         while len(pages) > self._block_tables_B2W.shape[1]:
             self._widen()
         self._block_tables_B2W[row, : len(pages)] = pages
@@ -156,6 +161,8 @@ class RunningTable:
         rows_B = rows_B[order_B]
         num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B = self._columns[:, rows_B]
         ends_B = starts_B + lengths_B[order_B]
+        sample_rows_B = self._sample_rows_B2[rows_B]
+        sample_rows_B["position"] = num_tokens_B
         num_blocks = -(-int(ends_B.max(initial=0)) // self._page_tokens)
         return SchedulerOutput(
             sequences=[self._sequences[row] for row in rows_B.tolist()],
@@ -166,6 +173,7 @@ class RunningTable:
             adapters_B=adapters_B,
             last_tokens_B=last_tokens_B,
             block_tables_BW=self._block_tables_B2W[rows_B, :num_blocks],
+            sample_rows_B=sample_rows_B,
         )
 
     def commit(self, scheduled: SchedulerOutput, tokens: Sequence[int]) -> None:

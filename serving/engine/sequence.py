@@ -2,11 +2,14 @@
 
 import secrets
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from cluster.config import ServingConfig
 from serving.adapters.cache import ResidentAdapter
+from serving.engine.adjust import Adjuster, adjust, new_adjuster
 from serving.engine.detokenizer import Detokenizer, Vocabulary
 from serving.engine.request import FinishReason, Request
 from serving.engine.sampler import SampleRow
@@ -29,12 +32,12 @@ class SequenceState:
     text: Detokenizer
     seed: int  # the request's, or drawn when the request came
     end_ids: Set[int]  # the tokens that end it
+    adjuster: Adjuster | None = None  # None: its logits stay as they are
     prefix_keys: PrefixKeys | None = None  # None: it neither reads the prefix cache nor adds to it
     deadline_at: float | None = None  # when its first token is due, by the monotonic clock
 
     id: str = field(init=False)
     adapter_key: str | None = field(init=False)  # the adapter's content hash; None for the bare base model
-    is_plain: bool = field(init=False)  # it wants the likeliest token and no log-probabilities
     tokens: list[int] = field(init=False)  # prompt, then output; resumed tokens count as output
 
     row: int | None = None  # its row of the RunningTable, which has its pages
@@ -44,10 +47,9 @@ class SequenceState:
     swapped: Swapped | None = None  # its KV on the host while it is preempted
 
     def __post_init__(self) -> None:
-        request, sampling = self.request, self.request.sampling
+        request = self.request
         self.id = request.id
         self.adapter_key = request.adapter.key if request.adapter else None
-        self.is_plain = sampling.temperature == 0 and sampling.num_logprobs is None
         self.tokens = [*request.prompt_tokens, *request.resumed_tokens]
 
     def read(self, token: int, num_tokens: int) -> tuple[str, FinishReason | None]:
@@ -77,7 +79,14 @@ class SequenceState:
         """Return how to choose its next token."""
         sampling = self.request.sampling
         return SampleRow(
-            sampling.temperature, sampling.top_p, sampling.top_k, self.seed, len(self.tokens), sampling.num_logprobs
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            self.seed,
+            len(self.tokens),
+            sampling.num_logprobs,
+            sampling.min_p,
+            is_adjusted=self.adjuster is not None,
         )
 
 
@@ -86,6 +95,7 @@ def new_sequence(
 ) -> SequenceState:
     """Return the state of a request that has just come. Call `replay` next to read its resumed tokens."""
     sampling = request.sampling
+    end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
     return SequenceState(
         request=request,
         limit_tokens=min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),
@@ -93,12 +103,21 @@ def new_sequence(
             vocabulary if sampling.skip_special_tokens else vocabulary.with_special,
             sampling.stop,
             includes_stop=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
         ),
         seed=secrets.randbelow(_NUM_SEEDS) if sampling.seed is None else sampling.seed,
-        end_ids=(frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids),
+        end_ids=end_ids,
+        adjuster=new_adjuster(sampling, request.prompt_tokens, end_ids),
         prefix_keys=_prefix_keys(request, config),
         deadline_at=_deadline_at(request),
     )
+
+
+def adjust_rows(sequences: Sequence[SequenceState], logits_RV: Tensor, indices: Sequence[int]) -> None:
+    """Adjust the logits of R of the sequences, given by index, in place. See `serving.engine.adjust`."""
+    chosen = [sequences[index] for index in indices]
+    adjusters = [sequence.adjuster for sequence in chosen if sequence.adjuster is not None]
+    adjust(logits_RV, adjusters, [sequence.tokens for sequence in chosen])
 
 
 def _prefix_keys(request: Request, config: ServingConfig) -> PrefixKeys | None:

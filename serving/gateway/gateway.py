@@ -51,6 +51,7 @@ class Call:
     """Asks a model for `num_choices` continuations of each prompt.
 
     Choice c of prompt p has index `p * num_choices + c`. With `is_unlimited` an answer may fill the model's context.
+    The model's tokenizer turns `bad_words` into those of `sampling`.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Call:
     num_choices: int = 1
     is_unlimited: bool = False
     terms: Terms = field(default_factory=Terms)
+    bad_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +224,9 @@ class Gateway:
     async def _begin(self, call: Call, target: Target, whole: bool) -> Answer:
         prompter = await self._prompter(target.base)
         prompts = await asyncio.to_thread(lambda: [prompter.encode(prompt) for prompt in call.prompts])
+        if call.bad_words:
+            bad_words = await asyncio.to_thread(prompter.encode_bad_words, call.bad_words)
+            call = replace(call, sampling=replace(call.sampling, bad_words=bad_words))
         streams = [
             self._generate(index, request, target)
             for index, request in enumerate(self._requests(call, target, prompts))

@@ -1,5 +1,6 @@
 """Prompts as clients write them, and the tokenizers that turn them into tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +35,32 @@ class Prompter:
             raise InvalidRequestError("The prompt is empty. Send at least one token.")
         return tokens
 
+    def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of words that may not be written: at the start of a text, and after a space.
+
+        The second form counts only where it is another first token and no longer, as in vLLM. Raises
+        InvalidRequestError if a word has no tokens.
+        """
+        encoded: list[tuple[int, ...]] = []
+        for word in words:
+            plain, spaced = (tuple(self._encode_text(prefix + word.lstrip())) for prefix in ("", " "))
+            if not plain:
+                raise InvalidRequestError(f"bad_words: {word!r} has no tokens of this model.")
+            encoded.append(plain)
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                encoded.append(spaced)
+        return tuple(encoded)
+
     def num_text_tokens(self, text: str) -> int:
         """Return the number of the text's tokens, without special tokens."""
-        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self._encode_text(text))
 
     def token_text(self, token: int) -> str:
         """Return one token as text. Bytes of an incomplete character become the replacement character."""
         return self._tokenizer.decode([token])
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"]
 
     def _tokenized(self, prompt: str | Chat) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -70,5 +90,5 @@ def _valid(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"The prompt is not valid Unicode: {error}.") from error
+        raise InvalidRequestError(f"The text is not valid Unicode: {error}.") from error
     return text

@@ -244,8 +244,15 @@ async def test_concurrent_requests_get_their_own_answers(server: Server):
         ({"stop_token_ids": [3, -1]}, "stop_token_ids.1"),
         ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"bad_words": [""]}, "bad_words.0"),
+        ({"min_tokens": -1}, "min_tokens"),
         ({"guided_json": "{}"}, "guided_json"),
         ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
     ],
@@ -259,6 +266,45 @@ def test_invalid_completion_bodies_are_rejected_by_field(server: Server, bad: di
     assert error["message"].startswith(param)
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"logit_bias": {"99999": 1}}, "logit_bias has 99999: the model's ids are 0 to"),
+        ({"allowed_token_ids": [99999]}, "allowed_token_ids has 99999"),
+        ({"stop_token_ids": [99999]}, "stop_token_ids has 99999"),
+        ({"bad_words": [" "]}, "bad_words: ' ' has no tokens"),
+        ({"min_tokens": 9, "max_tokens": 4}, "min_tokens is 9, above max_tokens, which is 4"),
+    ],
+)
+def test_fields_that_the_model_cannot_follow_are_rejected(server: Server, bad: dict, message: str):
+    response = server.post("/v1/completions", model="v1", prompt="hi", **bad)
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+
+
+def test_the_answer_follows_the_sampling_fields(server: Server):
+    """Each field changes what the tiny model writes, in the way that its name says."""
+    tokenizer = AutoTokenizer.from_pretrained(server.files / "v1")
+    asked = {"model": "intent", "prompt": "once", "max_tokens": 12, "temperature": 0, "logprobs": 0}
+
+    def text_of(**more) -> str:
+        return server.client.completions.create(**asked, extra_body=more).choices[0].text
+
+    plain = text_of()
+    favourite = tokenizer.convert_tokens_to_ids("Q")
+    assert text_of(logit_bias={str(favourite): 100}) == "Q" * 12
+    varied = text_of(logit_bias={str(favourite): 50}, frequency_penalty=2.0, presence_penalty=1.0)
+    assert varied.startswith("QQ")
+    assert text_of(logit_bias={str(favourite): 50}, bad_words=["QQ"]).startswith("Q")
+    assert "QQ" not in text_of(logit_bias={str(favourite): 50}, bad_words=["QQ"])
+    assert set(text_of(allowed_token_ids=tokenizer.convert_tokens_to_ids(["a", "b"]))) <= {"a", "b"}
+    letter = next(letter for letter in plain if letter.isascii())
+    assert letter not in text_of(bad_words=[letter])
+    assert text_of(stop=[letter]) == plain[: plain.index(letter)]
+    assert text_of(stop=[letter], min_tokens=12) == plain
+    assert text_of(repetition_penalty=1.0, min_p=0.0, bad_words=[], logit_bias={}, min_tokens=0) == plain
 
 
 @pytest.mark.parametrize(

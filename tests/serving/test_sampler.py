@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from serving.engine.sampler import SampleRow, Samples, _uniform, sample
+from serving.engine.sampler import Adjust, SampleRow, Samples, _uniform, sample_array
+from serving.engine.sampler import sample as sample_rows
 
 VOCAB = 50
 GREEDY = SampleRow(temperature=0.0, top_p=1.0, top_k=0, seed=0, position=0)
@@ -15,6 +16,10 @@ GREEDY = SampleRow(temperature=0.0, top_p=1.0, top_k=0, seed=0, position=0)
 
 def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
     return 3 * torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(logits: Tensor, rows: list[SampleRow], adjust: Adjust | None = None) -> Samples:
+    return sample_rows(logits, sample_array(rows), adjust)
 
 
 def tokens_of(logits: Tensor, rows: list[SampleRow]) -> list[int]:
@@ -173,17 +178,11 @@ def test_an_empty_batch_has_no_tokens():
     assert sample(torch.empty(0, VOCAB), []) == Samples([], [], {})
 
 
-def test_a_row_of_none_is_greedy():
-    rows, logits = mixed_rows(10), random_logits(10)
-    expected = tokens_of(logits, rows)
-    assert tokens_of(logits, [None if row.is_greedy else row for row in rows]) == expected
-
-
 @pytest.mark.parametrize("seed", [2**63 - 1, 2**63, -(2**63), 2**64 + 5, -1])
 def test_any_integer_is_a_seed(seed: int):
     rows = [SampleRow(1.0, 1.0, 0, seed=one, position=4) for one in (seed, seed % 2**64, seed + 1)]
     tokens = sample(random_logits(1).repeat(3, 1), rows).tokens
-    uniforms = _uniform(rows)
+    uniforms = _uniform(sample_array(rows))
     assert tokens[0] == tokens[1]
     assert uniforms[0] == uniforms[1] != uniforms[2]
     assert all(0 <= uniform < 1 for uniform in uniforms)

@@ -12,7 +12,16 @@ from cluster.errors import InvalidRequestError
 from serving.engine.detokenizer import Detokenizer, Vocabulary
 from serving.engine.engine import Engine
 from serving.engine.request import FinishReason, Request, SamplingParams, TokenEvent
-from tests.serving.test_detokenizer import STOPS, TOKENIZERS, cut, each_tokenizer, token_lists, tokens_to_stop, whole
+from tests.serving.test_detokenizer import (
+    STOPS,
+    TOKENIZERS,
+    cut,
+    each_tokenizer,
+    spell,
+    token_lists,
+    tokens_to_stop,
+    whole,
+)
 from tests.worlds.serving import EOS, make_checkpoint
 
 PROMPT = tuple(b"Where is my card?")
@@ -110,7 +119,49 @@ def test_special_tokens_show_when_asked(folder: Path):
     assert (text, reason) == ("", FinishReason.STOP), "the end token itself is not shown"
 
 
+def test_stop_strings_and_end_tokens_wait_for_min_tokens(engine: Engine):
+    """vLLM's rule: an end may be the first token after `min_tokens`, and a stop string must end there or later."""
+    tokens, text, _ = ask(engine)
+    end = first_of(tokens, 2)
+    assert len(ask(engine, stop_token_ids=(tokens[end],))[0]) == end + 1
+    assert len(ask(engine, stop_token_ids=(tokens[end],), min_tokens=end)[0]) == end + 1
+    kept, *_ = ask(engine, stop_token_ids=(tokens[end],), min_tokens=end + 1)
+    assert kept[:end] == tokens[:end]
+    assert kept[end] != tokens[end], "the end token is not allowed yet"
+    assert ask(engine, stop=(text[0],), min_tokens=12)[1] == text
+
+
+def test_min_tokens_counts_the_tokens_before_a_resumption(engine: Engine):
+    tokens, *_ = ask(engine)
+    ends = tuple(set(tokens))  # every token of the answer is an end
+    whole, *_ = ask(engine, stop_token_ids=ends, min_tokens=5)
+    assert len(whole) >= 6 or whole[-1] in ends
+    assert not set(whole[:5]) & set(ends)
+    rest, *_ = ask(engine, tuple(whole[:3]), stop_token_ids=ends, min_tokens=5)
+    assert [*whole[:3], *rest] == whole
+
+
 # Text.
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "min_tokens", "shown"),
+    [
+        ("abcab", ("ab",), 0, ""),
+        ("abcab", ("ab",), 1, ""),
+        ("abcab", ("ab",), 2, "abc"),
+        ("abcab", ("bc",), 2, "a"),
+        ("abcab", ("bc",), 3, "abcab"),
+        ("xabyz", ("ab", "xabyz"), 3, ""),
+        ("xabyz", ("ab", "xabyq"), 3, "xabyz"),
+        ("aaaa", ("aa",), 2, "a"),
+    ],
+)
+def test_stop_strings_count_after_min_tokens(text: str, stop: tuple[str, ...], min_tokens: int, shown: str):
+    tokenizer = TOKENIZERS["byte_level"]
+    detokenizer = Detokenizer(Vocabulary(tokenizer), stop, min_tokens=min_tokens)
+    pieces = [detokenizer.push(token) for token in spell(tokenizer, text)]
+    assert "".join(pieces) + detokenizer.finish() == shown
 
 
 @each_tokenizer

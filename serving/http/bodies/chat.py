@@ -57,4 +57,5 @@ class ChatBody(GenerationBody):
             num_choices=self.n,
             is_unlimited=max_tokens is None,
             terms=self._terms(tenant),
+            bad_words=tuple(self.bad_words),
         )

@@ -39,6 +39,7 @@ class CompletionBody(GenerationBody):
             sampling=self._sampling(self.max_tokens, self.logprobs),
             num_choices=self.n,
             terms=self._terms(tenant),
+            bad_words=tuple(self.bad_words),
         )
 
 
