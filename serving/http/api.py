@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.errors import InvalidRequestError, ReloraError
 from serving.errors import HTTP_ERRORS, HttpError, error_body, error_headers, http_error
 from serving.gateway.gateway import Gateway
-from serving.http import generation, models, operations
+from serving.http import generation, models, operations, pages
 from serving.http.metrics import Metrics, MetricsMiddleware
 
 
@@ -32,7 +32,7 @@ def create_app(gateway: Gateway, cors_origins: Sequence[str] = ()) -> FastAPI:
         yield
         await gateway.stop()
 
-    app = FastAPI(title="ReLoRA", lifespan=lifespan)
+    app = FastAPI(title="ReLoRA", lifespan=lifespan, docs_url=None, redoc_url=None)  # these load scripts from a CDN
     app.state.gateway = gateway
     app.state.metrics = Metrics()
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
@@ -48,7 +48,7 @@ def create_app(gateway: Gateway, cors_origins: Sequence[str] = ()) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_bug)
-    for module in (generation, models, operations):
+    for module in (generation, models, operations, pages):
         app.include_router(module.router)
     return app
 
