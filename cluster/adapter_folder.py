@@ -7,21 +7,9 @@ model cards, optimizer states, checkpoints. The folder may consist of links, as 
 from pathlib import Path
 
 from cluster.blobs import BlobStore, content_hash
+from cluster.dialect import TEXT_FILES
 
-FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+FILES = ("adapter_config.json", "adapter_model.safetensors", *TEXT_FILES)
 
 
 def identity(folder: Path) -> str:

@@ -11,6 +11,7 @@ from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import AdapterSpec, Fleet
 from cluster.config_types import SQLITE
+from cluster.dialect import adapter_dialect, base_dialect, store_dialect
 from cluster.errors import ConfigError, ConflictError, NotFoundError
 from cluster.registry import BaseModel, Registry, Status, Version
 
@@ -94,13 +95,15 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
     for spec in fleet.adapters:
         folder = fleet.local(spec.path)
         check_base(load_adapter(folder, max_rank=fleet.serving.max_rank), checkpoints[spec.base])
+        adapter_dialect(folder, base_dialect(checkpoints[spec.base].folder))
         _check_unchanged(spec, folder, registry, blobs)
     new = []
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
         if not registry.versions(adapter=spec.name):
             with suppress(ConflictError):  # another process has just registered it
-                new.append(_add_first_version(spec, fleet.local(spec.path), registry, blobs))
+                base_folder = checkpoints[spec.base].folder
+                new.append(_add_first_version(spec, fleet.local(spec.path), base_folder, registry, blobs))
     return new
 
 
@@ -129,6 +132,7 @@ def _check_unchanged(spec: AdapterSpec, folder: Path, registry: Registry, blobs:
         )
 
 
-def _add_first_version(spec: AdapterSpec, folder: Path, registry: Registry, blobs: BlobStore) -> Version:
+def _add_first_version(spec: AdapterSpec, folder: Path, base: Path, registry: Registry, blobs: BlobStore) -> Version:
     key = store_adapter(blobs, folder)
-    return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key)
+    details = store_dialect(blobs, folder, base)
+    return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key, details=details)

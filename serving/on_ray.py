@@ -33,9 +33,8 @@ from serving.engine.request import FinishReason, Request, TokenEvent, TokenStrea
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway.backend import Backend
 from serving.gateway.gateway import Gateway
-from serving.gateway.golden import check_golden
+from serving.gateway.golden import probe_golden
 from serving.gateway.local_backend import LocalBackend
-from serving.gateway.prompts import Prompter
 from serving.http.api import create_app
 
 GATEWAY = "gateway"
@@ -249,7 +248,7 @@ def probe(fleet: Fleet, version: Version) -> None:
     try:
         with _our_errors():
             backend = HandleBackend(_outside_handle(ENGINE_PREFIX + flat_name(version.base)))
-        asyncio.run(check_golden(version, Prompter(fleet.base(version.base).path), backend))
+        asyncio.run(probe_golden(version, open_blobs(fleet), fleet.base(version.base).path, backend))
     except BackendDiedError as error:
         raise OverloadedError(f"{version.label} cannot be probed yet: {error}") from error
 

@@ -16,10 +16,10 @@ from statistics import median
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from cluster.adapter_files import Adapter, LoraFactors
 from cluster.config import MIB, ServingConfig
+from cluster.dialect import base_dialect
 from serving.engine.engine import Engine
 from serving.engine.heap import settle_heap
 from serving.engine.request import AdapterRef, Request, SamplingParams
@@ -79,7 +79,7 @@ class _SteadyTraffic:
         self._model = _TimedModel(load_model(base, torch.float32, device, is_compiled=True))
         self._refs: list[AdapterRef | None] = [None]
         config = _config(self._model, num_sequences, device)
-        self.engine = Engine(self._model, AutoTokenizer.from_pretrained(base), config)
+        self.engine = Engine(self._model, base_dialect(base), config)
         for number in range(num_adapters):
             ref = AdapterRef(f"hash-{number}", f"adapter-{number}", 1, "")
             self.engine.add_adapter(ref, _adapter(self._model, _RANKS[number % len(_RANKS)], number))

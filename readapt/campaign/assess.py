@@ -31,12 +31,16 @@ from readapt.fusion.points import BARE, COPY, UNDO
 from readapt.fusion.search import split_valid
 from readapt.ladder.relabel import answered, is_data_free, prompts_to_answer
 from readapt.lowrank.delta import cosine
-from readapt.training.data import Row, encoder_for, load_rows, task_folders
+from readapt.training.data import Encoder, Row, encoder_for, load_rows, task_folders
 from readapt.training.evaluate import Evaluation, judge
 from readapt.training.lora import load_base
 
 SPECTRUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NUM_ANSWERED = 64  # prompts of a folder without rows that the old adapter answers for an assessment
+
+
+Encoders = Callable[[Path], Encoder]
+"""Gives the encoder of one adapter on a base, by the base's folder."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,6 @@ class Assessor:
         self._fleet, self._registry, self._blobs, self._target = fleet, registry, blobs, target
         self._pairs = BasePairs(fleet, registry, blobs, target, say)
         self._base = lru_cache(maxsize=2)(load_base)  # the new base and one old one
-        self._encoder = lru_cache(maxsize=2)(lambda base: encoder_for(base, fleet.readapt.train.max_tokens))
 
     def assess_all(self) -> list[Assessment]:
         """Assess every adapter; return them by falling traffic. One that cannot be assessed gets an error."""
@@ -120,14 +123,17 @@ class Assessor:
         if version.blob_key is None:
             raise InvalidAdapterError(f"{version.label} has no files in the blob store.")
         data = task_folders(record, version)
-        adapter = load_adapter(self._blobs.fetch_folder(version.blob_key))
+        folder = self._blobs.fetch_folder(version.blob_key)
+        adapter = load_adapter(folder)
+        max_tokens = self._fleet.readapt.train.max_tokens
+        encoder = lru_cache(maxsize=2)(lambda base: encoder_for(base, max_tokens, folder))
         evolution = self._pairs.evolution(version.base)
         config = self._fleet.readapt
-        rows, gate_rows = split_valid(self._valid(version.base, adapter, data), config.search)
-        corners, row_s = self._corners(version.base, adapter, evolution, rows)
+        rows, gate_rows = split_valid(self._valid(version.base, adapter, encoder, data), config.search)
+        corners, row_s = self._corners(version.base, adapter, evolution, encoder, rows)
         energy = energy_of(pair, evolution, adapter)
         rung, reason = self._predict(version.base, adapter, corners)
-        num_calibration_rows = self._num_calibration_rows(rows)
+        num_calibration_rows = self._num_calibration_rows(encoder, rows)
         return Assessment(
             version=version.label,
             traffic=record.traffic,
@@ -152,38 +158,42 @@ class Assessor:
             rung, reason = with_transplant(rung, reason, corners)
         return configured(rung, config.ladder.rungs), reason
 
-    def _num_calibration_rows(self, rows: Sequence[Row]) -> int:
+    def _num_calibration_rows(self, encoder: Encoders, rows: Sequence[Row]) -> int:
         """Estimate how many rows a transplant is fitted on, from the lengths of these rows."""
         config = self._fleet.readapt.transplant
         new_base = self._fleet.base(self._target).path
-        mean_tokens = sum(len(row.input_ids) for row in self._encoder(new_base).encode_all(rows)) / len(rows)
+        mean_tokens = sum(len(row.input_ids) for row in encoder(new_base).encode_all(rows)) / len(rows)
         num_tokens = config.tokens_per_width * self._base(new_base).config.hidden_size
         return min(config.rows, math.ceil(num_tokens / mean_tokens))
 
-    def _valid(self, base: str, adapter: Adapter, data: Sequence[Path]) -> list[Row]:
+    def _valid(self, base: str, adapter: Adapter, encoder: Encoders, data: Sequence[Path]) -> list[Row]:
         """Return the validation rows. The old adapter answers some prompts of folders that have only prompts."""
         rows = [row for folder in data if not is_data_free(folder) for row in load_rows(folder / "valid.jsonl")]
         prompts = prompts_to_answer(data, NUM_ANSWERED)
         if not prompts:
             return rows
         folder = self._fleet.base(base).path
-        return rows + answered(self._base(folder), adapter, self._encoder(folder), prompts)
+        return rows + answered(self._base(folder), adapter, encoder(folder), prompts)
 
-    def _corners(self, old: str, adapter: Adapter, evolution: Adapter, rows: Sequence[Row]) -> tuple[Corners, float]:
+    def _corners(
+        self, old: str, adapter: Adapter, evolution: Adapter, encoder: Encoders, rows: Sequence[Row]
+    ) -> tuple[Corners, float]:
         """Return the four evaluations, and the seconds that a forward of one row takes."""
         old_folder, new_folder = self._folders(old)
         fusion = Fusion(adapter, evolution)
-        copy, undo = (self._judge(new_folder, fusion.at(point), rows) for point in (COPY, UNDO))
+        new_encoder = encoder(new_folder)
+        copy, undo = (self._judge(new_folder, fusion.at(point), new_encoder, rows) for point in (COPY, UNDO))
         started = time.perf_counter()
-        bare = self._judge(new_folder, fusion.at(BARE), rows)
+        bare = self._judge(new_folder, fusion.at(BARE), new_encoder, rows)
         row_s = (time.perf_counter() - started) / len(rows)
-        return Corners(self._judge(old_folder, adapter, rows), copy, undo, bare), row_s
+        today = self._judge(old_folder, adapter, encoder(old_folder), rows)
+        return Corners(today, copy, undo, bare), row_s
 
     def _folders(self, old: str) -> tuple[Path, Path]:
         return self._fleet.base(old).path, self._fleet.base(self._target).path
 
-    def _judge(self, base: Path, adapter: Adapter, rows: Sequence[Row]) -> Evaluation:
-        return judge(self._base(base), adapter, self._encoder(base), rows, "exact_match")
+    def _judge(self, base: Path, adapter: Adapter, encoder: Encoder, rows: Sequence[Row]) -> Evaluation:
+        return judge(self._base(base), adapter, encoder, rows, "exact_match")
 
 
 def energy_of(pair: BasePair, evolution: Adapter, adapter: Adapter) -> Energy:

@@ -18,11 +18,11 @@ from cluster.adapter_files import Adapter, load_adapter, save_adapter
 from cluster.blobs import BlobStore
 from cluster.checkpoints import Checkpoint, open_checkpoint
 from cluster.config import Fleet
+from cluster.dialect import base_dialect, moved_tokens
 from cluster.errors import InvalidCheckpointError, ReloraError
 from cluster.fleet import register_base
 from cluster.registry import Registry
 from readapt.lowrank.delta import ADVICE, ModuleEnergy, base_evolution, check_finite, check_same_shape
-from readapt.training.data import encoder_for
 
 EVOLUTION = "evolution"
 
@@ -144,15 +144,12 @@ def tokenizer_change(old: Checkpoint, new: Checkpoint) -> tuple[TokenizerChange,
     """
     if old.tokenizer_fingerprint() == new.tokenizer_fingerprint():
         return TokenizerChange.SAME, 0
-    before, after = (encoder_for(checkpoint.folder, 1).tokenizer for checkpoint in (old, new))
-    special = set(before.get_added_vocab()) | set(before.all_special_tokens)
-    ordinary = {token: id for token, id in before.get_vocab().items() if token not in special}
-    now = after.get_vocab()
-    moved = sorted(token for token, id in ordinary.items() if now.get(token) != id)
+    before, after = (base_dialect(checkpoint.folder).tokenizer for checkpoint in (old, new))
+    moved = moved_tokens(before, after)
     if moved:
+        token, (was, now) = next(iter(moved.items()))
         raise InvalidCheckpointError(
-            f"{new.folder}: {len(moved)} of {len(ordinary)} tokens of {old.folder} have other ids or are missing, "
-            f"such as {moved[0]!r} ({ordinary[moved[0]]}, now {now.get(moved[0], 'none')}): adapters cannot be "
-            f"carried over, {ADVICE}"
+            f"{new.folder}: {len(moved)} tokens of {old.folder} have other ids or are missing, such as {token!r} "
+            f"({was}, now {'none' if now is None else now}): adapters cannot be carried over, {ADVICE}"
         )
-    return TokenizerChange.COMPATIBLE, max(0, len(now) - len(before.get_vocab()))
+    return TokenizerChange.COMPATIBLE, max(0, len(after.get_vocab()) - len(before.get_vocab()))

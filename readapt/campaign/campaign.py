@@ -26,6 +26,7 @@ from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapte
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet
+from cluster.dialect import adapter_dialect, base_dialect, keep_text_files, store_dialect
 from cluster.errors import ConflictError, InvalidAdapterError, ReloraError, StorageError
 from cluster.fleet import register_base
 from cluster.records import jsonable
@@ -170,7 +171,9 @@ class Campaign:
             raise InvalidAdapterError(f"{parent.label} has no files in the blob store.")
         new_base = self._fleet.base(self._target).path
         pair = self._pairs.of(parent.base)
-        check_fits(load_adapter(self._blobs.fetch_folder(parent.blob_key)), open_checkpoint(new_base).linear_shapes())
+        folder = self._blobs.fetch_folder(parent.blob_key)
+        check_fits(load_adapter(folder), open_checkpoint(new_base).linear_shapes())
+        adapter_dialect(folder, base_dialect(new_base))
         return AdapterJob(
             version_id=version.id,
             adapter=version.adapter,
@@ -195,7 +198,7 @@ class Campaign:
             case JobFailure():
                 self._fail(version, update.error)
             case AdapterResult():
-                self._settle(version, update)
+                self._settle(version, job, update)
 
     def _log_rung(self, version: Version, reached: RungReached) -> None:
         point = reached.point
@@ -215,16 +218,17 @@ class Campaign:
         self._say(f"{version.label}: failed: {error}")
         self._move(version, Status.FAILED, {"error": error})
 
-    def _settle(self, version: Version, result: AdapterResult) -> None:
+    def _settle(self, version: Version, job: AdapterJob, result: AdapterResult) -> None:
         started = time.perf_counter()
         outcome = result.outcome
         try:
-            files = self._store(outcome.adapter) if outcome.accepted else {}
+            files, dialect = self._store(job, outcome.adapter) if outcome.accepted else ({}, {})
         except StorageError as error:  # the next adapter may be stored; an error of the registry ends the campaign
             self._fail(version, f"StorageError: {error}")
             return
         seconds = {**result.seconds, "store": time.perf_counter() - started}
-        details = _details(result) | {"seconds": {**seconds, "total": sum(seconds.values())}} | self._stages(version)
+        details = _details(result) | {"seconds": {**seconds, "total": sum(seconds.values())}}
+        details |= self._stages(version) | dialect
         target = Status.CANDIDATE if outcome.accepted else Status.REJECTED
         copied = "copy not tried" if outcome.copy_quality is None else f"copy {outcome.copy_quality:.1f}"
         self._say(
@@ -239,13 +243,15 @@ class Campaign:
         details = self._registry.version(version.parent_id).details
         return {"stages": details["stages"]} if "stages" in details else {}
 
-    def _store(self, adapter: Adapter) -> dict[str, str]:
-        new_base = str(self._fleet.base(self._target).path)
+    def _store(self, job: AdapterJob, adapter: Adapter) -> tuple[dict[str, str], dict[str, str]]:
+        """Store a new version's files, with the text files beside the old one; return their keys and the dialect's."""
+        new_base = self._fleet.base(self._target).path
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "adapter"
-            save_adapter(replace(adapter, base_model=new_base), folder)
+            save_adapter(replace(adapter, base_model=str(new_base)), folder)
+            keep_text_files(self._blobs.fetch_folder(job.task_key), folder)
             key = self._blobs.put_folder(folder)
-            return {"blob_key": key, "content_hash": key}
+            return {"blob_key": key, "content_hash": key}, store_dialect(self._blobs, folder, new_base)
 
     def _move(
         self, version: Version, target: Status, details: dict[str, Any] | None = None, **values: Any

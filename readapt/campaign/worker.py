@@ -23,6 +23,7 @@ from readapt.training.reference import reference
 from readapt.training.training_run import CurvePoint
 
 NUM_OLD_BASES_HELD = 2  # beside the new one; adapters seldom come from more
+NUM_ENCODERS_HELD = 16  # two for each adapter under way
 GOLDEN_TOKENS = 16
 
 JobSearch = Callable[[AdapterJob, FusionObjective], SearchResult | None]
@@ -38,6 +39,7 @@ class Worker:
         self._blobs: BlobStore = open_blobs(fleet)
         self.new_base = lru_cache(maxsize=1)(lambda folder: load_base(folder, device))
         self._old_base = lru_cache(maxsize=NUM_OLD_BASES_HELD)(lambda folder: load_base(folder, device))
+        self._encoder = lru_cache(maxsize=NUM_ENCODERS_HELD)(self._open_encoder)
 
     def carry_over(
         self, job: AdapterJob, search: JobSearch, report: Callable[[RungReached], None]
@@ -85,7 +87,7 @@ class Worker:
             self._adapter(job.task_key),
             self._evolution(job),
             rows,
-            self._encoder(job.new_base),
+            self._encoder(job.new_base, job.task_key),
             self._config.search,
         )
 
@@ -99,14 +101,16 @@ class Worker:
         prompts = prompts_to_answer(job.data)
         if prompts:
             old = self._adapter(job.task_key)
-            tasks.append(relabelled(self._old_base(job.old_base), old, self._encoder(job.old_base), prompts))
+            tasks.append(
+                relabelled(self._old_base(job.old_base), old, self._encoder(job.old_base, job.task_key), prompts)
+            )
         return joined(tasks)
 
     def _bases(self, job: AdapterJob) -> Bases:
         return Bases(
             old=self._old_base(job.old_base),
             new=self.new_base(job.new_base),
-            encoder=self._encoder(job.new_base),
+            encoder=self._encoder(job.new_base, job.task_key),
             evolution=self._evolution(job),
         )
 
@@ -127,7 +131,9 @@ class Worker:
         """
         for folder, before in stages.items():
             rows = load_rows(folder / "valid.jsonl")
-            after = judge(self.new_base(job.new_base), adapter, self._encoder(job.new_base), rows, job.metric).quality
+            after = judge(
+                self.new_base(job.new_base), adapter, self._encoder(job.new_base, job.task_key), rows, job.metric
+            ).quality
             if before - after > max(self._config.gate.max_drop_points, 100.0 / len(rows)) + 1e-6:
                 return f"it passed its gate, but fell from {before:.1f} to {after:.1f} points on the rows in {folder}"
         return None
@@ -135,7 +141,7 @@ class Worker:
     def _old_quality(self, job: AdapterJob, rows: Sequence[Row]) -> float:
         """Return the old adapter's quality on the old base. InvalidDataError if it is no reference."""
         base, old, gate = self._old_base(job.old_base), self._adapter(job.task_key), self._config.gate
-        return reference(base, old, self._encoder(job.old_base), rows, job.metric, gate).quality
+        return reference(base, old, self._encoder(job.old_base, job.task_key), rows, job.metric, gate).quality
 
     def _golden(self, bases: Bases, rows: list[Row], adapter: Adapter) -> tuple[dict[str, str], ...]:
         """Return the adapter's golden completions of the first distinct prompts that leave room for an answer."""
@@ -153,8 +159,9 @@ class Worker:
     def _evolution(self, job: AdapterJob) -> Adapter:
         return Adapter({}) if job.evolution_key is None else self._adapter(job.evolution_key)
 
-    def _encoder(self, base: Path) -> Encoder:
-        return encoder_for(base, self._config.train.max_tokens)
+    def _open_encoder(self, base: Path, key: str) -> Encoder:
+        """Return the encoder of an adapter on a base. The text files beside the old adapter hold on both bases."""
+        return encoder_for(base, self._config.train.max_tokens, self._blobs.fetch_folder(key))
 
 
 def has_labels(job: AdapterJob) -> bool:

@@ -14,6 +14,7 @@ from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapte
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet
+from cluster.dialect import keep_text_files, store_dialect
 from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, NotFoundError
 from cluster.names import check_name
 from cluster.registry import Registry, Status, Version
@@ -48,13 +49,14 @@ class NextStage:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A checked stage: the parent, its served adapter and learned state, and the rows.
+    """A checked stage: the parent, the folder of its files, its served adapter and learned state, and the rows.
 
     `valid` has the validation rows of every stage, with the new stage last.
     """
 
     next_stage: NextStage
     parent: Version
+    folder: Path
     served: Adapter
     before: Learned
     stage: Stage
@@ -75,7 +77,7 @@ def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Ne
     """
     prepared = _prepare(fleet, registry, blobs, next_stage, method)
     base = fleet.base(prepared.parent.base).path
-    model, encoder = load_base(base), encoder_for(base, fleet.readapt.train.max_tokens)
+    model, encoder = load_base(base), encoder_for(base, fleet.readapt.train.max_tokens, prepared.folder)
     for earlier in prepared.before.stages:  # a parent that scores nothing could forget everything unnoticed
         rows = prepared.valid[earlier.name]
         reference(model, prepared.served, encoder, rows, "exact_match", fleet.readapt.gate)
@@ -98,7 +100,8 @@ def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Ne
     if rejected is not None:
         return add(Status.REJECTED, quality=quality, details={**details, "rejected": rejected})
     details |= {"golden": _golden(model, encoder, adapter, prepared, fleet), STATE_KEY: store_learned(blobs, after)}
-    key = _store(blobs, replace(adapter, base_model=str(base)))
+    key, dialect = _store(blobs, replace(adapter, base_model=str(base)), prepared.folder, base)
+    details |= dialect
     return add(Status.CANDIDATE, blob_key=key, content_hash=key, quality=quality, details=details)
 
 
@@ -134,14 +137,15 @@ def _prepare(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Nex
             f"{next_stage.adapter} has metric {record.metric}, but a stage needs labels (exact_match)."
         )
     train = load_rows(next_stage.data / "train.jsonl")
-    served = load_adapter(blobs.fetch_folder(key))
+    folder = blobs.fetch_folder(key)
+    served = load_adapter(folder)
     before = open_learned(blobs, record, parent, served)
     shapes = open_checkpoint(fleet.base(parent.base).path).linear_shapes()
     check_fits(served, shapes)
     _check_rank(before, method, shapes)
     stage = _stage(before, next_stage, train)
     valid = {stage.name: load_rows(stage.data / "valid.jsonl") for stage in (*before.stages, stage)}
-    return _Prepared(next_stage, parent, served, before, stage, train, valid)
+    return _Prepared(next_stage, parent, folder, served, before, stage, train, valid)
 
 
 def _parent(registry: Registry, next_stage: NextStage) -> tuple[Version, str]:
@@ -234,8 +238,10 @@ def _golden(
         return golden(model, encoder, prompts, max_tokens=max(len(row.completion) for row in rows))
 
 
-def _store(blobs: BlobStore, adapter: Adapter) -> str:
+def _store(blobs: BlobStore, adapter: Adapter, parent: Path, base: Path) -> tuple[str, dict[str, str]]:
+    """Store the adapter with the text files of its parent's folder; return the keys of both."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         save_adapter(adapter, folder)
-        return blobs.put_folder(folder)
+        keep_text_files(parent, folder)
+        return blobs.put_folder(folder), store_dialect(blobs, folder, base)

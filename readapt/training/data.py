@@ -12,8 +12,9 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from cluster.dialect import adapter_dialect, base_dialect
 from cluster.errors import InvalidCheckpointError, InvalidDataError
 from cluster.records import AdapterRecord, Version
 
@@ -232,25 +233,15 @@ def shuffled_batches(rows: Sequence[AnyT], batch_rows: int, seed: int) -> Iterat
         del queue[:batch_rows]
 
 
-def encoder_for(base_folder: Path, max_tokens: int) -> Encoder:
-    """Return the encoder of a checkpoint.
+def encoder_for(base_folder: Path, max_tokens: int, adapter_folder: Path | None = None) -> Encoder:
+    """Return the encoder of a checkpoint, or of an adapter on it: its own tokenizer and end tokens count.
 
-    End-of-sequence comes from generation_config.json, else config.json, else the tokenizer. InvalidCheckpointError if
-    the folder has no usable tokenizer or names no end-of-sequence token.
+    InvalidCheckpointError if the base has no usable tokenizer or no file names an end-of-sequence token;
+    InvalidAdapterError if the adapter's tokenizer does not fit the base.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    except (OSError, ValueError) as error:
-        raise InvalidCheckpointError(f"{base_folder}: has no usable tokenizer: {error}") from error
-    configured = (_configured_eos(base_folder / name) for name in ("generation_config.json", "config.json"))
-    eos_ids = next((ids for ids in configured if ids), [tokenizer.eos_token_id])
-    if eos_ids[0] is None:
+    dialect = base_dialect(base_folder)
+    if adapter_folder is not None:
+        dialect = adapter_dialect(adapter_folder, dialect)
+    if dialect.eos_id is None:
         raise InvalidCheckpointError(f"{base_folder}: names no end-of-sequence token")
-    return Encoder(tokenizer, int(eos_ids[0]), max_tokens, eos_ids)
-
-
-def _configured_eos(path: Path) -> list[int]:
-    if not path.is_file():
-        return []
-    eos = json.loads(path.read_text()).get("eos_token_id")
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return Encoder(dialect.tokenizer, dialect.eos_id, max_tokens, dialect.end_ids)

@@ -29,6 +29,7 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skips_special: bool = True):
         special = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special = frozenset(special) if skips_special else frozenset()
+        self._special_ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.byte_tokens = frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
         self._tokenizer = tokenizer
         self._skips_special = skips_special
@@ -41,6 +42,11 @@ class Vocabulary:
     def with_special(self) -> "Vocabulary":
         """The same vocabulary, with special tokens shown."""
         return Vocabulary(self._tokenizer, skips_special=False)
+
+    def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
+        """Return the ids of those texts that are one special token, with or without spaces and line ends around it."""
+        found = (self._special_ids.get(text, self._special_ids.get(text.strip())) for text in texts)
+        return frozenset(id for id in found if id is not None)
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of the tokens that are shown, without any clean-up of spaces."""

@@ -1,6 +1,5 @@
 """The engine: one base model, its adapters and its memory. Requests go in, tokens come out, one `step` at a time."""
 
-import json
 import logging
 import time
 from functools import partial
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cluster.adapter_files import Adapter, check_base_copies, check_fits
 from cluster.config import ServingConfig
+from cluster.dialect import Dialect, base_dialect
 from cluster.errors import (
     ConfigError,
     InvalidAdapterError,
@@ -24,7 +23,7 @@ from serving.adapters.packing import PackedAdapter, dora_factors, pack_adapter
 from serving.adapters.residency import Residency
 from serving.engine.batch_builder import BatchBuilder
 from serving.engine.check import check_request, no_token_error
-from serving.engine.detokenizer import Vocabulary
+from serving.engine.dialects import Dialects
 from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent
 from serving.engine.running import SchedulerOutput
 from serving.engine.sampler import Samples, sample
@@ -45,19 +44,20 @@ _STEP_WEIGHT = 0.1  # of the last step in the moving average of step times
 
 
 class Engine:
-    """Serves one base, from one thread at a time unless a method says otherwise. `eos_ids` end a sequence."""
+    """Serves one base, from one thread at a time unless a method says otherwise.
+
+    `dialect` is the base's. `dialects` has those of the adapters too; a request may name only a loaded one.
+    """
 
     def __init__(
         self,
         model: CausalLM,
-        tokenizer: PreTrainedTokenizerBase,
+        dialect: Dialect,
         config: ServingConfig,
-        eos_ids: frozenset[int] = frozenset(),
     ):
         self.config = config
         self._model = model
-        self._vocabulary = Vocabulary(tokenizer)
-        self._eos_ids = eos_ids
+        self.dialects = Dialects(dialect)
         self._max_model_tokens = min(config.max_model_tokens, model.max_position)
         self._dtype = getattr(torch, config.dtype)
         device = torch.device(config.device)
@@ -86,7 +86,7 @@ class Engine:
         torch.set_num_threads(config.threads)
         dtype = getattr(torch, config.dtype)
         model = load_model(folder, dtype, config.device, is_compiled=config.compiled_kernels)
-        return cls(model, AutoTokenizer.from_pretrained(folder), config, read_eos_ids(folder))
+        return cls(model, base_dialect(folder), config)
 
     # Requests.
 
@@ -99,7 +99,8 @@ class Engine:
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id} is already in use")
         check_request(request, self._model.vocab_size, self._max_model_tokens)
-        sequence = new_sequence(request, self._vocabulary, self._eos_ids, self._max_model_tokens, self.config)
+        vocabulary, end_ids = self.dialects.of(request.adapter)
+        sequence = new_sequence(request, vocabulary, end_ids, self._max_model_tokens, self.config)
         reason = sequence.replay()
         if reason is None:
             self._scheduler.submit(sequence)
@@ -271,16 +272,6 @@ class Engine:
         log.warning("request %s: %s", sequence.id, error)
         self.abort(sequence.id)
         return TokenEvent(sequence.id, finish_reason=FinishReason.ABORT, error=error)
-
-
-def read_eos_ids(folder: Path) -> frozenset[int]:
-    """Return the tokens that end a sequence, from generation_config.json or else config.json of a checkpoint."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
 
 
 def _page_elements(model: CausalLM, config: ServingConfig) -> int:

@@ -119,8 +119,20 @@ class EngineLoop:
             return
         if not self._is_open:
             raise BackendDiedError("The engine is not running.")
-        queue, work = needed
-        load = queue.ask(ref.key, work)
+        await self._wait_for(*needed, ref.key, ref.label)
+
+    async def ensure_dialect(self, ref: AdapterRef, fetch: Callable[[], Path]) -> None:
+        """Load the text files beside an adapter, if they are not loaded. `fetch` returns their folder.
+
+        Errors and the timeout are those of `ensure_adapter`.
+        """
+        if not self._engine.dialects.has(ref.dialect):
+            load = partial(self._engine.dialects.load, ref.dialect, fetch)
+            await self._wait_for(self._fetches, load, f"dialect {ref.dialect}", ref.label)
+
+    async def _wait_for(self, queue: LoadQueue, work: Callable[[], None], key: str, label: str) -> None:
+        """Wait for a load, which all callers share."""
+        load = queue.ask(key, work)
         waiting = asyncio.wrap_future(load)
         waiting.add_done_callback(_retrieve_error)
         timeout_s = self._engine.config.adapter_load_timeout_s
@@ -128,8 +140,8 @@ class EngineLoop:
             # Shielded: a caller that is cancelled must not cancel the load for the others.
             await asyncio.wait_for(asyncio.shield(waiting), timeout_s)
         except TimeoutError:
-            queue.give_up(ref.key, load, timeout_s)
-            raise StorageError(f"adapter {ref.label}: loading its files took more than {timeout_s:g} s") from None
+            queue.give_up(key, load, timeout_s)
+            raise StorageError(f"adapter {label}: loading its files took more than {timeout_s:g} s") from None
 
     async def remove_adapter(self, key: str) -> None:
         """See `Engine.remove_adapter`."""

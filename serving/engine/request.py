@@ -66,13 +66,15 @@ class AdapterRef:
     """Names one version of one adapter, with what a replica needs to fetch and load it.
 
     `key` is the content hash. Caches use it, so a reloaded, renamed or aliased adapter never gets stale weights.
-    `blob_key` finds the files in the blob store. `name` and `version` are for people.
+    `blob_key` finds the files in the blob store. `dialect` is the blob of the text files beside the weights, or "" if
+    the adapter reads and writes text as its base does. `name` and `version` are for people.
     """
 
     key: str
     name: str
     version: int
     blob_key: str
+    dialect: str = ""
 
     @property
     def label(self) -> str:

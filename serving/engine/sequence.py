@@ -96,6 +96,7 @@ def new_sequence(
     """Return the state of a request that has just come. Call `replay` next to read its resumed tokens."""
     sampling = request.sampling
     end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
+    end_ids |= vocabulary.special_ids(sampling.stop)  # by id, because the text may leave them out
     return SequenceState(
         request=request,
         limit_tokens=min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),

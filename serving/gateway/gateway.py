@@ -33,6 +33,7 @@ from serving.engine.request import AdapterRef, Request, SamplingParams, Terms, T
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway.backend import Backend, raise_error_of
 from serving.gateway.merge import merge
+from serving.gateway.prompters import Prompters
 from serving.gateway.prompts import Prompt, Prompter
 from serving.gateway.publish import publish, store, withdraw
 from serving.gateway.routing import HEALTH_TIMEOUT_S, Snapshot, Target, max_position, release, release_gone
@@ -99,7 +100,7 @@ class Gateway:
         self._serving = serving
         self._rollout = rollout
         self._refreshing = asyncio.Lock()
-        self._prompters: dict[str, Prompter] = {}
+        self._prompters = Prompters(blobs)
         self._poller: asyncio.Task[None] | None = None
         self._poll_error: ReloraError | None = None
         self._num_resubmissions: Counter[str] = Counter()
@@ -154,14 +155,14 @@ class Gateway:
             raise BackendDiedError(NO_ENGINE)
         served, max_rank = self.snapshot.backends.keys(), self._serving.max_rank
         store_adapter = partial(store, self._registry, self._blobs, served_bases=served, max_rank=max_rank)
-        base_name, key = await asyncio.to_thread(store_adapter, name, folder, base)
+        stored = await asyncio.to_thread(store_adapter, name, folder, base)
         try:
-            await self._try_out(AdapterRef(key, name, 0, blob_key=key), base_name)
+            await self._try_out(stored.ref(name), stored.base)
         except ReloraError:
-            if (base_name, key) not in self.snapshot.adapters():
-                await release(self.snapshot.backend(base_name), key)
+            if (stored.base, stored.key) not in self.snapshot.adapters():
+                await release(self.snapshot.backend(stored.base), stored.key)
             raise
-        version = await asyncio.to_thread(publish, self._registry, name, base_name, key)
+        version = await asyncio.to_thread(publish, self._registry, name, stored)
         await self.refresh()
         return version
 
@@ -222,7 +223,7 @@ class Gateway:
     # From a target to tokens.
 
     async def _begin(self, call: Call, target: Target, whole: bool) -> Answer:
-        prompter = await self._prompter(target.base)
+        prompter = await self._prompters.of(target, Path(self.snapshot.bases[target.base].path))
         prompts = await asyncio.to_thread(lambda: [prompter.encode(prompt) for prompt in call.prompts])
         if call.bad_words:
             bad_words = await asyncio.to_thread(prompter.encode_bad_words, call.bad_words)
@@ -283,11 +284,6 @@ class Gateway:
                     log.warning("resubmitting request %s after %d tokens: %s", request.id, len(tokens), error)
                     self._num_resubmissions[target.base] += 1
             await asyncio.sleep(BACKOFF_S * 2**attempt)
-
-    async def _prompter(self, base: str) -> Prompter:
-        if base not in self._prompters:
-            self._prompters[base] = await asyncio.to_thread(Prompter, Path(self.snapshot.bases[base].path))
-        return self._prompters[base]
 
     async def _log_canary_failure(self, canary: Target, error: ReloraError) -> None:
         """Log a failure for the rollout, unless the canary was only busy, which says nothing about the version."""

@@ -1,14 +1,24 @@
 """The readiness check of a rollout: does a version on its engine repeat the answers stored when it was made?"""
 
+import asyncio
 from contextlib import aclosing
+from pathlib import Path
 from uuid import uuid4
 
+from cluster.blobs import BlobStore
 from cluster.errors import ReloraError
 from cluster.registry import Version
 from serving.engine.request import Request, SamplingParams
 from serving.gateway.backend import Backend, raise_error_of
+from serving.gateway.prompters import open_prompter
 from serving.gateway.prompts import Prompter
-from serving.gateway.routing import Target
+from serving.gateway.routing import Target, dialect_of
+
+
+async def probe_golden(version: Version, blobs: BlobStore, base: Path, backend: Backend) -> None:
+    """Call `check_golden` with the prompter of the version on its base, whose files are in the folder `base`."""
+    prompter = await asyncio.to_thread(open_prompter, blobs, base, dialect_of(version))
+    await check_golden(version, prompter, backend)
 
 
 async def check_golden(version: Version, prompter: Prompter, backend: Backend) -> None:

@@ -79,6 +79,8 @@ class LocalBackend:
 
     async def _ensure(self, adapter: AdapterRef) -> None:
         try:
+            if adapter.dialect:
+                await self._loop.ensure_dialect(adapter, lambda: self._blobs.fetch_folder(adapter.dialect))
             await self._loop.ensure_adapter(adapter, lambda: self._blobs.fetch_folder(adapter.blob_key))
         except InvalidAdapterError as error:  # the server's fault: the client only named the adapter
             raise BackendFailedError(f"Adapter {adapter.label} cannot be used: {error}") from error

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from cluster.checkpoints import open_checkpoint
+from cluster.dialect import adapter_dialect, base_dialect
 from cluster.errors import InvalidRequestError
 
 
@@ -22,10 +22,14 @@ Prompt = str | tuple[int, ...] | Chat
 
 
 class Prompter:
-    """A base model's tokenizer, limited to what serving needs. Any thread may call its methods."""
+    """A tokenizer, limited to what serving needs. Any thread may call its methods.
 
-    def __init__(self, folder: Path):
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+    It is that of the base in `folder`, or of adapters whose text files are in `beside`.
+    """
+
+    def __init__(self, folder: Path, beside: Path | None = None):
+        dialect = base_dialect(folder)
+        self._tokenizer = (dialect if beside is None else adapter_dialect(beside, dialect)).tokenizer
         self._num_tokens = int(open_checkpoint(folder).config["vocab_size"])
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:

@@ -1,16 +1,32 @@
 """Loads adapters from clients' folders as LIVE versions, and takes them out of service."""
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.adapter_files import check_base, load_adapter
 from cluster.adapter_folder import store_adapter
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
+from cluster.dialect import DIALECT, adapter_dialect, base_dialect, store_dialect
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError
 from cluster.names import check_name
 from cluster.registry import Registry, Status, Version
 from cluster.sources import local_folder
+from serving.engine.request import AdapterRef
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's checked files in the blob store: its base, their key, and the details of a version made of them."""
+
+    base: str
+    key: str
+    details: dict[str, str] = field(default_factory=dict)
+
+    def ref(self, name: str) -> AdapterRef:
+        """Return the adapter as engines know it, before it has a version."""
+        return AdapterRef(self.key, name, 0, self.key, self.details.get(DIALECT, ""))
 
 
 def store(
@@ -22,8 +38,8 @@ def store(
     *,
     served_bases: Collection[str],
     max_rank: int,
-) -> tuple[str, str]:
-    """Check an adapter's files against its base and store them. Return the base's name and the files' key.
+) -> StoredAdapter:
+    """Check an adapter's files against its base and store them.
 
     `folder` is a folder on the server, a bucket's URL or a hub id (see `cluster.sources`). Nothing is stored before all
     checks have passed. Raises InvalidRequestError (bad name or folder, or no base given
@@ -40,16 +56,20 @@ def store(
         path = local_folder(folder, blobs.cache_dir.parent / "sources")
     except NotFoundError as error:  # not 404, which clients read as an unknown model
         raise InvalidRequestError(f"lora_path: {error}") from error
-    check_base(load_adapter(path, max_rank=max_rank), open_checkpoint(Path(registry.base(base).path)))
-    return base, store_adapter(blobs, path)
+    base_folder = Path(registry.base(base).path)
+    check_base(load_adapter(path, max_rank=max_rank), open_checkpoint(base_folder))
+    adapter_dialect(path, base_dialect(base_folder))
+    return StoredAdapter(base, store_adapter(blobs, path), store_dialect(blobs, path, base_folder))
 
 
-def publish(registry: Registry, name: str, base: str, key: str) -> Version:
+def publish(registry: Registry, name: str, stored: StoredAdapter) -> Version:
     """Make stored files the name's LIVE version. The same transaction retires the old one."""
     if all(known.name != name for known in registry.adapters()):
         registry.add_adapter(name)
     # It starts as RETIRED, so neither traffic nor a rollout can use it before the promotion.
-    version = registry.add_version(name, base, Status.RETIRED, blob_key=key, content_hash=key)
+    version = registry.add_version(
+        name, stored.base, Status.RETIRED, blob_key=stored.key, content_hash=stored.key, details=stored.details
+    )
     return registry.promote(version.id)
 
 

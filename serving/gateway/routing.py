@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from cluster.checkpoints import open_checkpoint
+from cluster.dialect import DIALECT
 from cluster.errors import NotFoundError, ReloraError
 from cluster.registry import BaseModel, Route, Status, Version
 from serving.adapters.residency import Residency, Tier, summed
@@ -45,7 +46,12 @@ class Target:
             return None
         assert version.blob_key is not None, "a servable version has files"
         assert version.content_hash is not None, "a servable version has files"
-        return AdapterRef(version.content_hash, version.adapter, version.number, blob_key=version.blob_key)
+        return AdapterRef(version.content_hash, version.adapter, version.number, version.blob_key, dialect_of(version))
+
+
+def dialect_of(version: Version | None) -> str:
+    """Return the blob of a version's text files, or "" if it reads and writes text as its base does."""
+    return "" if version is None else str(version.details.get(DIALECT, ""))
 
 
 @dataclass(frozen=True)

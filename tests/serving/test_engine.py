@@ -13,10 +13,11 @@ import torch
 
 from cluster.adapter_files import Adapter, LoraFactors, load_adapter
 from cluster.config import ServingConfig
+from cluster.dialect import base_dialect
 from cluster.errors import ConfigError, InvalidAdapterError, InvalidRequestError, NotFoundError, OverloadedError
-from serving.engine.engine import Engine, read_eos_ids
+from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent
-from tests.worlds.serving import EOS, KINDS, make_adapter, make_checkpoint
+from tests.worlds.serving import EOS, KINDS, make_adapter, make_checkpoint, make_tokenizer
 
 ARCHITECTURES = {
     "LlamaForCausalLM": {},
@@ -324,14 +325,17 @@ def with_generation_config(folder: Path, settings: dict) -> Path:
         ({"eos_token_id": [1, 2]}, {"eos_token_id": 9}, {1, 2}),
         ({}, {"eos_token_id": 9}, {9}),
         (None, {"eos_token_id": 9}, {9}),
-        (None, {}, set()),
+        (None, {}, {EOS}),
     ],
 )
-def test_eos_ids_come_from_either_file(tmp_path: Path, generation: dict | None, config: dict, ids: set[int]) -> None:
+def test_eos_ids_come_from_either_file_or_the_tokenizer(
+    tmp_path: Path, generation: dict | None, config: dict, ids: set[int]
+) -> None:
+    make_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert read_eos_ids(tmp_path) == ids
+    assert base_dialect(tmp_path).end_ids == ids
 
 
 def test_a_stop_string_ends_a_sequence_and_is_not_shown(llama: BaseWithReference) -> None:
