@@ -35,7 +35,7 @@ class BatchBuilder:
     def build(self, scheduled: SchedulerOutput) -> Batch:
         """Return the batch of a step with at least one sequence."""
         lengths_B = scheduled.ends_B - scheduled.starts_B
-        query_starts, sample_starts = _starts(lengths_B), _starts(scheduled.does_sample_B)
+        query_starts = _starts(lengths_B)
         sequences_T = np.arange(len(lengths_B)).repeat(lengths_B)
         positions_T = np.arange(len(sequences_T)) - (query_starts[1:] - scheduled.ends_B)[sequences_T]
         size = self._page_tokens
@@ -51,8 +51,8 @@ class BatchBuilder:
                 max_query_tokens=int(lengths_B.max()),
                 max_context_tokens=int(scheduled.ends_B.max()),
             ),
-            logit_rows_O=self._tensor(query_starts[1:][scheduled.does_sample_B] - 1),
-            lora=self._lora(scheduled, query_starts, sample_starts),
+            logit_rows_O=self._tensor(_logit_rows(scheduled, query_starts)),
+            lora=self._lora(scheduled, query_starts, scheduled.logit_starts),
         )
 
     def _lora(self, scheduled: SchedulerOutput, query_starts: IntArray, sample_starts: IntArray) -> LoraBatch | None:
@@ -135,6 +135,17 @@ def _tokens(scheduled: SchedulerOutput, query_starts: IntArray) -> IntArray:
         first, end = scheduled.starts_B[i], scheduled.ends_B[i]
         tokens_T[firsts_B[i] : ends_B[i]] = scheduled.sequences[i].tokens[first:end]
     return tokens_T
+
+
+def _logit_rows(scheduled: SchedulerOutput, query_starts: IntArray) -> IntArray:
+    """Return the tokens whose logits are wanted: those before sampled tokens, and those before scored ones."""
+    sampled = query_starts[1:][scheduled.does_sample_B] - 1
+    scoring = np.flatnonzero(scheduled.num_scores_B).tolist()
+    if not scoring:
+        return sampled
+    firsts_B = query_starts[:-1] + scheduled.score_starts_B - scheduled.starts_B
+    scored = [np.arange(firsts_B[i], firsts_B[i] + scheduled.num_scores_B[i]) for i in scoring]
+    return np.sort(np.concatenate([sampled, *scored]))
 
 
 def _pending_copies(adapters: Sequence[ResidentAdapter]) -> tuple[PendingCopy, ...]:

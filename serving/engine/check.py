@@ -19,8 +19,8 @@ def check_request(request: Request, vocab_size: int, max_model_tokens: int) -> N
         raise InvalidRequestError("the prompt is empty: send at least one token")
     if num_prompt > limit:
         raise ContextLengthError(f"the prompt has {num_prompt} tokens, the model takes at most {limit}")
-    if request.sampling.max_tokens < 1:
-        raise InvalidRequestError(f"max_tokens is {request.sampling.max_tokens}: it must be at least 1")
+    if request.sampling.max_tokens < 0:
+        raise InvalidRequestError(f"max_tokens is {request.sampling.max_tokens}: it must be at least 0")
     if request.sampling.min_tokens > request.sampling.max_tokens:
         low, high = request.sampling.min_tokens, request.sampling.max_tokens
         raise InvalidRequestError(f"min_tokens is {low}, above max_tokens, which is {high}")

@@ -147,21 +147,21 @@ class _Decoder:
 
 
 class Detokenizer(_Decoder):
-    """The growing text of one sequence. `is_stopped` becomes True when a stop string is complete.
+    """The growing text of one sequence. `stopped_by` is the stop string that has ended it.
 
     The stop string that is complete first counts; of several complete at once, the one that starts first. The text
     after it is not shown, and neither is the stop string unless `includes_stop`. A stop string that is complete
     within the first `min_tokens` tokens does not count.
     """
 
-    __slots__ = ("_held", "_includes_stop", "_num_early", "_num_exempt", "_stop", "is_stopped")
+    __slots__ = ("_held", "_includes_stop", "_num_early", "_num_exempt", "_stop", "stopped_by")
 
     def __init__(
         self, vocabulary: Vocabulary, stop: Sequence[str] = (), *, includes_stop: bool = False, min_tokens: int = 0
     ):
         assert all(stop), "a stop string is empty"
         super().__init__(vocabulary)
-        self.is_stopped = False
+        self.stopped_by: str | None = None
         self._stop = stop
         self._includes_stop = includes_stop
         self._num_early = min_tokens  # tokens to come whose stop strings do not count
@@ -172,7 +172,7 @@ class Detokenizer(_Decoder):
         """Take a token and return the text to show now. Returns nothing after a stop string."""
         if not self._stop:
             return self.decide(token)
-        if self.is_stopped:
+        if self.stopped_by is not None:
             return ""
         text = self._held + self.decide(token)
         whole = text + self.undecided
@@ -181,8 +181,9 @@ class Detokenizer(_Decoder):
             self._num_exempt = len(whole)
         found = self._find_stop(whole)
         if found is not None:
-            self.is_stopped = True
-            return whole[: found[1] if self._includes_stop else found[0]]
+            start, end = found
+            self.stopped_by = whole[start:end]
+            return whole[: end if self._includes_stop else start]
         num_shown = len(text) - self._num_held(text)
         self._held = text[num_shown:]
         self._num_exempt = max(0, self._num_exempt - num_shown)
@@ -190,7 +191,7 @@ class Detokenizer(_Decoder):
 
     def finish(self) -> str:
         """Return the text that was held back, when no more tokens come."""
-        return "" if self.is_stopped else self._held + self.undecided
+        return "" if self.stopped_by is not None else self._held + self.undecided
 
     def _find_stop(self, text: str) -> tuple[int, int] | None:
         """Return the start and the end of the stop string that is complete first, if there is one."""

@@ -28,6 +28,7 @@ from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent
 from serving.engine.running import SchedulerOutput
 from serving.engine.sampler import Samples, sample
 from serving.engine.scheduler import Scheduler
+from serving.engine.score import score_prompts
 from serving.engine.sequence import SequenceState, adjust_rows, new_sequence
 from serving.memory.arena import new_arena
 from serving.memory.eviction import EvictionQueue
@@ -134,6 +135,8 @@ class Engine:
         if scheduled.sequences:
             batch = self._batches.build(scheduled)
             logits_OV = self._model.forward(batch, self._arena_PE.view(-1), self.config.page_tokens)
+            if scheduled.num_scores_B.any():
+                logits_OV = score_prompts(scheduled, logits_OV)
             rows_O = scheduled.sample_rows_B[scheduled.does_sample_B]
             events += self._commit(scheduled, sample(logits_OV, rows_O, partial(adjust_rows, scheduled.sampling)))
         self._measure(time.perf_counter() - started_at, batch)
@@ -259,10 +262,9 @@ class Engine:
         self._num_tokens += len(tokens)
         for row, (sequence, token, is_valid) in enumerate(zip(sampling, samples.tokens, samples.is_valid, strict=True)):
             if is_valid:
-                text, reason = sequence.read(token, len(sequence.tokens))
-                logprobs = (samples.logprobs[row],) if row in samples.logprobs else ()
-                events.append(TokenEvent(sequence.id, (token,), text, logprobs, reason))
-                if reason is not None:
+                event = sequence.event(token, (samples.logprobs[row],) if row in samples.logprobs else ())
+                events.append(event)
+                if event.finish_reason is not None:
                     self.abort(sequence.id)
         return events
 

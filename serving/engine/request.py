@@ -13,8 +13,10 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 turn these filters off. With a `seed`, the same
     request gives the same tokens in any batch, after preemption and on any replica, because a token's random number
     depends only on the seed and the token's position. `num_logprobs` is the number of alternatives to report per token;
-    0 reports the chosen token only, and None reports nothing.
+    0 reports the chosen token only, and None reports nothing. `num_prompt_logprobs` is the same for the tokens of the
+    prompt from the second on.
 
+    With `max_tokens` 0 the prompt is computed and nothing is generated.
     Frequency and presence penalties count the output's tokens, the repetition penalty those of prompt and output.
     `logit_bias` has (token, bias) pairs. No word of `bad_words`, given as tokens, is completed. Only
     `allowed_token_ids` may be chosen, if there are any. Nothing ends the sequence before it has `min_tokens` tokens.
@@ -43,6 +45,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ class TokenEvent(NamedTuple):
     """The tokens and text that one or more steps added to a request. The last event has a finish reason.
 
     `text` can be shown at once: the engine holds back text that may become a stop string, and bytes of an incomplete
-    character. If the request failed, `error` says why and `finish_reason` is ABORT.
+    character. The first event has the `prompt_logprobs` that the request asked for. `stop_reason` is the stop string or
+    the token of `stop_token_ids` that ended the sequence, and `has_end_token` says that its last token is an end token
+    whose text is not shown. If the request failed, `error` says why and `finish_reason` is ABORT.
     """
 
     request_id: str
@@ -131,6 +136,9 @@ class TokenEvent(NamedTuple):
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    stop_reason: int | str | None = None
+    has_end_token: bool = False
 
 
 # The events of one request, up to the one with a finish reason. Closing the stream aborts the request.

@@ -36,6 +36,8 @@ class SchedulerOutput:
     last_tokens_B:   the last token that each sequence has so far
     block_tables_BW: each sequence's pages in order, padded with 0
     sample_rows_B:   how each sequence's next token is chosen
+    score_starts_B:  the first position whose logits give the log-probability of the prompt token after it
+    num_scores_B:    the number of such positions from there on, mostly 0
     """
 
     sequences: Sequence[SequenceState]
@@ -47,6 +49,13 @@ class SchedulerOutput:
     last_tokens_B: IntArray
     block_tables_BW: TableArray
     sample_rows_B: SampleArray
+    score_starts_B: IntArray
+    num_scores_B: IntArray
+
+    @cached_property
+    def logit_starts(self) -> IntArray:
+        """Where each sequence's logits begin, and where the last end: [B + 1]. Its next token's are its last."""
+        return np.concatenate([[0], (self.num_scores_B + self.does_sample_B).cumsum()])
 
     @cached_property
     def sampling(self) -> list[SequenceState]:
@@ -71,9 +80,10 @@ class RunningTable:
         self._page_tokens = page_tokens
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._sequences: dict[int, SequenceState] = {}  # by row
-        self._columns = np.zeros((6, num_rows), np.int64)
+        self._columns = np.zeros((8, num_rows), np.int64)
         self._num_tokens_B2, self._num_stored_B2, self._capacity_B2 = self._columns[:3]
-        self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:]
+        self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:6]
+        self._num_scored_B2, self._num_to_score_B2 = self._columns[6:]
         self._block_tables_B2W = np.zeros((num_rows, _MIN_BLOCKS), np.int32)
         self._sample_rows_B2 = np.zeros(num_rows, SAMPLE_ROW)  # without positions; meaningless for free rows
 
@@ -90,6 +100,8 @@ class RunningTable:
             num_cached if sequence.prefix_keys is not None else _NEVER_CACHED,
             sequence.tokens[-1],
             BASE_ONLY if sequence.resident is None else sequence.resident.number,
+            sequence.num_scored,
+            sequence.num_to_score,
         )
         self._sample_rows_B2[row] = sequence.sample_row().record()
         while len(pages) > self._block_tables_B2W.shape[1]:
@@ -159,10 +171,11 @@ class RunningTable:
             lengths_B[len(decodes) :] = [num_tokens for _, num_tokens in prefills]
         order_B = self._adapters_B2[rows_B].argsort(kind="stable")
         rows_B = rows_B[order_B]
-        num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B = self._columns[:, rows_B]
+        num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B, num_scored_B, num_to_score_B = self._columns[:, rows_B]
         ends_B = starts_B + lengths_B[order_B]
         sample_rows_B = self._sample_rows_B2[rows_B]
         sample_rows_B["position"] = num_tokens_B
+        score_starts_B = np.maximum(starts_B, num_scored_B)
         num_blocks = -(-int(ends_B.max(initial=0)) // self._page_tokens)
         return SchedulerOutput(
             sequences=[self._sequences[row] for row in rows_B.tolist()],
@@ -174,6 +187,8 @@ class RunningTable:
             last_tokens_B=last_tokens_B,
             block_tables_BW=self._block_tables_B2W[rows_B, :num_blocks],
             sample_rows_B=sample_rows_B,
+            score_starts_B=score_starts_B,
+            num_scores_B=np.maximum(np.minimum(ends_B, num_to_score_B) - score_starts_B, 0),
         )
 
     def commit(self, scheduled: SchedulerOutput, tokens: Sequence[int]) -> None:
@@ -182,6 +197,9 @@ class RunningTable:
         self._num_stored_B2[scheduled.rows_B] = scheduled.ends_B
         self._num_tokens_B2[sampled_B] += 1
         self._last_tokens_B2[sampled_B] = tokens
+        for i in np.flatnonzero(scheduled.num_scores_B).tolist():
+            scheduled.sequences[i].num_scored += int(scheduled.num_scores_B[i])
+            self._num_scored_B2[scheduled.rows_B[i]] = scheduled.sequences[i].num_scored
         for sequence, token in zip(scheduled.sampling, tokens, strict=True):
             sequence.tokens.append(token)
 

@@ -35,6 +35,8 @@ from serving.memory.swap import SwapSpace
 
 # Adapters of this many flows are prefetched, one copy a step. No copy evicts the adapter of another of these flows.
 _PREFETCH_FLOWS = 4
+# Prompt tokens of a step that get log-probabilities: 0.13 GB of logits for a vocabulary of 128,000 tokens.
+_MAX_PROMPT_LOGITS = 256
 
 
 class Scheduler:
@@ -107,11 +109,16 @@ class Scheduler:
         decodes = self._table.decodes()
         prefills: list[tuple[SequenceState, int]] = []
         budget = self._max_batch_tokens - len(decodes)
+        logit_budget = _MAX_PROMPT_LOGITS
         candidates = self._prefills()
         while budget and (sequence := next(candidates, None)):
             num_tokens = min(budget, self._table.num_pending(sequence))
-            prefills.append((sequence, num_tokens))
-            budget -= num_tokens
+            if sequence.num_scored < sequence.num_to_score:
+                num_tokens = min(num_tokens, logit_budget)
+                logit_budget -= num_tokens
+            if num_tokens:
+                prefills.append((sequence, num_tokens))
+                budget -= num_tokens
         if len(self._running) == self._max_running:
             self._prefetch()
         return self._table.output(decodes, prefills)
@@ -207,8 +214,11 @@ class Scheduler:
                 return
 
     def _known_pages(self, sequence: SequenceState) -> list[int]:
-        """Take the cached pages of a sequence's longest known prefix, without its last token: its logits are wanted."""
-        if sequence.prefix_keys is None:
+        """Take the cached pages of a sequence's longest known prefix, without its last token: its logits are wanted.
+
+        A sequence whose prompt still needs log-probabilities takes none.
+        """
+        if sequence.prefix_keys is None or sequence.num_scored < sequence.num_to_score:
             return []
         num_pages = (len(sequence.tokens) - 1) // self._page_tokens
         return self._prefixes.take(sequence.prefix_keys.up_to(sequence.tokens, num_pages))

@@ -11,7 +11,7 @@ from cluster.config import ServingConfig
 from serving.adapters.cache import ResidentAdapter
 from serving.engine.adjust import Adjuster, adjust, new_adjuster
 from serving.engine.detokenizer import Detokenizer, Vocabulary
-from serving.engine.request import FinishReason, Request
+from serving.engine.request import FinishReason, Request, TokenEvent, TokenLogprob
 from serving.engine.sampler import SampleRow
 from serving.memory.prefixes import PrefixKeys
 from serving.memory.swap import Swapped
@@ -43,6 +43,8 @@ class SequenceState:
     row: int | None = None  # its row of the RunningTable, which has its pages
     resident: ResidentAdapter | None = None  # its adapter in the arena
     precedence: tuple[int, int] | None = None  # priority, then order of admission; the largest is preempted first
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens from the second on
+    num_scored: int = 0  # how many log-probabilities of the prompt are computed
     num_given: int = 0  # its length when it was admitted
     swapped: Swapped | None = None  # its KV on the host while it is preempted
 
@@ -52,13 +54,40 @@ class SequenceState:
         self.adapter_key = request.adapter.key if request.adapter else None
         self.tokens = [*request.prompt_tokens, *request.resumed_tokens]
 
+    @property
+    def num_to_score(self) -> int:
+        """How many of the prompt's tokens get log-probabilities: all but the first, or none."""
+        request = self.request
+        is_asked = request.sampling.num_prompt_logprobs is not None and not request.resumed_tokens
+        return len(request.prompt_tokens) - 1 if is_asked else 0
+
+    def event(self, token: int, logprobs: tuple[TokenLogprob, ...]) -> TokenEvent:
+        """Return the event of a token that was just appended, and read it. A resumed sequence has no first event."""
+        num_tokens = len(self.tokens)
+        if num_tokens > self.limit_tokens:  # nothing was to be generated
+            return TokenEvent(self.id, finish_reason=FinishReason.LENGTH, prompt_logprobs=tuple(self.prompt_logprobs))
+        text, reason = self.read(token, num_tokens)
+        event = TokenEvent(self.id, (token,), text, logprobs, reason)
+        if self.prompt_logprobs:
+            event = event._replace(prompt_logprobs=tuple(self.prompt_logprobs))
+            self.prompt_logprobs = []
+        return event if reason is not FinishReason.STOP else self._stopped(event, token)
+
+    def _stopped(self, event: TokenEvent, token: int) -> TokenEvent:
+        """Return the event of the sequence's last token with the reason why it stopped."""
+        sampling, stopped_by = self.request.sampling, self.text.stopped_by
+        if token not in self.end_ids:
+            return event._replace(stop_reason=stopped_by)
+        stop_reason = token if token in sampling.stop_token_ids else None
+        return event._replace(stop_reason=stop_reason, has_end_token=not sampling.include_stop_str_in_output)
+
     def read(self, token: int, num_tokens: int) -> tuple[str, FinishReason | None]:
         """Return the text to show for the `num_tokens`-th token, and the finish reason if the sequence ends with it."""
         if token in self.end_ids:
             shown = self.text.push(token) if self.request.sampling.include_stop_str_in_output else ""
             return shown + self.text.finish(), FinishReason.STOP
         text = self.text.push(token)
-        if self.text.is_stopped:
+        if self.text.stopped_by is not None:
             return text, FinishReason.STOP
         if num_tokens >= self.limit_tokens:
             return text + self.text.finish(), FinishReason.LENGTH

@@ -49,4 +49,5 @@ def _joined(events: Sequence[TokenEvent]) -> TokenEvent:
         tokens=tuple(chain.from_iterable(event.tokens for event in events)),
         text="".join(event.text for event in events),
         logprobs=tuple(chain.from_iterable(event.logprobs for event in events)),
+        prompt_logprobs=events[0].prompt_logprobs,
     )

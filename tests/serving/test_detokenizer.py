@@ -131,7 +131,7 @@ def test_text_ends_before_the_first_stop_string(name: str, data: st.DataObject, 
     shown, stopped_after = "", None
     for count, token in enumerate(tokens, 1):
         shown += detokenizer.push(token)
-        if detokenizer.is_stopped:
+        if detokenizer.stopped_by is not None:
             stopped_after = count
             break
     has_stop = any(one in whole(tokenizer, seen) for one in stop)
@@ -168,7 +168,7 @@ def test_a_stop_string_in_a_byte_token_stops_at_once():
     tokens = [*tokenizer.encode("The fox", add_special_tokens=False), newline]
     detokenizer = Detokenizer(Vocabulary(tokenizer), ("\n",))
     assert "".join(detokenizer.push(token) for token in tokens) == "The fox"
-    assert detokenizer.is_stopped
+    assert detokenizer.stopped_by is not None
     assert detokenizer.push(tokens[0]) == ""
     assert detokenizer.finish() == ""
 

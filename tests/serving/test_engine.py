@@ -380,7 +380,7 @@ def test_logprobs_are_those_of_the_model(llama: BaseWithReference) -> None:
         ({"prompt_tokens": ()}, "empty"),
         ({"prompt_tokens": (1, 9999)}, "vocabulary"),
         ({"prompt_tokens": (1, -1)}, "vocabulary"),
-        ({"sampling": SamplingParams(max_tokens=0)}, "max_tokens is 0"),
+        ({"sampling": SamplingParams(max_tokens=-1)}, "max_tokens is -1"),
     ],
 )
 def test_an_invalid_request_is_refused(llama: BaseWithReference, change: dict, message: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
@@ -18,8 +19,9 @@ from cluster.adapter_files import load_adapter
 from cluster.config import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.engine.engine import Engine
-from serving.engine.request import AdapterRef, Request, SamplingParams, TokenEvent
+from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
 from tests.worlds.serving import EOS, make_adapter, make_checkpoint
+from tests.worlds.serving import KINDS as MODULES
 
 PROMPT = tuple(b"once upon a time, a card was lost")
 REF = AdapterRef("hash", "tone", 1, "blob")
@@ -30,7 +32,7 @@ NUM_NEW = 24
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sampling")
     make_checkpoint(folder / "base")
-    make_adapter(folder / "tone", folder / "base", rank=4)
+    make_adapter(folder / "tone", folder / "base", rank=4, modules=(*MODULES, "lm_head"))
     return folder
 
 
@@ -146,3 +148,90 @@ def test_a_request_without_an_allowed_token_fails_alone(engine: Engine, expected
     assert isinstance(event.error, InvalidRequestError)
     assert "no token may come next" in str(event.error)
     assert tokens_of(events[ALL[0].id]) == expected[ALL[0].id]
+
+
+# Log-probabilities of the prompt.
+
+
+def long_request(name: str, num_prompt: int = 90, **more: object) -> Request:
+    prompt = tuple((7 * i + i * i) % 256 for i in range(num_prompt))
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, num_prompt_logprobs=2)
+    return replace(Request(name, prompt, params, REF), sampling=replace(params, **more))
+
+
+@pytest.fixture(scope="module")
+def reference(files: Path) -> torch.Tensor:
+    """The log-probabilities that PEFT's model gives to each position of the long prompt: [90, V]."""
+    base = AutoModelForCausalLM.from_pretrained(files / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(files / "tone")).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([long_request("").prompt_tokens])).logits[0]
+    return logits.log_softmax(-1)
+
+
+def assert_scores(scores: Sequence[TokenLogprob], request: Request, reference: torch.Tensor) -> None:
+    assert [one.token for one in scores] == list(request.prompt_tokens[1:])
+    for position, one in enumerate(scores):
+        expected_V = reference[position]
+        assert one.logprob == pytest.approx(float(expected_V[one.token]), abs=1e-4)
+        values, ids = expected_V.topk(2)
+        assert [token for token, _ in one.top] == ids.tolist()
+        assert [value for _, value in one.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert one.rank == int((expected_V > expected_V[one.token]).sum()) + 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens": 17}, {"prefix_cache": "off"}])
+def test_prompt_logprobs_are_those_of_peft(files: Path, reference: torch.Tensor, settings: dict):
+    """In one step or in chunks, and after another request has left the prompt in the prefix cache."""
+    engine, plain = open_engine(files, **settings), long_request("plain", num_prompt_logprobs=None)
+    tokens = alone(engine, plain)
+    others = [request_of(f"{n}", adapter=n % 2 == 0) for n in range(3)]
+    request = long_request("scored")
+    events = run(engine, [others[0], request, *others[1:]])["scored"]
+    assert_scores(events[0].prompt_logprobs, request, reference)
+    assert all(not event.prompt_logprobs for event in events[1:])
+    assert tokens_of(events) == tokens
+    assert alone(engine, replace(plain, id="after")) == tokens, "the cache is still sound"
+
+
+def test_many_scored_prompts_share_a_step(files: Path, reference: torch.Tensor):
+    """Together they have more tokens than may get log-probabilities in one step."""
+    engine = open_engine(files)
+    requests = [long_request(f"{n}") for n in range(6)]
+    for request, events in zip(requests, run(engine, requests).values(), strict=True):
+        assert_scores(events[0].prompt_logprobs, request, reference)
+
+
+def test_prompt_logprobs_survive_preemption(files: Path, reference: torch.Tensor):
+    engine = open_engine(files, memory_kib=140, max_batch_tokens=24, prefix_cache="off")
+    requests = [long_request(f"{n}", max_tokens=40) for n in range(5)]
+    for request, events in zip(requests, run(engine, requests).values(), strict=True):
+        assert_scores(events[0].prompt_logprobs, request, reference)
+    assert engine.stats()["preemptions"] > 0
+
+
+def test_a_resumed_request_does_not_score_its_prompt_again(engine: Engine):
+    request = long_request("resumed")
+    tokens = alone(engine, request)
+    events = run(engine, [replace(request, resumed_tokens=tuple(tokens[:1]))])["resumed"]
+    assert tokens_of(events) == tokens[1:]
+    assert not any(event.prompt_logprobs for event in events)
+
+
+@pytest.mark.parametrize("num_prompt", [1, 90])
+def test_without_tokens_to_generate_only_the_prompt_is_scored(engine: Engine, reference: torch.Tensor, num_prompt: int):
+    request = long_request("none", num_prompt, max_tokens=0)
+    (event,) = run(engine, [request])["none"]
+    assert (event.tokens, event.text, event.finish_reason) == ((), "", FinishReason.LENGTH)
+    assert_scores(event.prompt_logprobs, request, reference)
+
+
+def test_an_answer_says_what_stopped_it(engine: Engine):
+    plain = request_of("plain")
+    tokens, text = alone(engine, plain), "".join(event.text for event in run(engine, [plain])["plain"])
+    (*_, by_token) = run(engine, [request_of("token", stop_token_ids=(tokens[3], 4))])["token"]
+    (*_, by_text) = run(engine, [request_of("text", stop=(text[2:4],))])["text"]
+    (*_, by_length) = run(engine, [request_of("length")])["length"]
+    assert (by_token.stop_reason, by_token.has_end_token) == (tokens[3], True)
+    assert (by_text.stop_reason, by_text.has_end_token) == (text[2:4], False)
+    assert (by_length.stop_reason, by_length.has_end_token) == (None, False)

@@ -1,5 +1,7 @@
 """Where an answer ends, and which of its last tokens show: end tokens, stop strings, special tokens."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,10 +88,18 @@ def test_a_resumed_answer_stops_at_its_stop_token(engine: Engine):
     assert ask(engine, tuple(tokens[: index + 1]), stop_token_ids=stop_token_ids) == ([], "", FinishReason.STOP)
 
 
-def test_the_models_end_token_and_stop_tokens_are_both_kept(folder: Path):
+def with_end_token(folder: Path, copy: Path, token: int) -> Engine:
+    """Return an engine of the same base whose generation config names another end token."""
+    shutil.copytree(folder, copy)
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": token}))
+    return Engine.open(copy, CONFIG)
+
+
+def test_the_models_end_token_and_stop_tokens_are_both_kept(folder: Path, engine: Engine, tmp_path: Path):
     """A stop token does not replace the model's own, and `ignore_eos` ignores only the model's."""
-    engine = Engine.open(folder, CONFIG)
-    engine._eos_ids = frozenset((own := ask(engine)[0])[4:5])
+    own, *_ = ask(engine)
+    engine = with_end_token(folder, tmp_path / "copy", own[4])
     other = own[first_of(own, 1)]
     for sampling, end in [
         ({"ignore_eos": False, "stop_token_ids": (EOS,)}, own.index(own[4])),
@@ -106,15 +116,13 @@ def test_a_stop_token_outside_the_vocabulary_is_refused(engine: Engine, token: i
         ask(engine, stop_token_ids=(5, token))
 
 
-def test_special_tokens_show_when_asked(folder: Path):
+def test_special_tokens_show_when_asked(folder: Path, engine: Engine):
     """Resumed tokens are read like generated ones, so they can hold a special token that no tiny model would choose."""
-    engine = Engine.open(folder, CONFIG)
     written = tuple(AutoTokenizer.from_pretrained(folder)("hi</s>!", add_special_tokens=False)["input_ids"])
     assert written[2] == EOS
     ends = {"stop": ("hi</s>!",), "max_tokens": 6}
     assert ask(engine, written, skip_special_tokens=False, **ends) == ([], "", FinishReason.STOP)
     assert ask(engine, written, **ends)[2] is FinishReason.LENGTH
-    engine._eos_ids = frozenset({EOS})
     _, text, reason = ask(engine, written[:3], ignore_eos=False, skip_special_tokens=False)
     assert (text, reason) == ("", FinishReason.STOP), "the end token itself is not shown"
 
@@ -183,5 +191,5 @@ def test_an_included_stop_string_is_the_last_text(name: str, data: st.DataObject
     detokenizer = Detokenizer(Vocabulary(tokenizer), stop, includes_stop=True)
     shown = "".join(detokenizer.push(token) for token in tokens) + detokenizer.finish()
     before = cut(text, stop)
-    assert shown in ({before + one for one in stop} if detokenizer.is_stopped else {text})
+    assert shown in ({before + one for one in stop} if detokenizer.stopped_by is not None else {text})
     assert text.startswith(shown)
