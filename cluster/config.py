@@ -27,6 +27,8 @@ from cluster.sources import local_folder
 
 MIB = 1024**2
 GIB = 1024**3
+ToolParser = Literal["auto", "hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder", "none"]
+ReasoningParser = Literal["auto", "think", "mistral", "seed", "none"]
 
 
 @frozen
@@ -37,6 +39,10 @@ class BaseSpec:
     """What requests and adapters call it."""
     path: Source
     """The checkpoint folder, s3://bucket/folder, gs://bucket/folder, or a Hugging Face id in the local cache."""
+    tool_parser: ToolParser = "auto"
+    """The format in which the model writes tool calls. "auto": the one that its chat template shows."""
+    reasoning_parser: ReasoningParser = "auto"
+    """The marks around the model's reasoning. "auto": those in its chat template."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,10 @@ class AdapterSpec:
     """How to measure whether a new version is as good as the old one."""
     traffic: PositiveOrZero = 1.0
     """Its share of the requests, in any unit. A campaign starts with the most traffic per second of expected work."""
+    tool_parser: Literal["base", ToolParser] = "base"
+    """The format in which it writes tool calls. "base": that of its base."""
+    reasoning_parser: Literal["base", ReasoningParser] = "base"
+    """The marks around its reasoning. "base": those of its base."""
 
 
 @frozen
@@ -99,6 +109,8 @@ class ServingConfig:
     """Refuse a request if its first token cannot come in time. A request may bring its own deadline. 0: no deadline."""
     prefix_cache: Literal["shared", "tenant", "off"] = "shared"
     """Which requests share the KV of common prefixes: all, those of one API key, or none."""
+    trust_request_chat_template: bool = False
+    """Let requests bring a chat template, as `chat_template`. A template is a program: trust your clients first."""
     adapter_load_timeout_s: Positive = 60.0
     """If fetching an adapter takes longer, the requests that wait for it fail."""
     max_rank: Count = 128
@@ -166,6 +178,11 @@ class Fleet:
         filled = replace(given, rank=given.rank or rank, wide_rank=given.wide_rank or wide_rank)
         object.__setattr__(self, "readapt", replace(self.readapt, transplant=filled))
         return self
+
+    def specs(self) -> dict[str, BaseSpec | AdapterSpec]:
+        """Return bases and adapters by name. They share one namespace."""
+        specs: tuple[BaseSpec | AdapterSpec, ...] = (*self.bases, *self.adapters)
+        return {spec.name: spec for spec in specs}
 
     def base(self, name: str) -> LocalBase:
         """Return the base model of that name; NotFoundError, with the names that exist, if there is none.

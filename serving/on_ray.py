@@ -97,7 +97,8 @@ class GatewayDeployment:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application. Serve calls this on the replica, because a gateway cannot be pickled."""
         fleet, backends = self._fleet, ServeBackends()
-        self._gateway = Gateway(open_registry(fleet), open_blobs(fleet), backends.running, fleet.serving, fleet.rollout)
+        stores = open_registry(fleet), open_blobs(fleet)
+        self._gateway = Gateway(*stores, backends.running, fleet.serving, fleet.rollout, fleet.specs())
         return create_app(self._gateway, fleet.serving.cors_origins)
 
     async def refresh(self) -> None:

@@ -43,7 +43,7 @@ class AnswerFormat:
     """How to read the answers to one chat.
 
     `format` is None if the answer can have no calls, and `thinking` None if the model does not think. `hidden` are the
-    special tokens that the text contains but no client should see.
+    special tokens that clients should not see. If there are any, the text must come with its special tokens.
     """
 
     format: ToolFormat | None = None
@@ -89,17 +89,14 @@ class AnswerReader:
         limit = self._format.max_calls
         return self._num_started if limit is None else min(self._num_started, limit)
 
-    def push(self, text: str) -> Delta:
-        """Take a piece of the text and return what it adds."""
+    def push(self, text: str, *, is_last: bool = False) -> Delta:
+        """Take a piece of the text and return what it adds. The last piece brings all that was held back."""
         if self._format.is_plain:
             return Delta(content=text)
         self._source.text += self._filtered(text) if self._hidden else text
-        return self._read()
-
-    def finish(self) -> Delta:
-        """Return what was held back, when no more text comes."""
-        self._source.text += self._unfiltered
-        self._source.is_complete = True
+        if is_last:
+            self._source.text += self._unfiltered
+            self._source.is_complete = True
         return self._read()
 
     def _read(self) -> Delta:

@@ -39,6 +39,8 @@ THINKING: Mapping[str, Thinking] = {
 }
 
 
-def find_thinking(template: str) -> Thinking | None:
-    """Return the marks that a chat template has around reasoning, or None if its model does not think."""
+def find_thinking(template: str, name: str = "auto") -> Thinking | None:
+    """Return the marks of that name, or else those that a chat template has. None: its model does not think."""
+    if name != "auto":
+        return THINKING.get(name)
     return next((thinking for thinking in THINKING.values() if thinking.end in template), None)

@@ -29,6 +29,8 @@ from cluster.errors import (
 from cluster.names import parse_model
 from cluster.registry import Registry, Version
 from cluster.rollout import CANARY_FAILURE
+from serving.chat.answer import AnswerFormat
+from serving.chat.settings import FleetChatSettings, ParserSpec
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms, TokenEvent
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway.backend import Backend, raise_error_of
@@ -67,7 +69,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An answer in progress: who gives it, and the events of all its choices.
+    """An answer in progress: who gives it, how to read it, and the events of all its choices.
 
     `head` holds the first part, or every part of an answer that was asked for whole. `rest` yields the others; closing
     it aborts the requests.
@@ -75,6 +77,7 @@ class Answer:
 
     target: Target
     prompter: Prompter
+    format: AnswerFormat
     num_prompt_tokens: int
     head: list[Part]
     rest: AsyncGenerator[Part, None]
@@ -83,7 +86,7 @@ class Answer:
 class Gateway:
     """Takes every request of a process. Owns the snapshot and the task that refreshes it.
 
-    `backends` returns the running engines by base name. It may block: it is called off the event loop.
+    `backends` returns the running engines by base name; it may block. `chats` says how answers are read, by model name.
     """
 
     def __init__(
@@ -93,12 +96,14 @@ class Gateway:
         backends: Callable[[], Mapping[str, Backend]],
         serving: ServingConfig,
         rollout: RolloutConfig,
+        chats: Mapping[str, ParserSpec] | None = None,
     ):
         self._registry = registry
         self._blobs = blobs
         self._list_backends = backends
         self._serving = serving
         self._rollout = rollout
+        self._chats = FleetChatSettings(chats or {}, serving.trust_request_chat_template)
         self._refreshing = asyncio.Lock()
         self._prompters = Prompters(blobs)
         self._poller: asyncio.Task[None] | None = None
@@ -224,17 +229,12 @@ class Gateway:
 
     async def _begin(self, call: Call, target: Target, whole: bool) -> Answer:
         prompter = await self._prompters.of(target, Path(self.snapshot.bases[target.base].path))
-        prompts = await asyncio.to_thread(lambda: [prompter.encode(prompt) for prompt in call.prompts])
-        if call.bad_words:
-            bad_words = await asyncio.to_thread(prompter.encode_bad_words, call.bad_words)
-            call = replace(call, sampling=replace(call.sampling, bad_words=bad_words))
-        streams = [
-            self._generate(index, request, target)
-            for index, request in enumerate(self._requests(call, target, prompts))
-        ]
+        prompts, sampling, format = await asyncio.to_thread(prompter.prepare, call, self._chats.of(target.names))
+        requests = self._requests(replace(call, sampling=sampling), target, prompts)
+        streams = [self._generate(index, request, target) for index, request in enumerate(requests)]
         parts = merge(streams) if len(streams) > 1 else streams[0]
         head = [part async for part in parts] if whole else [await anext(parts)]
-        return Answer(target, prompter, sum(map(len, prompts)), head, parts)
+        return Answer(target, prompter, format, sum(map(len, prompts)), head, parts)
 
     def _requests(self, call: Call, target: Target, prompts: list[tuple[int, ...]]) -> list[Request]:
         return [

@@ -1,24 +1,49 @@
 """Prompts as clients write them, and the tokenizers that turn them into tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-
-from jinja2 import TemplateError
+from typing import NamedTuple, Protocol
 
 from cluster.checkpoints import open_checkpoint
 from cluster.dialect import adapter_dialect, base_dialect
 from cluster.errors import InvalidRequestError
+from serving.chat.answer import AnswerFormat
+from serving.chat.conversation import Chat
+from serving.chat.settings import DEFAULT_CHAT_SETTINGS, ChatSettings
+from serving.chat.template import ChatTemplate
+from serving.engine.request import SamplingParams
 
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation as (role, text) pairs."""
-
-    turns: tuple[tuple[str, str], ...]
-
+_NUM_END_TOKENS = 32  # enough to see a mark at the end of a prompt, even in a tokenizer of single bytes
 
 Prompt = str | tuple[int, ...] | Chat
+
+
+class Asked(Protocol):
+    """The part of a call that a tokenizer turns into tokens."""
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """At least one prompt."""
+        ...
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The sampling settings, without the tokens of `bad_words`."""
+        ...
+
+    @property
+    def bad_words(self) -> tuple[str, ...]:
+        """Words that the answer may not have."""
+        ...
+
+
+class Prepared(NamedTuple):
+    """Prompts as tokens, the sampling settings that their answers need, and how to read the answers."""
+
+    prompts: list[tuple[int, ...]]
+    sampling: SamplingParams
+    format: AnswerFormat
 
 
 class Prompter:
@@ -32,9 +57,24 @@ class Prompter:
         self._tokenizer = (dialect if beside is None else adapter_dialect(beside, dialect)).tokenizer
         self._num_tokens = int(open_checkpoint(folder).config["vocab_size"])
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def prepare(self, asked: Asked, chats: ChatSettings) -> Prepared:
+        """Return what a call needs. Raises InvalidRequestError. A chat is the only prompt of its call."""
+        tokens = [self.encode(prompt, chats) for prompt in asked.prompts]
+        sampling = asked.sampling
+        if asked.bad_words:
+            sampling = replace(sampling, bad_words=self.encode_bad_words(asked.bad_words))
+        chat = asked.prompts[0]
+        if not isinstance(chat, Chat):
+            return Prepared(tokens, sampling, AnswerFormat())
+        end = self._tokenizer.decode(tokens[0][-_NUM_END_TOKENS:])
+        format = ChatTemplate(self._tokenizer, chat, chats).answer_format(end)
+        if not sampling.skip_special_tokens:  # the client wants to see them
+            return Prepared(tokens, sampling, replace(format, hidden=()))
+        return Prepared(tokens, replace(sampling, skip_special_tokens=not format.hidden), format)
+
+    def encode(self, prompt: Prompt, chats: ChatSettings = DEFAULT_CHAT_SETTINGS) -> tuple[int, ...]:
         """Return the prompt's token ids with the model's special tokens. Raises InvalidRequestError if it is empty."""
-        tokens = self._checked(prompt) if isinstance(prompt, tuple) else self._tokenized(prompt)
+        tokens = self._checked(prompt) if isinstance(prompt, tuple) else self._tokenized(prompt, chats)
         if not tokens:
             raise InvalidRequestError("The prompt is empty. Send at least one token.")
         return tokens
@@ -66,18 +106,10 @@ class Prompter:
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"]
 
-    def _tokenized(self, prompt: str | Chat) -> tuple[int, ...]:
+    def _tokenized(self, prompt: str | Chat, chats: ChatSettings) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self._tokenizer(_valid(prompt))["input_ids"])
-        if not self._tokenizer.chat_template:
-            raise InvalidRequestError(
-                "This model has no chat template, so it cannot answer messages. Use /v1/completions instead."
-            )
-        turns = [{"role": role, "content": text} for role, text in prompt.turns]
-        try:
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # templates raise this for roles or orders that the model does not know
-            raise InvalidRequestError(f"The model's chat template rejects these messages: {error}") from error
+        text = ChatTemplate(self._tokenizer, prompt, chats).render()
         return tuple(self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"])
 
     def _checked(self, tokens: tuple[int, ...]) -> tuple[int, ...]:

@@ -39,6 +39,11 @@ class Target:
         return self.base if self.version is None else self.version.label
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the adapter, if there is one, and of the base."""
+        return (self.base,) if self.version is None else (self.version.adapter, self.base)
+
+    @property
     def adapter(self) -> AdapterRef | None:
         """Return the version as engines know it, or None for a bare base."""
         version = self.version

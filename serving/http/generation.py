@@ -21,7 +21,8 @@ from serving.gateway.gateway import Answer
 from serving.http.app_state import gateway_of, metrics_of
 from serving.http.bodies.chat import ChatBody
 from serving.http.bodies.completions import CompletionBody
-from serving.http.replies import ChatShape, CompletionShape, Reply, Shape, sse
+from serving.http.chat_shape import ChatShape
+from serving.http.replies import CompletionShape, Reply, Shape, sse
 
 Result = TypeVar("Result")
 
@@ -38,7 +39,7 @@ async def completions(body: CompletionBody, request: HttpRequest) -> Response:
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
     """Answer OpenAI's chat completions, if the base model's tokenizer has a chat template."""
-    return await _generate(body, request, ChatShape())
+    return await _generate(body, request, ChatShape(include_reasoning=body.include_reasoning))
 
 
 class EventStream(StreamingResponse):
@@ -68,7 +69,7 @@ async def _generate(body: CompletionBody | ChatBody, request: HttpRequest, shape
         return Response(status_code=CLIENT_GONE)
     base = request.state.base = answer.target.base
     headers = {"x-relora-version": answer.target.label, "x-relora-base": base}
-    reply = Reply(call.id, answer, shape, include_usage=body.stream_options.include_usage)
+    reply = Reply(call.id, answer, shape, body.stream_options)
     if body.stream:
         first_token_s = metrics_of(request).first_token_s.labels(base, request.scope["route"].path)
         first_token_s.observe(time.monotonic() - started_at)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from serving.engine.request import FinishReason, TokenEvent, TokenLogprob
 from serving.gateway.gateway import Answer, Part
 from serving.gateway.prompts import Prompter
+from serving.http.bodies.generation import StreamOptions
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Shape(Protocol):
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def whole(self, choice: Choice, prompter: Prompter) -> dict[str, Any]:
+    def whole(self, choice: Choice, answer: Answer) -> dict[str, Any]:
         """Return the fields of a finished choice, without those that all shapes share."""
         ...
 
@@ -49,8 +50,8 @@ class Shape(Protocol):
         """Return the fields of the chunk that opens each choice of a stream, if the shape has such a chunk."""
         ...
 
-    def chunk(self, piece: Choice, prompter: Prompter) -> dict[str, Any]:
-        """Return the fields of one piece of a choice in a stream."""
+    def chunk(self, index: int, piece: Choice, answer: Answer) -> dict[str, Any] | None:
+        """Return the fields of one piece of a choice in a stream, or None if there is nothing to send yet."""
         ...
 
 
@@ -61,52 +62,32 @@ class CompletionShape:
     whole_object: ClassVar[str] = "text_completion"
     chunk_object: ClassVar[str] = "text_completion"
 
-    def whole(self, choice: Choice, prompter: Prompter) -> dict[str, Any]:
+    def whole(self, choice: Choice, answer: Answer) -> dict[str, Any]:
         """See `Shape.whole`."""
-        return {"text": choice.text, "logprobs": _completion_logprobs(choice, prompter)}
+        return {"text": choice.text, "logprobs": _completion_logprobs(choice, answer.prompter)}
 
     def opening(self) -> None:
         """Return None: completions start with their first text."""
         return
 
-    def chunk(self, piece: Choice, prompter: Prompter) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Choice, answer: Answer) -> dict[str, Any] | None:
         """See `Shape.chunk`."""
-        return self.whole(piece, prompter)
-
-
-class ChatShape:
-    """The fields of /v1/chat/completions."""
-
-    id_prefix: ClassVar[str] = "chatcmpl"
-    whole_object: ClassVar[str] = "chat.completion"
-    chunk_object: ClassVar[str] = "chat.completion.chunk"
-
-    def whole(self, choice: Choice, prompter: Prompter) -> dict[str, Any]:
-        """See `Shape.whole`."""
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"message": message, "logprobs": _chat_logprobs(choice.logprobs, prompter)}
-
-    def opening(self) -> dict[str, Any]:
-        """Return the role, with which every chat starts."""
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-
-    def chunk(self, piece: Choice, prompter: Prompter) -> dict[str, Any]:
-        """See `Shape.chunk`."""
-        delta = {"content": piece.text} if piece.text else {}
-        return {"delta": delta, "logprobs": _chat_logprobs(piece.logprobs, prompter)}
+        has_news = piece.text or piece.logprobs or piece.finish_reason is not None
+        return self.whole(piece, answer) if has_news else None
 
 
 class Reply:
     """Writes one answer, either whole or chunk by chunk, and counts its tokens.
 
-    With `include_usage`, every chunk has `usage`: null, except for the token counts in the last one.
+    With `include_usage`, every chunk has `usage`: null, except for the token counts in the last one. With
+    `continuous_usage_stats`, the others have the counts so far.
     """
 
-    def __init__(self, id: str, answer: Answer, shape: Shape, *, include_usage: bool):
+    def __init__(self, id: str, answer: Answer, shape: Shape, options: StreamOptions):
         self._id = id
         self._answer = answer
         self._shape = shape
-        self._include_usage = include_usage
+        self._options = options
         self._created = int(time.time())
         self._starts: dict[int, int] = {}
         self._num_completion_tokens = 0
@@ -120,7 +101,7 @@ class Reply:
         return self._body(
             self._shape.whole_object,
             [
-                _choice(index, self._shape.whole(choice, self._answer.prompter), choice.finish_reason)
+                _choice(index, self._shape.whole(choice, self._answer), choice.finish_reason)
                 for index, choice in sorted(choices.items())
             ],
             usage=self.usage(),
@@ -136,13 +117,13 @@ class Reply:
         piece.add(event)
         self._num_completion_tokens += piece.num_tokens
         self._starts[index] += sum(len(self._answer.prompter.token_text(one.token)) for one in piece.logprobs)
-        if piece.text or piece.logprobs or piece.finish_reason is not None:
-            chunk = self._shape.chunk(piece, self._answer.prompter)
+        chunk = self._shape.chunk(index, piece, self._answer)
+        if chunk is not None:
             yield self._chunk([_choice(index, chunk, piece.finish_reason)])
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """Yield the chunks after the last part: with `include_usage` one with the token counts and no choices."""
-        if self._include_usage:
+        if self._options.include_usage:
             yield self._chunk([], usage=self.usage())
 
     def usage(self) -> dict[str, int]:
@@ -155,7 +136,11 @@ class Reply:
         }
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
-        return self._body(self._shape.chunk_object, choices, **({"usage": usage} if self._include_usage else {}))
+        if not self._options.include_usage:
+            return self._body(self._shape.chunk_object, choices)
+        if usage is None and self._options.continuous_usage_stats:
+            usage = self.usage()
+        return self._body(self._shape.chunk_object, choices, usage=usage)
 
     def _body(self, object: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {
@@ -176,7 +161,8 @@ def sse(data: dict[str, Any] | str) -> bytes:
 
 
 def _choice(index: int, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
-    return {"index": index, **content, "finish_reason": finish_reason}
+    """Return a choice. A shape may say otherwise why it ended."""
+    return {"index": index, "finish_reason": finish_reason, **content}
 
 
 def _completion_logprobs(choice: Choice, prompter: Prompter) -> dict[str, Any] | None:
@@ -197,7 +183,8 @@ def _by_text(one: TokenLogprob, prompter: Prompter) -> dict[str, float]:
     return {prompter.token_text(token): logprob for token, logprob in reversed(one.top)}
 
 
-def _chat_logprobs(logprobs: Sequence[TokenLogprob], prompter: Prompter) -> dict[str, Any] | None:
+def chat_logprobs(logprobs: Sequence[TokenLogprob], prompter: Prompter) -> dict[str, Any] | None:
+    """Return the logprobs of a chat's tokens, or None if they were not asked for."""
     if not logprobs:
         return None
 

@@ -254,7 +254,7 @@ async def test_concurrent_requests_get_their_own_answers(server: Server):
         ({"bad_words": [""]}, "bad_words.0"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"guided_json": "{}"}, "guided_json"),
-        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+        ({"stream_options": {"include_everything": True}}, "stream_options.include_everything"),
     ],
 )
 def test_invalid_completion_bodies_are_rejected_by_field(server: Server, bad: dict, param: str):

@@ -31,7 +31,7 @@ def read(text: str, tool_format: str | None, cuts: list[int] = (), **settings):
     reader = AnswerReader(AnswerFormat(FORMATS.get(tool_format), tools=TOOLS, **settings))
     borders = [0, *sorted(cuts), len(text)]
     deltas = [reader.push(text[start:end]) for start, end in pairwise(borders)]
-    deltas.append(reader.finish())
+    deltas.append(reader.push("", is_last=True))
     calls: list[list[str]] = []
     for piece in (piece for delta in deltas for piece in delta.calls):
         if piece.index == len(calls):

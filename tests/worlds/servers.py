@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import uvicorn
 
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
-from cluster.config import RolloutConfig, ServingConfig
+from cluster.config import BaseSpec, RolloutConfig, ServingConfig
 from cluster.registry import Registry, Status
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
@@ -67,7 +67,13 @@ def serve(app) -> Iterator[str]:
 
 
 @contextmanager
-def serve_bases(files: Path, folder: Path, config: ServingConfig, bases: tuple[str, ...]) -> Iterator[Server]:
+def serve_bases(
+    files: Path,
+    folder: Path,
+    config: ServingConfig,
+    bases: tuple[str, ...],
+    specs: Mapping[str, BaseSpec] | None = None,
+) -> Iterator[Server]:
     """Serve the bases in `files` with one engine each. Registry, blobs and caches are in `folder`."""
     registry = Registry(f"sqlite:///{folder}/registry.db")
     blobs = BlobStore(str(folder / "blobs"), folder / "cache")
@@ -77,7 +83,7 @@ def serve_bases(files: Path, folder: Path, config: ServingConfig, bases: tuple[s
     for loop in loops.values():
         loop.start()
     backends = {name: LocalBackend(loop, blobs) for name, loop in loops.items()}
-    gateway = Gateway(registry, blobs, lambda: backends, config, RolloutConfig(poll_s=0.05))
+    gateway = Gateway(registry, blobs, lambda: backends, config, RolloutConfig(poll_s=0.05), specs or {})
     try:
         with serve(create_app(gateway, config.cors_origins)) as url:
             yield Server(url, registry, loops, files)

@@ -19,6 +19,8 @@ FORMATS: Mapping[str, ToolFormat] = {
 }
 
 
-def find_format(template: str) -> ToolFormat | None:
-    """Return the format in which the model of a chat template writes tool calls, or None if no format suits."""
+def find_format(template: str, name: str = "auto") -> ToolFormat | None:
+    """Return the format of that name, or else the one that a chat template shows. None: no format suits."""
+    if name != "auto":
+        return FORMATS.get(name)
     return next((format for format in FORMATS.values() if format.suits(template)), None)

@@ -22,19 +22,23 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "verbosity": ("medium",),
 }
 
 
 class StreamOptions(BaseModel):
-    """The options of a stream. `include_usage` adds a chunk with token counts; `include_obfuscation` is ignored."""
+    """The options of a stream.
+
+    `include_usage` adds a chunk with token counts, `continuous_usage_stats` the counts so far to every other chunk.
+    `include_obfuscation` is ignored.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
