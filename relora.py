@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import bench.cli
 import cli.care
+import cli.steer
+import cli.versions
 from cli.output import FleetPath, console, print_line
 from cluster.errors import ReloraError
 from cluster.extras import EXTRAS, optional_imports
@@ -27,7 +28,8 @@ app = typer.Typer(
     help="Keeps LoRA adapters working while the base model under them changes.",
 )
 app.add_typer(bench.cli.app, name="bench")
-cli.care.add_to(app)
+for group in (cli.versions, cli.steer, cli.care):
+    group.add_to(app)
 
 
 @app.command()
@@ -278,27 +280,6 @@ def continual(
         print_line(f"it does not go live: {version.setback}")
         raise typer.Exit(1)
     print_line(f"`relora rollout {fleet}` moves its traffic")
-
-
-@app.command()
-def status(fleet: FleetPath) -> None:
-    """Show every version of every adapter in the registry, and why versions were rejected, failed or rolled back."""
-    from cluster.fleet import has_registry, open_registry
-    from cluster.fleet_file import load_fleet
-
-    loaded = load_fleet(fleet)
-    versions = open_registry(loaded).versions() if has_registry(loaded) else []
-    if not versions:
-        print_line(f"nothing is registered yet: run `relora register {fleet}` first")
-        return
-    table = Table("version", "base", "status", "quality", "rung")
-    for version in versions:
-        quality = "" if version.quality is None else f"{version.quality:.1f}"
-        table.add_row(version.label, version.base, version.status, quality, str(version.details.get("rung", "")))
-    console.print(table)
-    for version in versions:
-        if version.setback is not None:
-            print_line(f"{version.label}: {version.status}: {version.setback}")
 
 
 def _print_result(result: "UpgradeResult") -> None:

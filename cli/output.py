@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster.records import jsonable
 
 FleetPath = Annotated[Path, typer.Argument(help="path to fleet.toml", exists=True, dir_okay=False)]
+Model = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="an adapter, or one of its versions")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead, for programs")]
 
 # Wide enough for the tables in a log. Without emoji, because `:fire:` may be a part of a name.
@@ -25,3 +26,8 @@ def print_line(line: str) -> None:
 def print_json(value: Any) -> None:
     """Print a value as JSON; NaN and infinities become null."""
     print(json.dumps(jsonable(value), indent=2))
+
+
+def megabytes(num_bytes: int) -> str:
+    """Return a size for a person to read."""
+    return f"{num_bytes / 1e6:.2f} MB" if num_bytes < 1e8 else f"{num_bytes / 1e9:.2f} GB"

@@ -11,10 +11,11 @@ import re
 import shutil
 import tarfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -23,6 +24,7 @@ from fsspec.implementations.arrow import ArrowFSWrapper
 from cluster.errors import NotFoundError, StorageError
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{32}\.part")
 _OBJECT_STORES = ("s3://", "gs://", "gcs://")
 _BLOCK_BYTES = 4 * 1024**2  # size of one read or write: each read of an object store is an HTTP request
 
@@ -89,6 +91,22 @@ class BlobStore:
         with self._storage_errors(f"looking for blob {key}"):
             return _KEY.fullmatch(key) is not None and bool(self._fs.exists(self._path(key)))
 
+    def stored(self) -> list["StoredBlob"]:
+        """Return the files of the store: blobs, and what interrupted writers left."""
+        with self._storage_errors("listing it"):
+            if not self._fs.exists(self._root):
+                return []
+            self._fs.invalidate_cache()
+            found = [entry for entry in self._fs.ls(self._root, detail=True) if entry["type"] == "file"]
+            return [StoredBlob(Path(entry["name"]).name, entry["size"] or 0, _seconds(entry)) for entry in found]
+
+    def delete(self, blob: "StoredBlob") -> None:
+        """Delete a file of the store, and what this machine's cache has of it. One that is gone already is fine."""
+        with self._storage_errors(f"deleting {blob.file}"), suppress(FileNotFoundError):
+            self._fs.rm_file(f"{self._root}/{blob.file}")
+        if blob.key is not None:
+            shutil.rmtree(self._cache_dir / blob.key, ignore_errors=True)
+
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}.tar"
 
@@ -120,6 +138,32 @@ class BlobStore:
             yield
         except OSError as error:
             raise StorageError(f"Blob store {self._url!r}: {doing} failed: {error}") from error
+
+
+@dataclass(frozen=True)
+class StoredBlob:
+    """A file in a blob store. `modified_at` is in seconds since the epoch, 0 if the store does not tell."""
+
+    file: str
+    num_bytes: int
+    modified_at: float
+
+    @property
+    def key(self) -> str | None:
+        """The blob's key; None for a part that an interrupted writer left, or a file that is not ours."""
+        key = self.file.removesuffix(".tar")
+        return key if self.file.endswith(".tar") and _KEY.fullmatch(key) else None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether a writer has not finished the file."""
+        return _PART.fullmatch(self.file) is not None
+
+
+def _seconds(entry: Mapping[str, Any]) -> float:
+    """Return when a file was changed: local files have a number, object stores a datetime."""
+    modified = entry.get("mtime") or entry.get("LastModified") or 0.0
+    return float(modified.timestamp() if hasattr(modified, "timestamp") else modified)
 
 
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:

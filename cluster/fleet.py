@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.adapter_files import check_base, load_adapter
 from cluster.adapter_folder import identity, store_adapter
+from cluster.adapter_size import size_details
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import AdapterSpec, Fleet
@@ -134,5 +135,6 @@ def _check_unchanged(spec: AdapterSpec, folder: Path, registry: Registry, blobs:
 
 def _add_first_version(spec: AdapterSpec, folder: Path, base: Path, registry: Registry, blobs: BlobStore) -> Version:
     key = store_adapter(blobs, folder)
-    details = store_dialect(blobs, folder, base)
+    size = size_details(load_adapter(folder), blobs.fetch_folder(key))
+    details = store_dialect(blobs, folder, base) | size
     return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key, details=details)

@@ -192,6 +192,14 @@ def join() -> None:
         ) from error
 
 
+def describe() -> str:
+    """Join the running cluster and say what it has. Raises StorageError if there is none."""
+    join()
+    total, free = ray.cluster_resources(), ray.available_resources()
+    kinds = [f"{free.get(kind, 0.0):g} of {total[kind]:g} {kind}s free" for kind in ("CPU", "GPU") if kind in total]
+    return f"{len(ray.nodes())} nodes, {', '.join(kinds)}"
+
+
 @contextmanager
 def join_or_start(*, may_start: bool) -> Iterator[LocalCluster | None]:
     """Join the running cluster, or start one that lives as long as the block; yields the cluster if it was started.

@@ -32,12 +32,16 @@ TRANSITIONS: Mapping[Status, frozenset[Status]] = MappingProxyType(
         Status.CANARY: frozenset({Status.LIVE, Status.ROLLED_BACK}),
         Status.LIVE: frozenset({Status.RETIRED}),
         Status.RETIRED: frozenset({Status.LIVE}),
-        Status.REJECTED: frozenset(),
-        Status.ROLLED_BACK: frozenset(),
+        Status.REJECTED: frozenset({Status.PLANNED}),
+        Status.ROLLED_BACK: frozenset({Status.CANDIDATE}),
         Status.FAILED: frozenset({Status.PLANNED}),
     }
 )
-"""The statuses that may follow each status. ADAPTING -> PLANNED lets another worker take up interrupted work."""
+"""The statuses that may follow each status.
+
+ADAPTING -> PLANNED lets another worker take up interrupted work. Only a person asks for REJECTED -> PLANNED and
+ROLLED_BACK -> CANDIDATE (`relora retry`).
+"""
 
 _SETBACKS = {Status.REJECTED: "rejected", Status.FAILED: "error", Status.ROLLED_BACK: "rolled_back"}
 """The key of a version's details that has the reason for its status."""

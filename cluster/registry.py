@@ -5,37 +5,26 @@ time. Every change of a status is one compare-and-swap that is logged in the sam
 killed at any point leaves a registry from which another can continue, and replaying the log gives the statuses.
 """
 
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, delete, func, insert, select, update
 
-from cluster.database import open_engines
-from cluster.errors import ConflictError, NotFoundError, StorageError
+from cluster.errors import ConflictError
 from cluster.names import check_name
 from cluster.records import TRANSITIONS, AdapterRecord, BaseModel, Event, Route, Status, Version
-from cluster.tables import adapters, bases, events, heartbeats, versions
+from cluster.tables import adapters, bases, events, heartbeats, pauses, versions
+from cluster.transactions import Transactions, locked, only, version_of
 
 __all__ = ["AdapterRecord", "BaseModel", "Event", "Registry", "Route", "Status", "Version"]
 
 
-class Registry:
+class Registry(Transactions):
     """The database of a fleet, and the only way to change a version's status.
 
     It owns a pool of connections: threads can share it, but another process needs its own (send the URL). Any call can
     raise StorageError if the database cannot be reached. `clock` gives the time of records in seconds since the epoch.
     """
-
-    def __init__(self, url: str, clock: Callable[[], float] = time.time):
-        self._reading, self._writing = open_engines(url)
-        self._clock = clock
-
-    def close(self) -> None:
-        """Close the connections; the registry is not usable afterwards."""
-        self._reading.dispose()
 
     # Base models and adapters
 
@@ -59,7 +48,7 @@ class Registry:
     def base(self, name: str) -> BaseModel:
         """Return a base model by name, or raise NotFoundError."""
         rows = self._select(select(bases).where(bases.c.name == name))
-        return BaseModel(**_only(rows, f"base model {name!r}")._mapping)
+        return BaseModel(**only(rows, f"base model {name!r}")._mapping)
 
     def bases(self) -> list[BaseModel]:
         """Return all base models in the order of their registration."""
@@ -80,11 +69,55 @@ class Registry:
     def adapter(self, name: str) -> AdapterRecord:
         """Return an adapter by name, or raise NotFoundError."""
         rows = self._select(select(adapters).where(adapters.c.name == name))
-        return AdapterRecord(**_only(rows, f"adapter {name!r}")._mapping)
+        return AdapterRecord(**only(rows, f"adapter {name!r}")._mapping)
 
     def adapters(self) -> list[AdapterRecord]:
         """Return all adapters by name."""
         return [AdapterRecord(**row._mapping) for row in self._select(select(adapters).order_by(adapters.c.name))]
+
+    def pause(self, name: str) -> None:
+        """Keep campaigns and rollouts from moving the adapter's versions forward; NotFoundError if it is unknown."""
+        self.adapter(name)
+        with self._write() as connection:
+            if not connection.execute(select(pauses).where(pauses.c.adapter == name)).all():
+                connection.execute(insert(pauses).values(adapter=name, at=self._clock()))
+                self._append(connection, "paused", adapter=name)
+
+    def resume(self, name: str) -> None:
+        """End the adapter's pause, if it has one; NotFoundError if it is unknown."""
+        self.adapter(name)
+        with self._write() as connection:
+            if connection.execute(delete(pauses).where(pauses.c.adapter == name)).rowcount:
+                self._append(connection, "resumed", adapter=name)
+
+    def paused(self) -> set[str]:
+        """Return the names of the adapters that are paused."""
+        return {row.adapter for row in self._select(select(pauses))}
+
+    def remove_adapter(self, name: str) -> list[Version]:
+        """Delete an adapter and its versions; return these. Their events stay, without their ids.
+
+        Raises NotFoundError if it is unknown, and ConflictError while a campaign works on one of its versions.
+        """
+        self.adapter(name)
+        with self._write() as connection:
+            rows = connection.execute(select(versions).where(versions.c.adapter == name).order_by(versions.c.id)).all()
+            removed = [version_of(row) for row in rows]
+            for version in removed:
+                if version.status is Status.ADAPTING:
+                    raise ConflictError(f"{version.label} is being adapted: stop its campaign first, or wait.")
+            ids = [version.id for version in removed]
+            connection.execute(update(events).where(events.c.version_id.in_(ids)).values(version_id=None, adapter=name))
+            connection.execute(update(versions).where(versions.c.adapter == name).values(parent_id=None))
+            for table, column in (
+                (versions, versions.c.adapter),
+                (pauses, pauses.c.adapter),
+                (adapters, adapters.c.name),
+            ):
+                connection.execute(delete(table).where(column == name))
+            details = {version.label: version.status for version in removed}
+            self._append(connection, "adapter_removed", adapter=name, details={"versions": details})
+        return removed
 
     # Versions
 
@@ -127,18 +160,18 @@ class Registry:
                 "updated_at": now,
             }
             row = connection.execute(insert(versions).values(values).returning(versions)).one()
-            version = _version(row)
+            version = version_of(row)
             self._append(connection, "added", version, {"status": status, "base": base})
         return version
 
     def version(self, id: int) -> Version:
         """Return a version by id, or raise NotFoundError."""
-        return _version(_only(self._select(select(versions).where(versions.c.id == id)), f"version with id {id}"))
+        return version_of(only(self._select(select(versions).where(versions.c.id == id)), f"version with id {id}"))
 
     def find(self, adapter: str, number: int) -> Version:
         """Return an adapter's version by its number, or raise NotFoundError."""
         query = select(versions).where(versions.c.adapter == adapter, versions.c.number == number)
-        return _version(_only(self._select(query), f"version {adapter}@{number}"))
+        return version_of(only(self._select(query), f"version {adapter}@{number}"))
 
     def versions(
         self, adapter: str | None = None, base: str | None = None, statuses: Collection[Status] | None = None
@@ -151,7 +184,7 @@ class Registry:
             query = query.where(versions.c.base == base)
         if statuses is not None:
             query = query.where(versions.c.status.in_(statuses))
-        return [_version(row) for row in self._select(query)]
+        return [version_of(row) for row in self._select(query)]
 
     def move(
         self,
@@ -171,7 +204,7 @@ class Registry:
         """
         news = {"blob_key": blob_key, "content_hash": content_hash, "quality": quality}
         with self._write() as connection:
-            version = _locked(connection, version_id)
+            version = locked(connection, version_id)
             if target is Status.LIVE:
                 _check_none_is_live(connection, version.adapter)
             news = {key: value for key, value in news.items() if value is not None}
@@ -185,14 +218,14 @@ class Registry:
         A RETIRED version becomes LIVE again in the same way. Raises ConflictError if the version has any other status.
         """
         with self._write() as connection:
-            version = _locked(connection, version_id)
+            version = locked(connection, version_id)
             if Status.LIVE not in TRANSITIONS[version.status]:
                 raise ConflictError(
                     f"{version.label} is {version.status}; only a canary or retired version can go live."
                 )
             live = (versions.c.adapter == version.adapter) & (versions.c.status == Status.LIVE)
             for row in connection.execute(select(versions).where(live)).all():
-                self._swap(connection, _version(row), Status.LIVE, Status.RETIRED)
+                self._swap(connection, version_of(row), Status.LIVE, Status.RETIRED)
             return self._swap(connection, version, version.status, Status.LIVE)
 
     def routes(self) -> dict[str, Route]:
@@ -238,79 +271,9 @@ class Registry:
         with self._write() as connection:
             connection.execute(delete(heartbeats).where(heartbeats.c.owner == owner))
 
-    # Transactions
-
-    def _swap(
-        self,
-        connection: Connection,
-        version: Version,
-        source: Status,
-        target: Status,
-        values: dict[str, Any] | None = None,
-    ) -> Version:
-        """Compare and swap a status. Every change of a status goes through here."""
-        if target not in TRANSITIONS[source]:
-            raise ConflictError(f"{version.label} cannot go from {source} to {target}.")
-        swap = update(versions).where(versions.c.id == version.id, versions.c.status == source)
-        swap = swap.values(status=target, updated_at=self._clock(), **(values or {})).returning(versions)
-        row = connection.execute(swap).one_or_none()
-        if row is None:
-            raise ConflictError(f"{version.label} is {version.status}, not {source}: another process changed it first.")
-        self._append(connection, "moved", version, {"source": source, "target": target})
-        return _version(row)
-
-    def _append(
-        self,
-        connection: Connection,
-        kind: str,
-        version: Version | None = None,
-        details: dict[str, Any] | None = None,
-        adapter: str | None = None,
-    ) -> None:
-        values = {
-            "at": self._clock(),
-            "version_id": version.id if version else None,
-            "adapter": version.adapter if version else adapter,
-            "kind": kind,
-            "details": details or {},
-        }
-        connection.execute(insert(events).values(values))
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """Open a transaction with the database's write lock; it commits if the block ends without an error."""
-        try:
-            with self._writing.begin() as connection:
-                yield connection
-        except SQLAlchemyError as error:
-            raise StorageError(f"Registry {self._reading.url!r}: {error}") from error
-
-    def _select(self, query: Select) -> list[Row]:
-        try:
-            with self._reading.connect() as connection:
-                return list(connection.execute(query).all())
-        except SQLAlchemyError as error:
-            raise StorageError(f"Registry {self._reading.url!r}: {error}") from error
-
-
-def _locked(connection: Connection, version_id: int) -> Version:
-    """Return the version within a writing transaction, so that no other process can change it meanwhile."""
-    rows = connection.execute(select(versions).where(versions.c.id == version_id)).all()
-    return _version(_only(rows, f"version with id {version_id}"))
-
 
 def _check_none_is_live(connection: Connection, adapter: str) -> None:
     live = select(versions.c.number).where(versions.c.adapter == adapter, versions.c.status == Status.LIVE)
     number = connection.execute(live).scalar()
     if number is not None:
         raise ConflictError(f"{adapter}@{number} is live; another version can only replace it by promotion.")
-
-
-def _only(rows: Collection[Row], what: str) -> Row:
-    if not rows:
-        raise NotFoundError(f"There is no {what}.")
-    return next(iter(rows))
-
-
-def _version(row: Row) -> Version:
-    return Version(**{**row._mapping, "status": Status(row.status)})

@@ -40,20 +40,28 @@ class Rollout:
         self._clock = clock
 
     def tick(self) -> list[Version]:
-        """Move every version that is ready for it one step further; return the moved versions with their new status."""
+        """Move every version that is ready for it one step further; return the moved versions with their new status.
+
+        Versions of a paused adapter stay as they are, except that a canary that fails is rolled back.
+        """
         steps = {Status.CANDIDATE: self._check_readiness, Status.READY: self._start_canary, Status.CANARY: self._judge}
+        paused = self._registry.paused()
         moved = []
         for version in self._registry.versions(base=self._base, statuses=steps):
+            step = steps[version.status]
+            if version.adapter in paused:
+                step = self._keep if version.status is not Status.CANARY else self._roll_back_if_failed
             try:
-                moved.append(steps[version.status](version))
+                moved.append(step(version))
             except ConflictError:
                 continue  # another process moved it first
         return [version for version in moved if version is not None]
 
     def is_busy(self) -> bool:
-        """Whether a version is still on its way to LIVE."""
+        """Whether a version is still on its way to LIVE; those of paused adapters do not count."""
         on_their_way = (Status.CANDIDATE, Status.READY, Status.CANARY)
-        return bool(self._registry.versions(base=self._base, statuses=on_their_way))
+        moving = {version.adapter for version in self._registry.versions(base=self._base, statuses=on_their_way)}
+        return bool(moving - self._registry.paused())
 
     def _check_readiness(self, version: Version) -> Version | None:
         try:
@@ -71,12 +79,22 @@ class Rollout:
         return self._registry.move(version.id, Status.READY, Status.CANARY)
 
     def _judge(self, version: Version) -> Version | None:
-        failures = self._registry.events(kind=CANARY_FAILURE, version_id=version.id)
-        if failures:
-            return self._roll_back(version, f"canary: {failures[0].details.get('reason', 'a request failed')}")
-        if self._clock() - version.updated_at < self._config.canary_s:
-            return None
+        failed = self._roll_back_if_failed(version)
+        if failed is not None or self._clock() - version.updated_at < self._config.canary_s:
+            return failed
         return self._registry.promote(version.id)
+
+    def _roll_back_if_failed(self, version: Version) -> Version | None:
+        """Roll a canary back if it has failed a request since it last became a canary."""
+        events = self._registry.events(version_id=version.id)
+        began = max((e.id for e in events if e.kind == "moved" and e.details["target"] == Status.CANARY), default=0)
+        failures = [event for event in events if event.kind == CANARY_FAILURE and event.id > began]
+        if not failures:
+            return None
+        return self._roll_back(version, f"canary: {failures[0].details.get('reason', 'a request failed')}")
+
+    def _keep(self, version: Version) -> None:
+        """Leave the version of a paused adapter as it is."""
 
     def _roll_back(self, version: Version, reason: str) -> Version:
         return self._registry.move(version.id, version.status, Status.ROLLED_BACK, details={"rolled_back": reason})

@@ -13,7 +13,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest revision in `cluster/migrations`: the schema that this file describes."""
 
 REVISION_TABLE = Table("registry_revision", MetaData(), Column("version_num", String(32), primary_key=True))
@@ -80,4 +80,11 @@ heartbeats = Table(
     metadata,
     Column("owner", String, primary_key=True),
     Column("num_beats", Integer, nullable=False),
+)
+
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("adapter", ForeignKey("adapters.name"), primary_key=True),
+    Column("at", Float, nullable=False),
 )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapter
+from cluster.adapter_size import size_details
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet
@@ -118,11 +119,15 @@ class Campaign:
     # Plan
 
     def _plan(self) -> None:
-        """Give every adapter that is live on another base a version here. FAILED versions are planned again."""
+        """Give every adapter that is live on another base a version here. FAILED versions are planned again.
+
+        A paused adapter gets none until somebody resumes it.
+        """
         here = self._first_versions()
+        paused = self._registry.paused()
         for adapter, route in self._registry.routes().items():
             version = here.get(adapter)
-            if route.live.base == self._target:
+            if route.live.base == self._target or adapter in paused:
                 continue
             if version is None:
                 self._registry.add_version(adapter, self._target, Status.PLANNED, parent_id=route.live.id)
@@ -153,6 +158,8 @@ class Campaign:
         traffic = {record.name: record.traffic for record in self._registry.adapters()}
         planned = [v for v in self._first_versions().values() if v.status is Status.PLANNED]
         for version in in_order(planned, traffic, expected_seconds(self._registry, planned)):
+            if version.adapter in self._registry.paused():
+                continue
             claimed = self._move(version, Status.ADAPTING, {"campaign": self.id})
             if claimed is None:
                 continue
@@ -222,13 +229,13 @@ class Campaign:
         started = time.perf_counter()
         outcome = result.outcome
         try:
-            files, dialect = self._store(job, outcome.adapter) if outcome.accepted else ({}, {})
+            files, more = self._store(job, outcome.adapter) if outcome.accepted else ({}, {})
         except StorageError as error:  # the next adapter may be stored; an error of the registry ends the campaign
             self._fail(version, f"StorageError: {error}")
             return
         seconds = {**result.seconds, "store": time.perf_counter() - started}
         details = _details(result) | {"seconds": {**seconds, "total": sum(seconds.values())}}
-        details |= self._stages(version) | dialect
+        details |= self._stages(version) | more
         target = Status.CANDIDATE if outcome.accepted else Status.REJECTED
         copied = "copy not tried" if outcome.copy_quality is None else f"copy {outcome.copy_quality:.1f}"
         self._say(
@@ -243,15 +250,16 @@ class Campaign:
         details = self._registry.version(version.parent_id).details
         return {"stages": details["stages"]} if "stages" in details else {}
 
-    def _store(self, job: AdapterJob, adapter: Adapter) -> tuple[dict[str, str], dict[str, str]]:
-        """Store a new version's files, with the text files beside the old one; return their keys and the dialect's."""
+    def _store(self, job: AdapterJob, adapter: Adapter) -> tuple[dict[str, str], dict[str, Any]]:
+        """Store a new version's files, with the text files beside the old one; return their keys, and details."""
         new_base = self._fleet.base(self._target).path
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "adapter"
             save_adapter(replace(adapter, base_model=str(new_base)), folder)
             keep_text_files(self._blobs.fetch_folder(job.task_key), folder)
             key = self._blobs.put_folder(folder)
-            return {"blob_key": key, "content_hash": key}, store_dialect(self._blobs, folder, new_base)
+            more = store_dialect(self._blobs, folder, new_base) | size_details(adapter, folder)
+            return {"blob_key": key, "content_hash": key}, more
 
     def _move(
         self, version: Version, target: Status, details: dict[str, Any] | None = None, **values: Any

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapter
+from cluster.adapter_size import size_details
 from cluster.blobs import BlobStore
 from cluster.checkpoints import open_checkpoint
 from cluster.config import Fleet
@@ -100,8 +102,8 @@ def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Ne
     if rejected is not None:
         return add(Status.REJECTED, quality=quality, details={**details, "rejected": rejected})
     details |= {"golden": _golden(model, encoder, adapter, prepared, fleet), STATE_KEY: store_learned(blobs, after)}
-    key, dialect = _store(blobs, replace(adapter, base_model=str(base)), prepared.folder, base)
-    details |= dialect
+    key, more = _store(blobs, replace(adapter, base_model=str(base)), prepared.folder, base)
+    details |= more
     return add(Status.CANDIDATE, blob_key=key, content_hash=key, quality=quality, details=details)
 
 
@@ -238,10 +240,11 @@ def _golden(
         return golden(model, encoder, prompts, max_tokens=max(len(row.completion) for row in rows))
 
 
-def _store(blobs: BlobStore, adapter: Adapter, parent: Path, base: Path) -> tuple[str, dict[str, str]]:
-    """Store the adapter with the text files of its parent's folder; return the keys of both."""
+def _store(blobs: BlobStore, adapter: Adapter, parent: Path, base: Path) -> tuple[str, dict[str, Any]]:
+    """Store the adapter with the text files of its parent's folder; return its key, and details."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         save_adapter(adapter, folder)
         keep_text_files(parent, folder)
-        return blobs.put_folder(folder), store_dialect(blobs, folder, base)
+        more = store_dialect(blobs, folder, base) | size_details(adapter, folder)
+        return blobs.put_folder(folder), more

@@ -1,31 +1,14 @@
 """`relora migrate`: the storage of a fleet stays in order."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import relora
 from cluster.tables import REVISION
+from tests.cli.conftest import Run
 from tests.cluster.test_migrations import check_history, write_old
 from tests.worlds.registries import fresh_url
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `relora ARGUMENTS` in this process; return exit code, standard output and standard error."""
-
-    def runner(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["relora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            relora.main()
-        output, errors = capfd.readouterr()
-        return int(exit_.value.code or 0), output, errors
-
-    return runner
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,26 +17,12 @@ from cluster.registry import Status, Version
 from readapt.campaign.jobs import AdapterJob, JobFailure, JobUpdates
 from readapt.training.data import Row, Task
 from serving.errors import BackendFailedError
+from tests.cli.conftest import Run
 from tests.worlds.readapt import write_task
 from tests.worlds.serving import make_adapter, make_checkpoint
 
-Run = Callable[..., tuple[int, str, str]]
 NO_RAY = "no Ray cluster is running here"
 COMMANDS = sorted(typer.main.get_command(relora.app).commands)  # type: ignore[attr-defined] (it is a group)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `relora ARGUMENTS` in this process; return exit code, standard output and standard error."""
-
-    def runner(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["relora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            relora.main()
-        output, errors = capfd.readouterr()
-        return int(exit_.value.code or 0), output, errors
-
-    return runner
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_an_older_file_is_migrated_when_it_is_opened(tmp_path: Path):
 def test_an_older_database_on_a_server_is_only_migrated_on_request(tmp_path: Path):
     with fresh_url("postgresql", tmp_path) as url:
         write_old(url, 1)
-        with pytest.raises(StorageError, match=r"revision 0001.*needs 0002.*relora migrate"):
+        with pytest.raises(StorageError, match=r"revision 0001.*needs 0003.*relora migrate"):
             Registry(url)
         database.migrate(url)
         check_history(url)
@@ -170,7 +170,7 @@ def test_a_newer_database_is_refused(tmp_path: Path):
     Registry(url).close()
     with connected(url) as connection:
         connection.exec_driver_sql("UPDATE registry_revision SET version_num = '9999'")
-    with pytest.raises(StorageError, match=r"revision 9999.*knows only 0002.*newer release"):
+    with pytest.raises(StorageError, match=r"revision 9999.*knows only 0003.*newer release"):
         Registry(url)
 
 

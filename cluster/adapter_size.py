@@ -1,0 +1,33 @@
+"""How large an adapter is: its rank and the bytes of its files, which versions carry in their details."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import ReloraError
+from cluster.records import Version
+
+if TYPE_CHECKING:
+    from cluster.adapter_files import Adapter
+    from cluster.blobs import BlobStore
+
+
+def size_details(adapter: "Adapter", folder: Path) -> dict[str, int]:
+    """Return the highest rank of an adapter and the bytes of the folder that holds it, for a version's details."""
+    return {"rank": adapter.max_rank, "num_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())}
+
+
+def size_of(version: Version, blobs: "BlobStore | None" = None) -> dict[str, Any]:
+    """Return a version's rank and bytes; None for what is unknown.
+
+    Releases before 0.1.0 did not note them. With `blobs`, the files of such a version are fetched and measured.
+    """
+    known = {"rank": version.details.get("rank"), "num_bytes": version.details.get("num_bytes")}
+    if None not in known.values() or blobs is None or version.blob_key is None:
+        return known
+    from cluster.adapter_files import load_adapter  # imported here because it loads torch
+
+    try:
+        folder = blobs.fetch_folder(version.blob_key)
+        return size_details(load_adapter(folder), folder)
+    except ReloraError:  # the store has lost the files; `show` lists the version all the same
+        return known
