@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet
+from cluster.config import BaseSpec, Fleet
 from cluster.errors import ReloraError
 from cluster.extras import EXTRAS
 from cluster.fleet import has_registry, open_blobs, open_registry
@@ -85,9 +85,9 @@ def _cluster() -> Check:
 
 def _fleet_checks(fleet: Fleet) -> Iterator[Check]:
     for base in fleet.bases:
-        yield _try(f"base {base.name}", partial(_checkpoint, base.path))
+        yield _try(f"base {base.name}", partial(_checkpoint, fleet, base))
     for adapter in fleet.adapters:
-        missing = [str(path) for path in (adapter.path, adapter.data) if not path.exists()]
+        missing = [str(path) for path in (adapter.path, adapter.data) if isinstance(path, Path) and not path.exists()]
         level = Level.NOTE if missing else Level.GOOD  # a registered adapter's files are in the blob store too
         found = f"missing: {', '.join(missing)}" if missing else str(adapter.path)
         yield Check(f"adapter {adapter.name}", level, found)
@@ -97,7 +97,8 @@ def _fleet_checks(fleet: Fleet) -> Iterator[Check]:
         yield _disk(name, path)
 
 
-def _checkpoint(path: Path) -> str:
+def _checkpoint(fleet: Fleet, base: BaseSpec) -> str:
+    path = fleet.local(base.path)
     return f"{path}: {len(open_checkpoint(path).names())} tensors"
 
 

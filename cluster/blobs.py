@@ -105,7 +105,7 @@ class BlobStore:
         with self._storage_errors(f"deleting {blob.file}"), suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{blob.file}")
         if blob.key is not None:
-            shutil.rmtree(self._cache_dir / blob.key, ignore_errors=True)
+            shutil.rmtree(self.cache_dir / blob.key, ignore_errors=True)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}.tar"
