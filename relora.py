@@ -126,13 +126,14 @@ def assess(
     """Predict how each adapter will fare on a new base model, before any training; needs no cluster."""
     from cluster.fleet import open_fleet
     from cluster.fleet_file import load_fleet
-    from readapt.campaign.assess import Assessor, as_json, as_table
+    from readapt.campaign.assess import LEGEND, Assessor, as_json, as_table
 
     loaded = load_fleet(fleet)
     loaded.base(to)  # report an unknown name before anything starts
     opened = open_fleet(loaded)
     assessments = Assessor(loaded, opened.registry, opened.blobs, to, console.print).assess_all()
     console.print(as_table(assessments, to))
+    print_line(LEGEND)
     if out is not None:
         out.write_text(as_json(assessments, to))
     failed = [assessment for assessment in assessments if assessment.error is not None]

@@ -62,7 +62,7 @@ class AdapterSpec:
     path: Source
     """A folder in PEFT's format, s3://bucket/folder, gs://bucket/folder, or a Hugging Face id in the local cache."""
     base: str
-    """Name of the base that it was trained for."""
+    """Name of the base that it was trained for. Once registered, the registry says which base it is on."""
     data: FilePath
     """A folder with train.jsonl and valid.jsonl, or, if these are lost, with logged prompts.jsonl alone."""
     metric: Literal["exact_match", "chrf"] = "exact_match"

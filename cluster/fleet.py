@@ -86,46 +86,65 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
     """Register every adapter of the fleet file; return the new ones, each as version 1, LIVE.
 
     A second call changes nothing. All files are checked before anything is written: an unusable adapter raises
-    InvalidAdapterError. Version 1 is never replaced: another base or other files than the registered ones raise
-    ConflictError.
+    InvalidAdapterError. For a registered adapter the registry says where it is now: its `base` in the file is the one
+    that it started on, and the file need not have that base any more. ConflictError if the file names other files or
+    another base than the registered ones, ConfigError if it lacks the base of a new adapter.
     """
-    bases = {spec.base for spec in fleet.adapters}
-    for base in sorted(bases):
+    listed = {base.name for base in fleet.bases}
+    for base in sorted(listed & {spec.base for spec in fleet.adapters}):
         register_base(fleet, registry, base)
-    checkpoints = {base: open_checkpoint(fleet.base(base).path) for base in bases}
-    for spec in fleet.adapters:
-        folder = fleet.local(spec.path)
-        check_base(load_adapter(folder, max_rank=fleet.serving.max_rank), checkpoints[spec.base])
-        adapter_dialect(folder, base_dialect(checkpoints[spec.base].folder))
-        _check_unchanged(spec, folder, registry, blobs)
     new = []
+    for index, spec in enumerate(fleet.adapters):
+        versions = registry.versions(adapter=spec.name)
+        if versions:
+            _check_unchanged(fleet, spec, versions, blobs)
+        elif spec.base in listed:
+            _check_new(fleet, spec)
+            new.append(spec)
+        else:
+            names = ", ".join(sorted(listed)) or "none"
+            raise ConfigError(f"adapters[{index}].base: no base {spec.base!r} among: {names}")
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
-        if not registry.versions(adapter=spec.name):
-            with suppress(ConflictError):  # another process has just registered it
-                base_folder = checkpoints[spec.base].folder
-                new.append(_add_first_version(spec, fleet.local(spec.path), base_folder, registry, blobs))
-    return new
+    added = []
+    for spec in new:
+        with suppress(ConflictError):  # another process has just registered it
+            base_folder = open_checkpoint(fleet.base(spec.base).path).folder
+            added.append(_add_first_version(spec, fleet.local(spec.path), base_folder, registry, blobs))
+    return added
 
 
-def _check_unchanged(spec: AdapterSpec, folder: Path, registry: Registry, blobs: BlobStore) -> None:
-    """Raise ConflictError if version 1 is registered with another base or another adapter than the fleet file names.
+def _check_new(fleet: Fleet, spec: AdapterSpec) -> None:
+    """Raise InvalidAdapterError if the adapter cannot be used on its base."""
+    checkpoint, folder = open_checkpoint(fleet.base(spec.base).path), fleet.local(spec.path)
+    check_base(load_adapter(folder, max_rank=fleet.serving.max_rank), checkpoint)
+    adapter_dialect(folder, base_dialect(checkpoint.folder))
 
-    An older release stored and hashed all files of the folder. If the hashes differ, the stored files therefore decide.
+
+def _check_unchanged(fleet: Fleet, spec: AdapterSpec, versions: Sequence[Version], blobs: BlobStore) -> None:
+    """Raise ConflictError if the fleet file names another base or other files than the registered ones.
+
+    Those of the live version are as good as those of the first one. If the live version is a later one, the first one's
+    folder may be gone. An older release stored and hashed all files of the folder, so unequal hashes are not enough:
+    the stored files decide.
     """
-    first = next(iter(registry.versions(adapter=spec.name)), None)
-    if first is None:
-        return
-    if first.base != spec.base:
+    first = versions[0]
+    live = next((version for version in versions if version.status is Status.LIVE), first)
+    if spec.base not in (first.base, live.base):
         raise ConflictError(
-            f"Adapter {spec.name!r}: the fleet file says base {spec.base!r}, but {first.label} is registered on "
-            f"{first.base!r}. Change the file back to {first.base!r}, and carry the adapter over with "
+            f"Adapter {spec.name!r}: the fleet file says base {spec.base!r}, but {live.label} is registered on "
+            f"{live.base!r}. Change the file back to {live.base!r}, and carry the adapter over with "
             f"`relora upgrade --to {spec.base}`. An adapter that was trained for {spec.base!r} needs another name."
         )
-    found = identity(folder)
-    if found != first.content_hash and (
-        first.blob_key is None or found != identity(blobs.fetch_folder(first.blob_key))
-    ):
+    try:
+        found = identity(fleet.local(spec.path))
+    except NotFoundError:
+        if live is first:
+            raise
+        return
+    stored = [version.blob_key for version in (first, live) if version.blob_key is not None]
+    is_registered = found in (first.content_hash, live.content_hash)
+    if not is_registered and all(found != identity(blobs.fetch_folder(key)) for key in stored):
         raise ConflictError(
             f"Adapter {spec.name!r}: the files in {spec.path} are not those that {first.label} is registered with. "
             "Restore the old files. Give the new files another name in the fleet file, or load them into the running "

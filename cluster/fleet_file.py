@@ -7,8 +7,10 @@ files and folders; the code that opens one checks that it exists.
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -18,12 +20,14 @@ from cluster.config_readapt import Rung
 from cluster.errors import ConfigError
 from cluster.names import check_name
 
+_UNKNOWN = "There is no such key."
+
 
 def load_fleet(path: Path) -> Fleet:
     """Read and check a fleet file; a ConfigError lists every bad key, one per line, and what is wrong with it."""
     raw = _read_toml(path)
     folder = path.absolute().parent
-    faults = ["folder: Unexpected keyword argument"] if "folder" in raw else []
+    faults = [f"folder: {_UNKNOWN}"] if "folder" in raw else []
     try:
         # Validate as JSON: its strict mode accepts arrays for tuples and strings for paths, but not "16" for a number.
         text = json.dumps({**raw, "folder": str(folder)}, default=str)
@@ -65,16 +69,36 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _described(fault: ErrorDetails) -> str:
     keys = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"])
-    return f"{keys.removeprefix('.')}: {fault['msg'].removeprefix('Value error, ')}"
+    is_unknown = fault["type"] == "unexpected_keyword_argument"
+    message = f"{_UNKNOWN}{_hint(fault['loc'])}" if is_unknown else fault["msg"].removeprefix("Value error, ")
+    return f"{keys.removeprefix('.')}: {message}"
+
+
+def _hint(location: Sequence[int | str]) -> str:
+    """Return a question that names the key that was probably meant, or nothing."""
+    *tables, key = (part for part in location if isinstance(part, str))
+    meant = ".".join([*tables, key])
+    known = list(_keys(Fleet, ""))
+    here = [name for name in known if name.rpartition(".")[0] == ".".join(tables)]
+    moved = [name for name in known if name.rpartition(".")[2] == key]  # the right key in the wrong table
+    close = moved or get_close_matches(meant, here, 1) or get_close_matches(meant, known, 1, cutoff=0.8)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _keys(table: type, prefix: str) -> Iterator[str]:
+    """Yield the dotted keys of a table of the fleet file, and those of its tables."""
+    types = get_type_hints(table)
+    for field in fields(table):
+        if prefix or field.name != "folder":
+            yield f"{prefix}{field.name}"
+        for inner in (types[field.name], *get_args(types[field.name])):
+            if isinstance(inner, type) and is_dataclass(inner):
+                yield from _keys(inner, f"{prefix}{field.name}.")
 
 
 def _contradictions(fleet: Fleet) -> Iterator[str]:
     """Yield the faults that show only when several keys are compared."""
     yield from _name_clashes(fleet)
-    bases = [base.name for base in fleet.bases]
-    for i, adapter in enumerate(fleet.adapters):
-        if adapter.base not in bases:
-            yield f"adapters[{i}].base: no base {adapter.base!r} among: {', '.join(bases) or 'none'}"
     if fleet.serving.max_replicas < fleet.serving.min_replicas:
         yield "serving.max_replicas: Input should be at least serving.min_replicas"
     yield from _impossible_rungs(fleet.readapt.ladder.rungs)

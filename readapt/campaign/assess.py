@@ -237,6 +237,15 @@ def as_table(assessments: Sequence[Assessment], target: str) -> Table:
     return table
 
 
+LEGEND = """\
+|E|/|W|: the size of the base's change E relative to its weights W, on the adapter's modules
+E at rank, E at r_E: the share of E that the adapter's own rank holds, and that the extracted E_r holds
+today, copy, undo, bare: loss in nats per token on the adapter's rows; lower is better. today: on its old base.
+  On the new base: copy, the adapter as it is; undo, the adapter minus E; bare, no adapter
+predicted, seconds: the rung on which its upgrade will probably end; the work of one worker on this machine"""
+"""What the columns of `as_table` mean."""
+
+
 def _percent(*shares: float) -> list[str]:
     return [f"{100 * share:.0f} %" for share in shares]
 

@@ -93,7 +93,7 @@ class Campaign:
             unready_traffic=cost.integral,
             mean_unready_s=cost.mean_s,
         )
-        self._say(f"unready traffic: {cost.integral:.1f} units x s, {cost.mean_s:.1f} s for an average request")
+        self._say(f"waiting time: weighted by traffic, adapters waited {cost.mean_s:.1f} s for their new version")
 
     def _settle_all(self) -> None:
         while not self._stopped.is_set():

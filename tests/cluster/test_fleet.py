@@ -1,6 +1,7 @@
 """Registering a fleet file, and which weights are read for it."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,3 +143,55 @@ def test_a_fleet_without_bases_serves_nothing(fleet: Fleet):
     with pytest.raises(ConfigError, match=r"Fleet 'f' has no base model\. Add a \[\[bases\]\] table"):
         bases_to_serve(opened)
     opened.registry.close()
+
+
+@pytest.fixture
+def moved(fleet: Fleet, tmp_path: Path) -> Fleet:
+    """A fleet with bases v1 and v2, whose adapter "a" has moved from v1 to v2: its second version is live."""
+    make_checkpoint(tmp_path / "v2", seed=1)
+    make_adapter(tmp_path / "a", tmp_path / "v1")
+    spec = AdapterSpec(name="a", path=tmp_path / "a", base="v1", data=tmp_path)
+    v2 = BaseSpec(name="v2", path=tmp_path / "v2")
+    fleet = replace(fleet, bases=(*fleet.bases, v2), adapters=(spec,))
+    opened = open_fleet(fleet)
+    register_base(fleet, opened.registry, "v2")
+    key = opened.blobs.put_folder(make_adapter(tmp_path / "carried", tmp_path / "v2", seed=3))
+    version = opened.registry.add_version("a", "v2", Status.RETIRED, key, key, parent_id=1)
+    opened.registry.promote(version.id)
+    opened.registry.close()
+    return fleet
+
+
+@pytest.mark.parametrize("base", ["v1", "v2"])
+def test_a_fleet_restarts_on_its_new_base_without_the_old_one(moved: Fleet, tmp_path: Path, base: str):
+    """The registry says where an adapter is. The old base and the first version's folder may be gone."""
+    for name in ("v1", "a"):
+        shutil.rmtree(tmp_path / name)
+    spec = replace(moved.adapters[0], base=base, traffic=7.0)
+    opened = open_fleet(replace(moved, bases=moved.bases[1:], adapters=(spec,)))
+    assert opened.new_versions == ()
+    assert (opened.registry.routes()["a"].live.label, opened.registry.adapter("a").traffic) == ("a@2", 7.0)
+    assert bases_to_serve(opened) == ["v2"]
+    opened.registry.close()
+
+
+def test_the_file_may_name_the_live_files(moved: Fleet, tmp_path: Path):
+    spec = replace(moved.adapters[0], base="v2", path=tmp_path / "carried")
+    assert open_fleet(replace(moved, adapters=(spec,))).new_versions == ()
+
+
+def test_other_files_and_other_bases_are_still_refused(moved: Fleet, tmp_path: Path):
+    make_adapter(tmp_path / "b", tmp_path / "v1", seed=9)
+    other = replace(moved.adapters[0], path=tmp_path / "b")
+    with pytest.raises(ConflictError, match="are not those"):
+        open_fleet(replace(moved, adapters=(other,)))
+    make_checkpoint(tmp_path / "v3", seed=2)
+    bases = (*moved.bases, BaseSpec(name="v3", path=tmp_path / "v3"))
+    with pytest.raises(ConflictError, match=r"says base 'v3', but a@2 is registered on 'v2'"):
+        open_fleet(replace(moved, bases=bases, adapters=(replace(moved.adapters[0], base="v3"),)))
+
+
+def test_a_new_adapter_needs_its_base_in_the_file(moved: Fleet):
+    new = replace(moved.adapters[0], name="new", base="v9")
+    with pytest.raises(ConfigError, match=r"adapters\[1\].base: no base 'v9' among: v1, v2"):
+        open_fleet(replace(moved, adapters=(*moved.adapters, new)))
