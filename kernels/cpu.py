@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.attention import AttentionMetadata
-from kernels.pointwise import rms_norm, rotate, silu_mul
+from kernels.pointwise import mask_logits, rms_norm, rotate, silu_mul
 from kernels.segments import LoraGroup, LoraSegments
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "lora_expand",
     "lora_lookup",
     "lora_shrink",
+    "mask_logits",
     "paged_attention",
     "rms_norm",
     "rotate",

@@ -556,6 +556,19 @@ void rotate(Dtype dtype, void* x, int64_t x_stride, const void* cos, const void*
     });
 }
 
+// Each number of `bits` has the bits of LANES tokens.
+void mask_logits(float* logits, int64_t stride, const int64_t* rows, int64_t num_rows, const uint16_t* bits,
+                 int64_t num_words, int64_t size) {
+    const __m512 never = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t r = 0; r < num_rows; ++r, bits += 2 * num_words) {
+        float* row = logits + rows[r] * stride;
+        each_vector(size, [&](int64_t first, int count) {
+            uint32_t denied = ~uint32_t(bits[first / LANES]) & ((1u << count) - 1);
+            _mm512_mask_storeu_ps(row + first, __mmask16(denied), never);
+        });
+    }
+}
+
 void silu_mul(Dtype dtype, const void* x, int64_t x_stride, void* out, int64_t num_rows, int64_t size) {
     with_type(dtype, [&](auto number) {
         using T = decltype(number);

@@ -40,6 +40,7 @@ _ARGUMENTS = {
     ),
     "rms_norm": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_float),
     "rotate": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+    "mask_logits": (c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64),
     "silu_mul": (c_int, c_void_p, c_int64, c_void_p, c_int64, c_int64),
 }
 
@@ -235,6 +236,24 @@ class NativeOps:
         out_TF = torch.empty(num_tokens, size, dtype=gate_up_TF.dtype)
         self._c.silu_mul(dtype, gate_up_TF.data_ptr(), gate_up_TF.stride(0), out_TF.data_ptr(), num_tokens, size)
         return out_TF
+
+    def mask_logits(self, logits_OV: Tensor, rows_O2: Tensor, bits_O2V2: Tensor) -> None:
+        """Set the logits of the tokens that each row's mask lacks to -inf; see `kernels.reference.mask_logits`."""
+        num_rows, num_words = bits_O2V2.shape
+        assert logits_OV.dtype == torch.float32
+        assert bits_O2V2.dtype == torch.int32
+        assert rows_O2.dtype == torch.int64
+        assert logits_OV.shape[1] <= 32 * num_words
+        assert logits_OV.stride(1) == rows_O2.stride(0) == bits_O2V2.stride(1) == 1
+        self._c.mask_logits(
+            logits_OV.data_ptr(),
+            logits_OV.stride(0),
+            rows_O2.data_ptr(),
+            num_rows,
+            bits_O2V2.data_ptr(),
+            bits_O2V2.stride(0),
+            logits_OV.shape[1],
+        )
 
 
 def _rows(x_TNH: Tensor) -> Tensor:

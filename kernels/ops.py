@@ -48,6 +48,9 @@ class Ops(Protocol):
     def silu_mul(self, gate_up_TF: Tensor) -> Tensor:
         """Return `silu(gate) * up` of each row."""
 
+    def mask_logits(self, logits_OV: Tensor, rows_O2: Tensor, bits_O2V2: Tensor) -> None:
+        """Set the logits of the tokens that some rows' masks lack to -inf, in place."""
+
 
 def ops_for(device: str | torch.device, *, is_compiled: bool = False) -> Ops:
     """Return the fastest operations for a device: Triton on CUDA, torch on a CPU, the twins elsewhere.

@@ -21,6 +21,13 @@ def rotate(x_TNH: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> None:
     first_TNJ.copy_(rotated_TNJ)
 
 
+def mask_logits(logits_OV: Tensor, rows_O2: Tensor, bits_O2V2: Tensor) -> None:
+    """Set the logits of the tokens that each row's mask lacks to -inf; see `kernels.reference.mask_logits`."""
+    shifts = torch.arange(32, dtype=torch.int32, device=bits_O2V2.device)
+    is_allowed_O2V = (bits_O2V2[:, :, None] >> shifts & 1).flatten(1)[:, : logits_OV.shape[1]]
+    logits_OV[rows_O2] = logits_OV[rows_O2].masked_fill(is_allowed_O2V == 0, -torch.inf)
+
+
 def silu_mul(gate_up_TF: Tensor) -> Tensor:
     """Return `silu(gate) * up` of each row; see `kernels.reference.silu_mul`."""
     gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)

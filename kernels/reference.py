@@ -172,6 +172,19 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
     return (gate_TF * gate_TF.sigmoid() * up_TF).to(gate_up_TF.dtype)
 
 
+def mask_logits(logits_OV: Tensor, rows_O2: Tensor, bits_O2V2: Tensor) -> None:
+    """Set the logits of the tokens that each row's mask lacks to -inf, in place.
+
+    logits_OV: float32
+    rows_O2:   int64; the rows that have a mask
+    bits_O2V2: int32; bit i of word w stands for token 32 w + i. The words have at least V bits.
+    """
+    for row, bits_V2 in zip(rows_O2.tolist(), bits_O2V2.tolist(), strict=True):
+        for token in range(logits_OV.shape[1]):
+            if not bits_V2[token // 32] >> token % 32 & 1:
+                logits_OV[row, token] = -torch.inf
+
+
 def _each_segment(segments: LoraSegments) -> Iterator[tuple[slice, int, int, float]]:
     """Yield the tokens, rank, start in the row table and scaling of each segment that has a rank."""
     starts = segments.token_starts.tolist()

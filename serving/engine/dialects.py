@@ -9,16 +9,18 @@ from typing import NamedTuple
 from cluster.dialect import Dialect, adapter_dialect
 from cluster.errors import NotFoundError
 from serving.engine.detokenizer import Vocabulary
+from serving.engine.matcher import GrammarCompiler
 from serving.engine.request import AdapterRef
 
 MAX_DIALECTS = 64  # each may hold a large vocabulary; one that is dropped is loaded again when a request needs it
 
 
 class Reading(NamedTuple):
-    """How to read a sequence's tokens: as text, and where the answer ends."""
+    """How to read a sequence's tokens: as text, where the answer ends, and in which grammar."""
 
     vocabulary: Vocabulary
     end_ids: frozenset[int]
+    grammars: GrammarCompiler
 
 
 class Dialects:
@@ -57,4 +59,4 @@ class Dialects:
 
 
 def _reading(dialect: Dialect) -> Reading:
-    return Reading(Vocabulary(dialect.tokenizer), dialect.end_ids)
+    return Reading(Vocabulary(dialect.tokenizer), dialect.end_ids, GrammarCompiler(dialect.tokenizer))

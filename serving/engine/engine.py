@@ -2,6 +2,7 @@
 
 import logging
 import time
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -24,12 +25,14 @@ from serving.adapters.residency import Residency
 from serving.engine.batch_builder import BatchBuilder
 from serving.engine.check import check_request, no_token_error
 from serving.engine.dialects import Dialects
+from serving.engine.masks import MaskBuilder
+from serving.engine.matcher import Matcher
 from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent
 from serving.engine.running import SchedulerOutput
 from serving.engine.sampler import Samples, sample
 from serving.engine.scheduler import Scheduler
 from serving.engine.score import score_prompts
-from serving.engine.sequence import SequenceState, adjust_rows, new_sequence
+from serving.engine.sequence import SequenceState, adjust_rows, end_ids_of, new_sequence
 from serving.memory.arena import new_arena
 from serving.memory.eviction import EvictionQueue
 from serving.memory.pages import PageAllocator
@@ -59,6 +62,7 @@ class Engine:
         self.config = config
         self._model = model
         self.dialects = Dialects(dialect)
+        self._masks = MaskBuilder(model.ops, model.vocab_size, config.threads)
         self._max_model_tokens = min(config.max_model_tokens, model.max_position)
         self._dtype = getattr(torch, config.dtype)
         device = torch.device(config.device)
@@ -91,8 +95,19 @@ class Engine:
 
     # Requests.
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Its events come from `step`.
+    def start_matcher(self, request: Request) -> "Future[Matcher] | None":
+        """Compile a request's grammar in the background, for `submit`. None: it has none. Safe from any thread.
+
+        The future's error is an InvalidRequestError that says why the grammar cannot be compiled.
+        """
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return None
+        vocabulary, eos_ids, grammars = self.dialects.of(request.adapter)
+        return grammars.start(grammar, end_ids_of(request.sampling, vocabulary, eos_ids))
+
+    def submit(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queue a request. Its events come from `step`. Without a `matcher`, waits until its grammar is compiled.
 
         Raises InvalidRequestError if it can never be served, NotFoundError if its adapter is not loaded,
         OverloadedError if the queue is full, and TenantLimitError if the tenant has used up its share of the queue.
@@ -100,8 +115,10 @@ class Engine:
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id} is already in use")
         check_request(request, self._model.vocab_size, self._max_model_tokens)
-        vocabulary, end_ids = self.dialects.of(request.adapter)
-        sequence = new_sequence(request, vocabulary, end_ids, self._max_model_tokens, self.config)
+        vocabulary, eos_ids, _ = self.dialects.of(request.adapter)
+        if matcher is None and (compiling := self.start_matcher(request)) is not None:
+            matcher = compiling.result()
+        sequence = new_sequence(request, vocabulary, eos_ids, self._max_model_tokens, self.config, matcher)
         reason = sequence.replay()
         if reason is None:
             self._scheduler.submit(sequence)
@@ -138,7 +155,8 @@ class Engine:
             if scheduled.num_scores_B.any():
                 logits_OV = score_prompts(scheduled, logits_OV)
             rows_O = scheduled.sample_rows_B[scheduled.does_sample_B]
-            events += self._commit(scheduled, sample(logits_OV, rows_O, partial(adjust_rows, scheduled.sampling)))
+            mask = self._masks.of(scheduled.sampling, rows_O)
+            events += self._commit(scheduled, sample(logits_OV, rows_O, partial(adjust_rows, scheduled.sampling), mask))
         self._measure(time.perf_counter() - started_at, batch)
         return events
 
@@ -270,7 +288,9 @@ class Engine:
 
     def _fail(self, sequence: SequenceState, *, is_blocked: bool) -> TokenEvent:
         """End a request without a next token. The rest of its batch is sound: no value crosses sequences."""
-        error = no_token_error(sequence.request.adapter, is_blocked=is_blocked)
+        error = (sequence.matcher and sequence.matcher.error) or no_token_error(
+            sequence.request.adapter, is_blocked=is_blocked
+        )
         log.warning("request %s: %s", sequence.id, error)
         self.abort(sequence.id)
         return TokenEvent(sequence.id, finish_reason=FinishReason.ABORT, error=error)

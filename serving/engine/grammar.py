@@ -1,7 +1,7 @@
 """What an answer may look like, as one value: a JSON Schema, a regular expression, a choice or a grammar.
 
 The functions build a `Grammar` from what a client sends. They do not compile it: `serving.engine.matcher` does, with
-llguidance, whose format a `Grammar` holds. So they raise InvalidRequestError only for input that has no such format.
+llguidance, whose format a `Grammar` holds. So they raise InvalidRequestError only for a schema that is not JSON.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 from cluster.errors import InvalidRequestError
 
@@ -19,17 +19,33 @@ if TYPE_CHECKING:
 
 # Between two JSON tokens: one space, or a line break and an indentation. JSON allows any number of spaces and breaks,
 # and small models then write them until `max_tokens`.
-WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,64}"
+WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,32}"
 
 Schema = Mapping[str, Any] | bool
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A grammar in llguidance's format. `origin` names the request's field that it comes from, for error messages."""
+    """A grammar in llguidance's format or, with `is_gbnf`, in llama.cpp's.
+
+    `origin` names the request's field that it comes from, for error messages.
+    """
 
     text: str
     origin: str = field(default="grammar", compare=False)
+    is_gbnf: bool = False
+
+    def lark(self) -> str:
+        """Return the text in llguidance's format. Raises InvalidRequestError for GBNF that cannot be read."""
+        if not self.is_gbnf:
+            return self.text
+        try:
+            return gbnf_to_lark(self.text)
+        except Exception as error:  # the converter raises plain exceptions
+            raise InvalidRequestError(
+                f"{self.origin}: the grammar is not in Lark's syntax, which needs a rule `start: ...`, and cannot be "
+                f"read as GBNF: {error}"
+            ) from error
 
 
 def json_schema(
@@ -45,13 +61,13 @@ def json_schema(
     `whitespace` is a regular expression for the space between tokens. With `is_lenient`, keywords that the library
     cannot enforce are ignored instead of refused. `x-guidance` in the schema overrides these options.
     """
-    text = schema if isinstance(schema, str) else json.dumps(schema)
     options: JsonCompileOptions = {"whitespace_flexible": has_whitespace, "lenient": is_lenient}
     if has_whitespace:
         options["whitespace_pattern"] = whitespace
     try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
         return Grammar(LLMatcher.grammar_from_json_schema(text, options), origin)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{origin}: the schema is not valid JSON: {error}") from error
 
 
@@ -72,10 +88,7 @@ def choice(options: Sequence[str], origin: str = "choice") -> Grammar:
 
 def context_free(text: str, origin: str = "grammar") -> Grammar:
     """Return a grammar in Lark's syntax as llguidance extends it, or in llama.cpp's GBNF."""
-    try:
-        return Grammar(any_to_lark(text), origin)
-    except Exception as error:  # the converter raises plain exceptions for texts that are not GBNF
-        raise InvalidRequestError(f"{origin}: the text is neither a Lark nor a GBNF grammar: {error}") from error
+    return Grammar(text, origin, is_gbnf=not is_lark_syntax(text))
 
 
 def function_calls(

@@ -23,8 +23,9 @@ from serving.adapters.packing import PackedAdapter
 from serving.adapters.residency import Residency, Tier
 from serving.engine.adapter_loader import AdapterLoader, LoadedAdapter, LoadQueue
 from serving.engine.engine import Engine
+from serving.engine.matcher import Matcher
 from serving.engine.request import AdapterRef, FinishReason, Request, TokenEvent, TokenStream
-from serving.engine.stream import Stream
+from serving.engine.stream import Stream, put_all
 from serving.errors import BackendDiedError
 
 log = logging.getLogger(__name__)
@@ -91,8 +92,12 @@ class EngineLoop:
         """
         stream = Stream(asyncio.get_running_loop())
         not_before = 0.0
+        compiling = self._engine.start_matcher(request)
+        matcher = None
+        if compiling is not None:
+            matcher = await asyncio.wrap_future(compiling)
         try:
-            await self._call(lambda: self._submit(request, stream))
+            await self._call(lambda: self._submit(request, stream, matcher))
             while True:
                 event = await stream.get(not_before)
                 yield event
@@ -266,13 +271,13 @@ class EngineLoop:
                 future.set_exception(error)
                 raise
 
-    def _submit(self, request: Request, stream: Stream) -> None:
+    def _submit(self, request: Request, stream: Stream, matcher: Matcher | None) -> None:
         key = request.adapter.key if request.adapter is not None else ""
         if key in self._refusals and not self.has_adapter(key):
             raise copy(self._refusals[key])
         if request.adapter is not None:
             self._take_over(request.adapter)
-        self._engine.submit(request)
+        self._engine.submit(request, matcher)
         self._streams[request.id] = stream
 
     def _abort(self, request_id: str, stream: Stream) -> None:
@@ -292,7 +297,7 @@ class EngineLoop:
                 del self._streams[event.request_id]
         for loop, items in news.items():
             try:
-                loop.call_soon_threadsafe(_put_all, items)
+                loop.call_soon_threadsafe(put_all, items)
             except RuntimeError:  # the event loop is closed, so its clients are gone
                 for stream, event in items:
                     self._abort(event.request_id, stream)
@@ -312,8 +317,3 @@ def _retrieve_error(load: "asyncio.Future[None]") -> None:
     """Mark a load's error as seen. If every caller was cancelled, asyncio would log it as never retrieved."""
     if not load.cancelled():
         load.exception()
-
-
-def _put_all(items: list[tuple[Stream, TokenEvent]]) -> None:
-    for stream, event in items:
-        stream.put(event)

@@ -6,6 +6,8 @@ llguidance does the work. Its table of a tokenizer takes a second or more, and a
 
 import threading
 from collections import OrderedDict
+from collections.abc import Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -16,6 +18,8 @@ from cluster.errors import InvalidRequestError
 from serving.engine.grammar import Grammar
 
 MAX_COMPILED = 256
+# Two, so that a large grammar or a new tokenizer does not hold up all others.
+_THREADS = ThreadPoolExecutor(2, "grammar")
 _MAX_MESSAGE = 600  # characters of the library's message that the client gets
 _END = "<|end of the grammar|>"
 # A lexer state takes 1-2 kB, and all sequences of one grammar share its states.
@@ -29,7 +33,7 @@ class TokenTable:
     a sequence differs between requests of one tokenizer (adapters, `stop_token_ids`, `ignore_eos`).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise InvalidRequestError("This model has no fast tokenizer, which structured output needs.")
@@ -40,10 +44,9 @@ class TokenTable:
         end = own.token_to_id(_END)
         assert end is not None, "the token was just added"
         self.end = end
-        size = max(vocab_size, end + 1)
-        self.num_words = -(-size // 32)
+        self.num_words = end // 32 + 1
         try:
-            self.tokenizer = LLTokenizer(own.to_str(), n_vocab=size, eos_token=end)
+            self.tokenizer = LLTokenizer(own.to_str(), n_vocab=end + 1, eos_token=end)
         except ValueError as error:
             raise InvalidRequestError(f"This model's tokenizer does not support structured output: {error}") from error
 
@@ -51,10 +54,11 @@ class TokenTable:
 class Matcher:
     """Where one sequence is in its grammar. `end_ids` are the tokens that end the sequence."""
 
-    def __init__(self, state: LLMatcher, table: TokenTable, grammar: Grammar):
+    def __init__(self, state: LLMatcher, table: TokenTable, grammar: Grammar, end_ids: Set[int]):
         self.state = state
         self.table = table
-        self.grammar = grammar
+        self.end_ids = end_ids
+        self._grammar = grammar
 
     @property
     def is_complete(self) -> bool:
@@ -62,27 +66,32 @@ class Matcher:
         return self.state.is_stopped()
 
     def take(self, token: int) -> None:
-        """Follow a token of the answer. Raises InvalidRequestError if the grammar does not allow it."""
+        """Follow a token of the answer. After a token that the grammar does not allow there is an `error`."""
         self.state.consume_token(token)
-        self.check()
 
-    def check(self) -> None:
-        """Raise InvalidRequestError if the grammar became too complex for the library's limits, or was left."""
-        if self.state.is_error():
-            raise InvalidRequestError(f"{self.grammar.origin}: {_first_part(self.state.get_error())}")
+    @property
+    def error(self) -> InvalidRequestError | None:
+        """Why no token can follow: the grammar is invalid, too complex for the library's limits, or was left."""
+        if not self.state.is_error():
+            return None
+        return InvalidRequestError(f"{self._grammar.origin}: {self.state.get_error().strip()[:_MAX_MESSAGE]}")
 
 
 class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps the last MAX_COMPILED. Any thread may call it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
-        self._new_table = partial(TokenTable, tokenizer, vocab_size)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._new_table = partial(TokenTable, tokenizer)
         self._table: TokenTable | None = None
         self._building = threading.Lock()
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # the one used last at the end
         self._lock = threading.Lock()
 
-    def matcher(self, grammar: Grammar) -> Matcher:
+    def start(self, grammar: Grammar, end_ids: Set[int]) -> Future[Matcher]:
+        """Call `matcher` in the background."""
+        return _THREADS.submit(self.matcher, grammar, end_ids)
+
+    def matcher(self, grammar: Grammar, end_ids: Set[int] = frozenset()) -> Matcher:
         """Return a matcher at the start of a grammar. Raises InvalidRequestError that says what is wrong with it."""
         with self._building:
             table = self._table = self._table or self._new_table()
@@ -95,21 +104,14 @@ class GrammarCompiler:
             self._compiled.move_to_end(grammar)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            return Matcher(compiled.deep_copy(), table, grammar)
-
-    def forget(self, grammar: Grammar) -> None:
-        """Drop a grammar whose lexer, which all its matchers share, has reached its limits."""
-        with self._lock:
-            self._compiled.pop(grammar, None)
+            return Matcher(compiled.deep_copy(), table, grammar, end_ids)
 
 
 def _compile(grammar: Grammar, table: TokenTable) -> LLMatcher:
-    compiled = LLMatcher(table.tokenizer, grammar.text, log_level=0, limits=_LIMITS)
+    compiled = LLMatcher(table.tokenizer, grammar.lark(), log_level=0, limits=_LIMITS)
     if not compiled.is_error():
         compiled.compute_bitmask()  # the first mask builds most of the lexer, which copies share
-    Matcher(compiled, table, grammar).check()
+    error = Matcher(compiled, table, grammar, frozenset()).error
+    if error is not None:
+        raise error
     return compiled
-
-
-def _first_part(message: str) -> str:
-    return message.strip()[:_MAX_MESSAGE]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from serving.engine.grammar import Grammar
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -24,6 +26,9 @@ class SamplingParams:
     Tokens of `stop_token_ids` end the sequence, and the model's own end tokens too unless `ignore_eos`. The text leaves
     out special tokens if `skip_special_tokens`. It ends before the stop string or the end token, or after it with
     `include_stop_str_in_output`.
+
+    With a `grammar` the answer matches it, unless `max_tokens` or a stop string ends it before. The answer ends where
+    nothing can follow, or with an end token where the grammar may stop.
     """
 
     temperature: float = 1.0
@@ -46,6 +51,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ SAMPLE_ROW = np.dtype(
         ("num_logprobs", np.int64),
         ("min_p", np.float64),
         ("is_adjusted", np.bool_),
+        ("is_constrained", np.bool_),
     ],
     align=True,  # so that each column can be a tensor
 )
@@ -47,7 +48,8 @@ class SampleRow(NamedTuple):
     """How to choose one row's token. The fields are those of `SamplingParams`, and of SAMPLE_ROW.
 
     `position` is the new token's position in the sequence. A request without a seed gets one when it is submitted, so
-    that preemption does not change its tokens. `is_adjusted` says that the row's logits are adjusted first.
+    that preemption does not change its tokens. `is_adjusted` says that the row's logits are adjusted first,
+    `is_constrained` that a grammar's mask applies to them.
     """
 
     temperature: float
@@ -58,6 +60,7 @@ class SampleRow(NamedTuple):
     num_logprobs: int | None = None
     min_p: float = 0.0
     is_adjusted: bool = False
+    is_constrained: bool = False
 
     def record(self) -> tuple[Any, ...]:
         """Return the row as an element of a SampleArray, where `num_logprobs` -1 means None."""
@@ -88,11 +91,15 @@ class Samples(NamedTuple):
 Adjust = Callable[[Tensor, Sequence[int]], None]
 
 
-def sample(logits_OV: Tensor, rows_O: SampleArray, adjust: Adjust | None = None) -> Samples:
+def sample(
+    logits_OV: Tensor, rows_O: SampleArray, adjust: Adjust | None = None, mask: Callable[[Tensor], None] | None = None
+) -> Samples:
     """Choose the next token of every row, in order. `adjust` is called for the adjusted rows, if there are any.
 
-    logits_OV is float32; adjusted rows are overwritten. Log-probabilities are of the model's own distribution, before
-    adjustments, temperature and filters.
+    `mask` sets the logits of tokens that a grammar does not allow to -inf, in place, in the constrained rows.
+
+    logits_OV is float32; adjusted and constrained rows are overwritten. Log-probabilities are of the model's own
+    distribution, before masks, adjustments, temperature and filters.
     """
     assert logits_OV.shape[0] == len(rows_O), f"{logits_OV.shape[0]} rows of logits, {len(rows_O)} of parameters"
     if not len(rows_O):
@@ -100,9 +107,10 @@ def sample(logits_OV: Tensor, rows_O: SampleArray, adjust: Adjust | None = None)
     largest_O, tokens_O = _largest(logits_OV)
     is_valid_O = largest_O.isfinite()  # the maximum is NaN if any logit is, and -inf if all are
     is_drawn_O = rows_O["temperature"] >= _GREEDY_TEMPERATURE
-    if not (is_drawn_O | rows_O["is_adjusted"] | (rows_O["num_logprobs"] >= 0)).any():
+    is_changed_O = rows_O["is_adjusted"] | rows_O["is_constrained"]
+    if not (is_drawn_O | is_changed_O | (rows_O["num_logprobs"] >= 0)).any():
         return Samples(tokens_O.tolist(), is_valid_O.tolist(), {})
-    return _sample_special(logits_OV, rows_O, is_drawn_O, tokens_O, is_valid_O, adjust)
+    return _sample_special(logits_OV, rows_O, is_drawn_O, tokens_O, is_valid_O, adjust, mask)
 
 
 def _sample_special(
@@ -112,6 +120,7 @@ def _sample_special(
     tokens_O: Tensor,
     is_valid_O: Tensor,
     adjust: Adjust | None,
+    mask: Callable[[Tensor], None] | None,
 ) -> Samples:
     """Choose again for the rows that want more than their likeliest token, which `tokens_O` has."""
     if not is_valid_O.all():  # copying all logits takes longer than all other work here
@@ -119,7 +128,10 @@ def _sample_special(
     is_valid = is_valid_O.tolist()
     asking = np.flatnonzero((rows_O["num_logprobs"] >= 0) & np.array(is_valid))
     raw_logprobs_O2V = logits_OV[asking].log_softmax(-1)
-    blocked = _adjust(logits_OV, np.flatnonzero(rows_O["is_adjusted"]), tokens_O, adjust)
+    if mask is not None:
+        mask(logits_OV)
+    _adjust(logits_OV, np.flatnonzero(rows_O["is_adjusted"]), adjust)
+    blocked = _choose_again(logits_OV, np.flatnonzero(rows_O["is_adjusted"] | rows_O["is_constrained"]), tokens_O)
     is_filtered_O = (rows_O["top_k"] > 0) | (rows_O["top_p"] < 1.0)
     for is_chosen_O, draw in ((is_drawn_O & ~is_filtered_O, _draw), (is_drawn_O & is_filtered_O, _draw_filtered)):
         indices = np.flatnonzero(is_chosen_O)
@@ -134,19 +146,25 @@ def _sample_special(
     )
 
 
-def _adjust(logits_OV: Tensor, indices: IntArray, tokens_O: Tensor, adjust: Adjust | None) -> frozenset[int]:
-    """Adjust some rows' logits, and set their likeliest tokens. Return the rows that have no allowed token left."""
+def _adjust(logits_OV: Tensor, indices: IntArray, adjust: Adjust | None) -> None:
+    """Adjust some rows' logits."""
+    if len(indices):
+        assert adjust is not None, "rows are adjusted, but nothing adjusts them"
+        logits_RV = logits_OV[indices]
+        adjust(logits_RV, indices.tolist())
+        logits_OV[indices] = logits_RV
+
+
+def _choose_again(logits_OV: Tensor, indices: IntArray, tokens_O: Tensor) -> frozenset[int]:
+    """Set the likeliest tokens of rows whose logits have changed. Return the rows that have no allowed token left."""
     if not len(indices):
         return frozenset()
-    assert adjust is not None, "rows are adjusted, but nothing adjusts them"
-    logits_RV = logits_OV[indices]
-    adjust(logits_RV, indices.tolist())
+    logits_RV = logits_OV if len(indices) == len(logits_OV) else logits_OV[indices]
     largest_R, tokens_O[indices] = _largest(logits_RV)
-    is_blocked = (largest_R == -math.inf).tolist()
-    if any(is_blocked):
-        logits_RV = logits_RV.masked_fill(largest_R[:, None] == -math.inf, 0.0)
-    logits_OV[indices] = logits_RV
-    return frozenset(row for row, is_one in zip(indices.tolist(), is_blocked, strict=True) if is_one)
+    is_blocked_R = largest_R == -math.inf
+    if is_blocked_R.any():
+        logits_OV[indices] = logits_RV.masked_fill(is_blocked_R[:, None], 0.0)
+    return frozenset(indices[is_blocked_R.numpy(force=True)].tolist())
 
 
 def _largest(logits_OV: Tensor) -> tuple[Tensor, Tensor]:

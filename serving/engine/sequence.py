@@ -11,7 +11,8 @@ from cluster.config import ServingConfig
 from serving.adapters.cache import ResidentAdapter
 from serving.engine.adjust import Adjuster, adjust, new_adjuster
 from serving.engine.detokenizer import Detokenizer, Vocabulary
-from serving.engine.request import FinishReason, Request, TokenEvent, TokenLogprob
+from serving.engine.matcher import Matcher
+from serving.engine.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
 from serving.engine.sampler import SampleRow
 from serving.memory.prefixes import PrefixKeys
 from serving.memory.swap import Swapped
@@ -33,6 +34,7 @@ class SequenceState:
     seed: int  # the request's, or drawn when the request came
     end_ids: Set[int]  # the tokens that end it
     adjuster: Adjuster | None = None  # None: its logits stay as they are
+    matcher: Matcher | None = None  # its place in its grammar; None: it may say anything
     prefix_keys: PrefixKeys | None = None  # None: it neither reads the prefix cache nor adds to it
     deadline_at: float | None = None  # when its first token is due, by the monotonic clock
 
@@ -87,8 +89,12 @@ class SequenceState:
             shown = self.text.push(token) if self.request.sampling.include_stop_str_in_output else ""
             return shown + self.text.finish(), FinishReason.STOP
         text = self.text.push(token)
+        if self.matcher is not None:
+            self.matcher.take(token)
         if self.text.stopped_by is not None:
             return text, FinishReason.STOP
+        if self.matcher is not None and self.matcher.is_complete:
+            return text + self.text.finish(), FinishReason.STOP
         if num_tokens >= self.limit_tokens:
             return text + self.text.finish(), FinishReason.LENGTH
         return text, None
@@ -96,10 +102,13 @@ class SequenceState:
     def replay(self) -> FinishReason | None:
         """Read the resumed tokens; return the finish reason if they end the sequence.
 
-        The client already has their text, so it is dropped. Text that was held back is shown later.
+        The client already has their text, so it is dropped. Text that was held back is shown later. Raises
+        InvalidRequestError if they do not match the grammar.
         """
         for num_tokens, token in enumerate(self.request.resumed_tokens, start=len(self.request.prompt_tokens) + 1):
             _, reason = self.read(token, num_tokens)
+            if self.matcher is not None and self.matcher.error is not None:
+                raise self.matcher.error
             if reason is not None:
                 return reason
         return None
@@ -116,16 +125,27 @@ class SequenceState:
             sampling.num_logprobs,
             sampling.min_p,
             is_adjusted=self.adjuster is not None,
+            is_constrained=self.matcher is not None,
         )
 
 
+def end_ids_of(sampling: SamplingParams, vocabulary: Vocabulary, eos_ids: frozenset[int]) -> frozenset[int]:
+    """Return the tokens that end a sequence. `eos_ids` are those of its dialect."""
+    end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
+    return end_ids | vocabulary.special_ids(sampling.stop)  # by id, because the text may leave them out
+
+
 def new_sequence(
-    request: Request, vocabulary: Vocabulary, eos_ids: frozenset[int], max_model_tokens: int, config: ServingConfig
+    request: Request,
+    vocabulary: Vocabulary,
+    eos_ids: frozenset[int],
+    max_model_tokens: int,
+    config: ServingConfig,
+    matcher: Matcher | None = None,
 ) -> SequenceState:
     """Return the state of a request that has just come. Call `replay` next to read its resumed tokens."""
     sampling = request.sampling
-    end_ids = (frozenset() if sampling.ignore_eos else eos_ids) | frozenset(sampling.stop_token_ids)
-    end_ids |= vocabulary.special_ids(sampling.stop)  # by id, because the text may leave them out
+    end_ids = end_ids_of(sampling, vocabulary, eos_ids)
     return SequenceState(
         request=request,
         limit_tokens=min(len(request.prompt_tokens) + sampling.max_tokens, max_model_tokens),
@@ -138,6 +158,7 @@ def new_sequence(
         seed=secrets.randbelow(_NUM_SEEDS) if sampling.seed is None else sampling.seed,
         end_ids=end_ids,
         adjuster=new_adjuster(sampling, request.prompt_tokens, end_ids),
+        matcher=matcher,
         prefix_keys=_prefix_keys(request, config),
         deadline_at=_deadline_at(request),
     )

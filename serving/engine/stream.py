@@ -1,7 +1,7 @@
 """Carries the events of one request from the engine's thread to the client's event loop."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
 
@@ -42,6 +42,12 @@ class Stream:
         self._has_events.clear()
         events, self._events = self._events, []
         return _joined(events)
+
+
+def put_all(items: Iterable[tuple[Stream, TokenEvent]]) -> None:
+    """Add events to their streams, in one call of the event loop."""
+    for stream, event in items:
+        stream.put(event)
 
 
 def _joined(events: Sequence[TokenEvent]) -> TokenEvent:

@@ -45,7 +45,7 @@ class CausalLM:
         self.target_shapes = {**self.linear_shapes, EMBEDDING: (hidden, vocab), HEAD: (vocab, hidden)}
         self._cos_PJ, self._sin_PJ = rope_tables(config, dtype, device)
         self._blocked_head_VD = self.head_VD
-        self._ops = ops_for(device, is_compiled=is_compiled)
+        self.ops = ops_for(device, is_compiled=is_compiled)
 
     def to_blocked(self) -> None:
         """Convert all weights to blocked ones, after they are set. A head tied to the embedding becomes a copy."""
@@ -85,7 +85,7 @@ class CausalLM:
         Returns float32 [O, V].
         """
         step = Step(
-            ops=self._ops,
+            ops=self.ops,
             batch=batch,
             arena=arena,
             kv_pages=arena.view(-1, self.num_layers, 2, page_tokens, self.num_kv_heads, self.head_dim),

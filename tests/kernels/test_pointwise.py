@@ -72,6 +72,26 @@ def test_silu_mul_at_the_limits_of_exp(ops, value):
     torch.testing.assert_close(ops.silu_mul(x_TF), reference.silu_mul(x_TF), equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
+@quick
+@given(
+    num_rows=st.integers(1, 4),
+    masked=st.lists(st.integers(0, 3), unique=True, max_size=4),
+    num_tokens=st.sampled_from([1, 16, 31, 64, 75, 301]),
+    more_words=st.integers(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_mask_logits_equals_the_twin_and_stays_inside(ops, num_rows, masked, num_tokens, more_words, seed):
+    rows_O2 = torch.tensor([row for row in masked if row < num_rows], dtype=torch.int64)
+    wide = randn(seed, num_rows, num_tokens + 5, dtype=torch.float32)
+    num_words = -(-num_tokens // 32) + more_words
+    draw = torch.Generator().manual_seed(seed)
+    bits_O2V2 = torch.randint(-(2**31), 2**31, (len(rows_O2), num_words), generator=draw).to(torch.int32)
+    expected = wide.clone()
+    reference.mask_logits(expected[:, 2:-3], rows_O2, bits_O2V2)
+    ops.mask_logits(wide[:, 2:-3], rows_O2, bits_O2V2)
+    assert torch.equal(wide, expected)
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_products_with_a_blocked_weight(dtype, has_bias):

@@ -224,7 +224,7 @@ def test_kinds_of_adapters_that_no_request_uses_cost_nothing(
 ) -> None:
     engine = llama.engine()
     for name in ("dora_scale", "lora_lookup"):
-        monkeypatch.setattr(engine._model._ops, name, None)
+        monkeypatch.setattr(engine._model.ops, name, None)
     plain = [request_of(name, 6) for name in ("base", "r4", "rslora", "pattern")]
     assert len(run(engine, plain)) == len(plain)
     with pytest.raises(TypeError):

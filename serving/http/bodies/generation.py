@@ -14,13 +14,16 @@ MAX_PRIORITY = 100
 
 # Fields for OpenAI's own bookkeeping. Clients send them, and they do not change the answer.
 IGNORED = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+    (
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention"),
+        "guided_decoding_backend",  # of older vLLM: the library that enforces a grammar
+    )
 )
 # Fields that this server does not support, with the values that ask for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "functions": ([],),
     "function_call": ("none", "auto"),

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 
 from serving.engine.request import SamplingParams
+from serving.http.bodies.constraints import ConstraintFields
 
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 128
@@ -14,7 +15,7 @@ MAX_BAD_WORDS = 1024
 Token = Annotated[int, Field(ge=0)]
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(ConstraintFields):
     """Fields of OpenAI, and extra parameters of vLLM with their names and meaning there (see docs/api-fields.md)."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
@@ -70,5 +71,6 @@ class SamplingFields(BaseModel):
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
             num_logprobs=num_logprobs,
+            grammar=self.grammar(),
             **limit,
         )
