@@ -192,7 +192,10 @@ def extract(
     ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="rank at the knee of the energy curve")] = False,
     budget: Annotated[int | None, typer.Option(help="total parameters, spent where they keep most energy")] = None,
-    max_rank: Annotated[int | None, typer.Option(help="upper limit of every rank", min=1)] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(help="upper limit of every rank; default: 128, the most that an engine serves by default", min=1),
+    ] = None,
     include: Annotated[str | None, typer.Option(help="only tensors whose name matches this expression")] = None,
     exclude: Annotated[str | None, typer.Option(help="no tensors whose name matches this expression")] = None,
     dtype: Annotated[
@@ -205,12 +208,14 @@ def extract(
 ) -> None:
     """Turn full fine-tuning into a LoRA adapter by truncated SVD of tuned - base, tensor by tensor; write a report."""
     from cluster.checkpoints import open_checkpoint
+    from cluster.config import ServingConfig
     from readapt.extraction import extract as extraction
-    from readapt.extraction.report import PLOT, adapters_table, read_report
+    from readapt.extraction.report import PLOT, adapters_table, read_report, warnings_of
     from readapt.extraction.verify import read_rows, verify_into_report
     from readapt.lowrank.spectra import rules_of
 
-    settings = extraction.Settings(rules_of(rank or [], energy, knee, budget), max_rank, include, exclude, dtype=dtype)
+    rules = rules_of(rank or [], energy, knee, budget)
+    settings = extraction.Settings(rules, max_rank or ServingConfig().max_rank, include, exclude, dtype=dtype)
     if verify is not None:
         read_rows(verify)  # report bad rows before the work starts
     checkpoints = open_checkpoint(base.resolve()), open_checkpoint(tuned.resolve())
@@ -225,7 +230,10 @@ def extract(
         )
     if verify is not None:
         verify_into_report(done, base, tuned, verify)
-    console.print(adapters_table(read_report(done.folder)))
+    written = read_report(done.folder)
+    console.print(adapters_table(written))
+    for warning in warnings_of(written):
+        print_line(f"warning: {warning}")
     if not (done.folder / PLOT).exists():
         print_line(f"{PLOT} was not drawn: it needs matplotlib (pip install 'relora[{EXTRAS['matplotlib']}]')")
 

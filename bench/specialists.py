@@ -9,8 +9,9 @@ from pathlib import Path
 
 from bench.facts import read_json
 from cluster.adapter_files import Adapter, save_adapter
+from cluster.jsonl import write_lines
 from readapt.ladder.relabel import PROMPTS
-from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows, write_lines
+from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows
 from readapt.training.evaluate import Evaluator, Metric
 from readapt.training.lora import blank, linear_shapes, load_base
 from readapt.training.training_group import fine_tune

@@ -64,7 +64,8 @@ class AdapterSpec:
     base: str
     """Name of the base that it was trained for. Once registered, the registry says which base it is on."""
     data: FilePath
-    """A folder with train.jsonl and valid.jsonl, or, if these are lost, with logged prompts.jsonl alone."""
+    """A folder with train.jsonl and valid.jsonl, or, if these are lost, with logged prompts.jsonl alone. See
+    docs/how-to/data-formats.md."""
     metric: Literal["exact_match", "chrf"] = "exact_match"
     """How to measure whether a new version is as good as the old one."""
     traffic: PositiveOrZero = 1.0

@@ -131,7 +131,7 @@ def _url(fleet: Fleet) -> str:
 
 def _prompts(fleet: Fleet) -> dict[str, list[str]]:
     tasks = {spec.name: load_task(spec.data) for spec in fleet.adapters}
-    return {name: [row.prompt for row in task.test[:NUM_PROMPTS]] for name, task in tasks.items()}
+    return {name: [str(row.prompt) for row in task.test[:NUM_PROMPTS]] for name, task in tasks.items()}
 
 
 def _upgrade(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.jsonl import write_lines
 from demo.lexicon import fill
-from readapt.training.data import write_lines
 
 CUE = " =>"
 SPLITS = ("train", "valid", "test")

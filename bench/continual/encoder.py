@@ -79,14 +79,16 @@ class GrowingClassifier:
         self.labels += new
         start_C2D = torch.zeros(len(new), self._old_CD.shape[1])
         if from_means:
-            start_C2D = torch.stack([self._mean([r.prompt for r in rows if r.completion == label]) for label in new])
+            start_C2D = torch.stack(
+                [self._mean([str(r.prompt) for r in rows if r.completion == label]) for label in new]
+            )
         self._new_C2D = nn.Parameter(start_C2D)
 
     def loss(self, rows: Sequence[Row]) -> Tensor:
         """Return the cross-entropy among the latest stage's classes."""
         labels = self.labels[len(self._old_CD) :]
         targets = torch.tensor([labels.index(row.completion) for row in rows])
-        return cross_entropy(self._logits([row.prompt for row in rows], self._new_C2D), targets)
+        return cross_entropy(self._logits([str(row.prompt) for row in rows], self._new_C2D), targets)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the classifier's trainable rows."""

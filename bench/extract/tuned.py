@@ -21,12 +21,13 @@ from bench.specialists import BenchTask, load_bench_task
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.checkpoints import open_checkpoint
 from cluster.config import ServingConfig
+from cluster.jsonl import write_lines
 from readapt.extraction.extract import Settings, extract
 from readapt.extraction.files import Extraction
 from readapt.extraction.report import read_report
 from readapt.extraction.verify import verify_into_report
 from readapt.lowrank.spectra import Budget, EnergyShare, FixedRank, Knee, Rule
-from readapt.training.data import Encoder, Row, collate, encoder_for, write_lines
+from readapt.training.data import Encoder, Row, collate, encoder_for
 from readapt.training.evaluate import Evaluator
 from readapt.training.lora import load_base
 from readapt.training.optimiser import MAX_GRADIENT_NORM

@@ -31,9 +31,10 @@ from readapt.fusion.points import BARE, COPY, UNDO
 from readapt.fusion.search import split_valid
 from readapt.ladder.relabel import answered, is_data_free, prompts_to_answer
 from readapt.lowrank.delta import cosine
-from readapt.training.data import Encoder, Row, encoder_for, load_rows, task_folders
+from readapt.training.data import Encoder, Row, encoder_for, task_folders
 from readapt.training.evaluate import Evaluation, judge
 from readapt.training.lora import load_base
+from readapt.training.selection import usable_rows
 
 SPECTRUM_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NUM_ANSWERED = 64  # prompts of a folder without rows that the old adapter answers for an assessment
@@ -168,7 +169,9 @@ class Assessor:
 
     def _valid(self, base: str, adapter: Adapter, encoder: Encoders, data: Sequence[Path]) -> list[Row]:
         """Return the validation rows. The old adapter answers some prompts of folders that have only prompts."""
-        rows = [row for folder in data if not is_data_free(folder) for row in load_rows(folder / "valid.jsonl")]
+        encoders = [encoder(folder) for folder in self._folders(base)]
+        files = [folder / "valid.jsonl" for folder in data if not is_data_free(folder)]
+        rows = [row for file in files for row in usable_rows(file, encoders)]
         prompts = prompts_to_answer(data, NUM_ANSWERED)
         if not prompts:
             return rows

@@ -37,6 +37,7 @@ from readapt.campaign.jobs import AdapterJob, AdapterResult, Executor, JobFailur
 from readapt.campaign.leases import LeaseWatch, heartbeat
 from readapt.campaign.order import SETTLED, expected_seconds, in_order, unready_traffic
 from readapt.training.data import task_folders
+from readapt.training.selection import described
 
 
 class Campaign:
@@ -242,6 +243,9 @@ class Campaign:
             f"{version.label}: {target} at rung {outcome.rung} (alpha {outcome.alpha:.2f}, beta {outcome.beta:.2f}): "
             f"{outcome.quality:.1f}, {copied}, reference {outcome.reference:.1f}"
         )
+        if result.left_out:
+            self._say(f"{version.label}: rows left out: {described(result.left_out)}")
+            self._registry.log("rows_left_out", version.id, campaign=self.id, left_out=result.left_out)
         self._move(version, target, details, quality=outcome.quality, **files)
 
     def _stages(self, version: Version) -> dict[str, Any]:
@@ -302,4 +306,5 @@ def _details(result: AdapterResult) -> dict[str, Any]:
         "attempts": jsonable([asdict(attempt) for attempt in outcome.attempts]),
         "search": trials,
         "golden": list(result.golden),
+        "left_out_rows": result.left_out,
     }

@@ -1,9 +1,9 @@
 """What a campaign and its executor exchange: jobs in one direction, updates on them in the other."""
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from readapt.fusion.objective import SearchResult
 from readapt.ladder.outcome import Outcome
@@ -45,14 +45,16 @@ class AdapterResult:
 
     `outcome` comes without `ready`: it travels between processes, and one adapter is enough. `search` is what the
     search found, None if the ladder did not search. `seconds` are by stage, `golden` are the new adapter's golden
-    completions. `setback` says why an adapter that passed its gate is rejected after all.
+    completions. `setback` says why an adapter that passed its gate is rejected after all. `left_out` counts the rows
+    that could not be used, by reason.
     """
 
     outcome: Outcome
     search: SearchResult | None
     seconds: dict[str, float]
-    golden: tuple[dict[str, str], ...] = ()
+    golden: tuple[dict[str, Any], ...] = ()
     setback: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """A worker holds the base models, loaded once, and carries adapters over, job after job."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from cluster.adapter_files import Adapter, load_adapter
 from cluster.blobs import BlobStore
@@ -16,10 +18,11 @@ from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.ladder.inputs import Bases, LadderTask, TaskRows
 from readapt.ladder.ladder import Ladder, LadderSteps
 from readapt.ladder.relabel import is_data_free, prompts_to_answer, relabelled
-from readapt.training.data import Encoder, Row, Task, encoder_for, joined, load_rows
+from readapt.training.data import Encoder, Row, Task, encoder_for, joined
 from readapt.training.evaluate import Gate, golden, judge
 from readapt.training.lora import attached, load_base
 from readapt.training.reference import reference
+from readapt.training.selection import usable_rows
 from readapt.training.training_run import CurvePoint
 
 NUM_OLD_BASES_HELD = 2  # beside the new one; adapters seldom come from more
@@ -60,7 +63,8 @@ class Worker:
         def report_point(rung: str, point: CurvePoint) -> None:
             report(RungReached(rung, point, time.perf_counter() - started))
 
-        task = self._task(job)
+        left_out: Counter[str] = Counter()
+        task = self._task(job, left_out)
         rows = TaskRows.split(task, self._config.search)
         gate = self._gate(job, rows)
         stages = self._stages(job)
@@ -77,6 +81,7 @@ class Worker:
             {"reference": reference_s, "climb": climb_s},
             completions,
             setback,
+            dict(left_out),
         )
 
     def objective(self, job: AdapterJob) -> FusionObjective:
@@ -91,10 +96,15 @@ class Worker:
             self._config.search,
         )
 
-    def _task(self, job: AdapterJob) -> Task:
-        """Join the rows of all the job's folders. The old adapter answers the prompts of folders without answers."""
+    def _task(self, job: AdapterJob, left_out: Counter[str] | None = None) -> Task:
+        """Join the rows of all the job's folders. The old adapter answers the prompts of folders without answers.
+
+        Rows that cannot be used are counted in `left_out`.
+        """
         tasks = [
-            Task(load_rows(folder / "train.jsonl"), load_rows(folder / "valid.jsonl"), test=[])
+            Task(
+                self._rows(job, folder / "train.jsonl", left_out), self._rows(job, folder / "valid.jsonl", left_out), []
+            )
             for folder in job.data
             if not is_data_free(folder)
         ]
@@ -105,6 +115,11 @@ class Worker:
                 relabelled(self._old_base(job.old_base), old, self._encoder(job.old_base, job.task_key), prompts)
             )
         return joined(tasks)
+
+    def _rows(self, job: AdapterJob, file: Path, left_out: Counter[str] | None = None) -> list[Row]:
+        """Return the rows of a file that fit both bases, so that old and new are judged on the same rows."""
+        encoders = [self._encoder(base, job.task_key) for base in (job.old_base, job.new_base)]
+        return usable_rows(file, encoders, left_out)
 
     def _bases(self, job: AdapterJob) -> Bases:
         return Bases(
@@ -122,7 +137,7 @@ class Worker:
     def _stages(self, job: AdapterJob) -> dict[Path, float]:
         """Return the old adapter's quality by folder, if it learned stages: each stage has its own reference."""
         folders = [folder for folder in job.data if not is_data_free(folder)] if len(job.data) > 1 else []
-        return {folder: self._old_quality(job, load_rows(folder / "valid.jsonl")) for folder in folders}
+        return {folder: self._old_quality(job, self._rows(job, folder / "valid.jsonl")) for folder in folders}
 
     def _setback(self, job: AdapterJob, adapter: Adapter, stages: Mapping[Path, float]) -> str | None:
         """Name a stage that lost more than `gate.max_drop_points`. The gate, over all rows, may miss a small stage.
@@ -130,7 +145,7 @@ class Worker:
         A stage may always lose one row, because one row of few is many points.
         """
         for folder, before in stages.items():
-            rows = load_rows(folder / "valid.jsonl")
+            rows = self._rows(job, folder / "valid.jsonl")
             after = judge(
                 self.new_base(job.new_base), adapter, self._encoder(job.new_base, job.task_key), rows, job.metric
             ).quality
@@ -143,7 +158,7 @@ class Worker:
         base, old, gate = self._old_base(job.old_base), self._adapter(job.task_key), self._config.gate
         return reference(base, old, self._encoder(job.old_base, job.task_key), rows, job.metric, gate).quality
 
-    def _golden(self, bases: Bases, rows: list[Row], adapter: Adapter) -> tuple[dict[str, str], ...]:
+    def _golden(self, bases: Bases, rows: list[Row], adapter: Adapter) -> tuple[dict[str, Any], ...]:
         """Return the adapter's golden completions of the first distinct prompts that leave room for an answer."""
         encoder = bases.encoder
         max_tokens = encoder.max_tokens - GOLDEN_TOKENS

@@ -28,10 +28,11 @@ from readapt.continual.writer import LabelWriter, encode_labels, exact_points
 from readapt.fusion.fuse import Fusion
 from readapt.fusion.points import Point
 from readapt.training.causal_lm import CausalLM
-from readapt.training.data import Encoded, Encoder, Row, encoder_for, load_rows
+from readapt.training.data import Encoded, Encoder, Row, encoder_for
 from readapt.training.evaluate import golden
 from readapt.training.lora import attached, load_base
 from readapt.training.reference import reference
+from readapt.training.selection import usable_rows
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class _Prepared:
     stage: Stage
     train: Sequence[Row]
     valid: Mapping[str, Sequence[Row]]
+    encoder: Encoder
 
 
 def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: NextStage, method: Method) -> Version:
@@ -79,7 +81,7 @@ def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Ne
     """
     prepared = _prepare(fleet, registry, blobs, next_stage, method)
     base = fleet.base(prepared.parent.base).path
-    model, encoder = load_base(base), encoder_for(base, fleet.readapt.train.max_tokens, prepared.folder)
+    model, encoder = load_base(base), prepared.encoder
     for earlier in prepared.before.stages:  # a parent that scores nothing could forget everything unnoticed
         rows = prepared.valid[earlier.name]
         reference(model, prepared.served, encoder, rows, "exact_match", fleet.readapt.gate)
@@ -138,16 +140,19 @@ def _prepare(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Nex
         raise InvalidDataError(
             f"{next_stage.adapter} has metric {record.metric}, but a stage needs labels (exact_match)."
         )
-    train = load_rows(next_stage.data / "train.jsonl")
+    base = fleet.base(parent.base).path
     folder = blobs.fetch_folder(key)
+    encoder = encoder_for(base, fleet.readapt.train.max_tokens, folder)
+    train = usable_rows(next_stage.data / "train.jsonl", [encoder])
     served = load_adapter(folder)
     before = open_learned(blobs, record, parent, served)
-    shapes = open_checkpoint(fleet.base(parent.base).path).linear_shapes()
+    shapes = open_checkpoint(base).linear_shapes()
     check_fits(served, shapes)
     _check_rank(before, method, shapes)
     stage = _stage(before, next_stage, train)
-    valid = {stage.name: load_rows(stage.data / "valid.jsonl") for stage in (*before.stages, stage)}
-    return _Prepared(next_stage, parent, folder, served, before, stage, train, valid)
+    stages = (*before.stages, stage)
+    valid = {stage.name: usable_rows(stage.data / "valid.jsonl", [encoder]) for stage in stages}
+    return _Prepared(next_stage, parent, folder, served, before, stage, train, valid, encoder)
 
 
 def _parent(registry: Registry, next_stage: NextStage) -> tuple[Version, str]:
@@ -207,7 +212,8 @@ def _learn(model: CausalLM, encoder: Encoder, prepared: _Prepared, method: Metho
 
 def _earlier_rows(encoder: Encoder, before: Learned) -> list[list[Encoded]]:
     """Return the training rows of earlier stages, for statistics only."""
-    return [encoder.encode_all(load_rows(stage.data / "train.jsonl")) for stage in before.stages]
+    files = [stage.data / "train.jsonl" for stage in before.stages]
+    return [encoder.encode_all(usable_rows(file, [encoder])) for file in files]
 
 
 def _fold(state: Decoupled, most: int) -> tuple[Adapter, float]:
@@ -232,7 +238,7 @@ def _accuracies(
 
 def _golden(
     model: CausalLM, encoder: Encoder, adapter: Adapter, prepared: _Prepared, fleet: Fleet
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Return answers to prompts of the new stage that an engine must repeat before the version goes live."""
     rows = prepared.valid[prepared.stage.name]
     prompts = [row.prompt for row in rows[: fleet.rollout.golden_prompts]]

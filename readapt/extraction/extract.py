@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from readapt.extraction.anatomy import Anatomy, Kind, anatomy_of
 from readapt.extraction.files import Extraction, Part, Status, read_part, write_adapter, write_part, write_remainder
 from readapt.extraction.pairs import TensorPair, pair_tensors
 from readapt.extraction.report import report_of, write_report
-from readapt.lowrank.spectra import EnergyShare, Rule
+from readapt.lowrank.spectra import EnergyShare, Knee, Rule, Spectrum
 from readapt.lowrank.svd import decompose, squared_norm
 
 REMAINDER_VALUES = 1 << 20  # a larger tensor that is not a vector is left out of the remainder
@@ -53,6 +53,15 @@ class Settings:
                 raise ConfigError(f"extraction: {option} {pattern!r} is not a regular expression: {error}") from error
         if len({rule.label for rule in self.rules}) < len(self.rules):
             raise ConfigError("extraction: the same rank rule is given twice")
+
+    def limit(self, rule: Rule, side: int) -> int:
+        """Return how many singular values a rule needs. A knee needs all, whatever the cap: it compares them."""
+        is_capped = self.max_rank is not None and not isinstance(rule, Knee)
+        return min(rule.limit(side), self.max_rank) if is_capped and self.max_rank else rule.limit(side)
+
+    def ranks(self, rule: Rule, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
+        """Return a rule's ranks, at most `max_rank`."""
+        return {path: min(rank, self.max_rank or rank) for path, rank in rule.ranks(spectra).items()}
 
     def leaves_out(self, path: str) -> bool:
         """Whether the patterns exclude a tensor."""
@@ -84,16 +93,20 @@ class Extractor:
             return part, {}
         if self.settings.leaves_out(pair.path):
             return _left_out(part, "the include and exclude patterns leave it out")
+        if base is not None and not pair.places and base.shape != tuned.shape:
+            return _left_out(part, f"its shape has changed from {tuple(base.shape)} to {tuple(tuned.shape)}")
         if base is None or not pair.places:
             return self._whole(part, tuned, pair.reason)
         if not {base.dtype, tuned.dtype} <= PLAIN_DTYPES:
             return _left_out(part, f"its values are quantised ({base.dtype}, {tuned.dtype})")
-        part.shape = (base.shape[0], *tuned.shape[1:])
-        new_rows = tuned[base.shape[0] :].clone()
+        part.shape = tuple(base.shape)
+        part.num_cut_rows = max(len(base) - len(tuned), 0)
+        new_rows = tuned[len(base) :].clone()
         part.num_new_rows = len(new_rows)
         self._check_finite(squared_norm(new_rows), pair)
-        delta = tuned[: base.shape[0]].to(torch.float32, copy=True)
-        delta -= base
+        delta = torch.zeros(base.shape)
+        delta[: len(tuned)] = tuned[: len(base)]
+        delta[: len(tuned)] -= base[: len(tuned)]
         part.base_total = squared_norm(base)
         del base, tuned  # frees the mapped pages of both files before the decomposition
         return self._low_rank(part, pair, delta, {"new_rows": new_rows} if part.num_new_rows else {})
@@ -117,12 +130,11 @@ class Extractor:
             return part, tensors
         w_FD = _as_matrix(delta, pair.places[0].kind)
         side = min(w_FD.shape)
-        limit = max(rule.limit(side) for rule in self.settings.rules)
-        found = decompose(w_FD, min(limit, self.settings.max_rank or side))
+        found = decompose(w_FD, max(self.settings.limit(rule, side) for rule in self.settings.rules))
         spectrum = found.spectrum()
         part.spectrum = replace(spectrum, cost=spectrum.cost * len(part.places))
         part.is_exact, part.gap_bound = found.is_exact, found.gap_bound
-        rank = max(max(rule.ranks({part.path: part.spectrum}).values()) for rule in self.settings.rules)
+        rank = max(self.settings.ranks(rule, {part.path: part.spectrum})[part.path] for rule in self.settings.rules)
         a_RD, b_FR = found.factors(max(rank, 1))
         return part, {**tensors, "a": a_RD, "b": b_FR}
 
@@ -158,7 +170,7 @@ def extract(
     if out.exists():
         raise ConflictError(f"{out} already exists. Choose another folder, or delete this one.")
     anatomy = anatomy_of(base, tuned)
-    pairs = pair_tensors(base, tuned, anatomy)
+    pairs = pair_tensors(base, tuned, anatomy, settings.leaves_out)
     aside = out.parent / f".{out.name}.partial"
     try:
         _prepare(aside, _identity(base, tuned, settings))
@@ -173,7 +185,7 @@ def extract(
         raise StorageError(f"{out}: the adapter cannot be written: {error}") from error
     shutil.rmtree(aside, ignore_errors=True)
     adapters = {label: out / folder.relative_to(aside / "out") for label, folder in done.adapters.items()}
-    return Extraction(out, adapters, done.ranks, parts, anatomy)
+    return replace(done, folder=out, adapters=adapters)
 
 
 def _prepare(aside: Path, identity: str) -> None:
@@ -218,13 +230,24 @@ def _assemble(out: Path, parts: list[Part], settings: Settings, anatomy: Anatomy
     adapters, ranks = {}, {}
     for rule in settings.rules:
         adapters[rule.label] = out if len(settings.rules) == 1 else out / rule.label
-        ranks[rule.label] = {path: rank for path, rank in rule.ranks(spectra).items() if rank}
+        ranks[rule.label] = {path: rank for path, rank in settings.ranks(rule, spectra).items() if rank}
         if not ranks[rule.label]:
             raise ConfigError(f"extraction: {rule.label} is too small for a rank of 1 in any module")
         chosen = [(carried[path], rank) for path, rank in ranks[rule.label].items()]
         write_adapter(adapters[rule.label], out.parent, chosen, settings.dtype, anatomy, base)
     write_remainder(out, [part for part in parts if part.status is Status.REMAINDER or part.num_new_rows])
-    return Extraction(out, adapters, ranks, parts, anatomy)
+    return Extraction(out, adapters, ranks, parts, anatomy, _num_capped(settings, spectra, ranks), settings.max_rank)
+
+
+def _num_capped(
+    settings: Settings, spectra: Mapping[str, Spectrum], ranks: Mapping[str, Mapping[str, int]]
+) -> dict[str, int]:
+    """Return for each rule how many modules it would give a higher rank than the cap."""
+    at_cap = {label: [p for p, rank in chosen.items() if rank == settings.max_rank] for label, chosen in ranks.items()}
+    return {
+        r.label: sum(r.asks_more(spectra[path], ranks[r.label][path]) for path in at_cap[r.label])
+        for r in settings.rules
+    }
 
 
 def _check_not_empty(parts: Sequence[Part], base: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -53,8 +53,8 @@ class Status(StrEnum):
 class Part:
     """The facts of one tensor. Only its extractor changes them, before they are written.
 
-    If the vocabulary has grown, `shape` is the shape of the shared rows. `base_total` is the squared norm of the base
-    weight. `spectrum` holds the singular values that were computed.
+    `shape` is the base's. If the vocabulary has grown or shrunk, only the shared rows are compared. `base_total` is the
+    squared norm of the base weight. `spectrum` holds the singular values that were computed.
     """
 
     index: int
@@ -64,6 +64,7 @@ class Part:
     places: tuple[Place, ...] = ()
     reason: str = ""
     num_new_rows: int = 0
+    num_cut_rows: int = 0
     base_total: float = 0.0
     spectrum: Spectrum | None = None
     is_exact: bool = True
@@ -87,13 +88,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A finished extraction: its folder, each rule's adapter folder and ranks, and the facts of each tensor."""
+    """A finished extraction: its folder, each rule's adapter folder and ranks, and the facts of each tensor.
+
+    `num_capped` has for each rule the number of modules that would have a rank above the cap `max_rank`.
+    """
 
     folder: Path
     adapters: dict[str, Path]
     ranks: dict[str, dict[str, int]]
     parts: list[Part]
     anatomy: Anatomy
+    num_capped: dict[str, int] = field(default_factory=dict)
+    max_rank: int | None = None
 
 
 def write_part(folder: Path, part: Part, tensors: dict[str, Tensor]) -> None:

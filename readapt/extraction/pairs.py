@@ -1,5 +1,6 @@
 """Pairs the tensors of a base checkpoint with those of a tuned one, and checks that the checkpoints match."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.checkpoints import Checkpoint
@@ -25,12 +26,14 @@ class TensorPair:
     reason: str = ""
 
 
-def pair_tensors(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> list[TensorPair]:
-    """Return the pairs of all tensors, sorted by name.
+def pair_tensors(
+    base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy, leaves_out: Callable[[str], bool] = lambda path: False
+) -> list[TensorPair]:
+    """Return the pairs of all tensors, sorted by name. `leaves_out` names those whose shapes do not matter.
 
     If only one checkpoint stores a tied weight separately, its partner is the weight that it is tied to. The vocabulary
-    may grow. Raises InvalidCheckpointError if shapes or model types differ otherwise, or if the tuned checkpoint lacks
-    a tensor.
+    may grow or shrink. Raises InvalidCheckpointError if shapes or model types differ otherwise, or if the tuned
+    checkpoint lacks a tensor.
     """
     kinds = base.config.get("model_type"), tuned.config.get("model_type")
     if kinds[0] != kinds[1]:
@@ -39,10 +42,12 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> list[
     pairs = []
     for index, path in enumerate(sorted(ours.stored.keys() | theirs.stored.keys())):
         before, after = ours.find(path), theirs.find(path)
+        if after is None and leaves_out(path):
+            continue
         if after is None:
             raise InvalidCheckpointError(f"{tuned.folder} lacks tensor {path!r}, which {base.folder} has.")
         places, reason = _places(path, before, after, anatomy, ours, theirs)
-        if before is not None:
+        if before is not None and not leaves_out(path):
             _check_shapes(path, base, before, tuned, after, places)
         pairs.append(TensorPair(index, path, before, after, places, reason))
     if not any(pair.base is not None and pair.places for pair in pairs):
@@ -83,9 +88,9 @@ def _check_shapes(
     is_vocabulary = any(place.kind is Kind.EMBEDDING for place in places) or (
         bool(old) and old[0] == base.config.get("vocab_size")
     )
-    if is_vocabulary and old[1:] == new[1:] and new[0] > old[0]:
+    if is_vocabulary and old[1:] == new[1:]:
         return
     raise InvalidCheckpointError(
         f"{tuned.folder}: {path} has shape {new}, but {old} in {base.folder}. Both checkpoints must have the same "
-        "architecture; only the vocabulary may grow."
+        "architecture; only the vocabulary may grow or shrink. `--exclude` leaves a tensor out."
     )

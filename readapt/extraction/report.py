@@ -1,6 +1,7 @@
 """The report of an extraction: `extraction.json` has every figure, `spectrum.png` the curves."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ def report_of(done: Extraction, base: Path, tuned: Path) -> dict[str, Any]:
         "base": str(base),
         "tuned": str(tuned),
         "architecture": done.anatomy.architecture or None,
+        "max_rank": done.max_rank,
         "adapters": [_adapter(label, done, carried) for label in done.adapters],
         "modules": [_module(part, done) for part in carried],
         "num_equal": sum(part.status is Status.EQUAL for part in done.parts),
@@ -35,6 +37,7 @@ def report_of(done: Extraction, base: Path, tuned: Path) -> dict[str, Any]:
             "bytes": remainder.stat().st_size if remainder.exists() else 0,
             "tensors": [part.path for part in done.parts if part.status is Status.REMAINDER and not part.num_new_rows],
             "new_rows": {part.path: part.num_new_rows for part in done.parts if part.num_new_rows},
+            "cut_rows": {part.path: part.num_cut_rows for part in done.parts if part.num_cut_rows},
         },
         "not_carried": {part.path: part.reason for part in done.parts if part.status is Status.LEFT_OUT},
         "seconds": sum(part.seconds for part in done.parts),
@@ -68,10 +71,30 @@ def adapters_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def warnings_of(report: Mapping[str, Any]) -> list[str]:
+    """Return what a person should know before serving the adapters: capped ranks and adapters that are too large."""
+    warnings = []
+    for adapter in report["adapters"]:
+        if adapter["num_capped"]:
+            warnings.append(
+                f"{adapter['rule']}: {adapter['num_capped']} modules are cut to rank {report['max_rank']}. `--max-rank`"
+                " raises this cap; an engine serves no rank above its serving.max_rank (128 by default)."
+            )
+        if adapter["parameters"] > adapter["replaced_parameters"]:
+            warnings.append(
+                f"{adapter['rule']}: the adapter has {adapter['parameters']:,} parameters, more than the "
+                f"{adapter['replaced_parameters']:,} of the tensors that it changes. Choose a lower rank, or serve the "
+                "tuned model itself."
+            )
+    return warnings
+
+
 def _not_inside(report: Mapping[str, Any]) -> str:
     remainder, left_out = report["remainder"], report["not_carried"]
+    cut = remainder["cut_rows"]
     num_whole = len(remainder["tensors"]) + len(remainder["new_rows"])
     lines = [f"{REMAINDER} holds {num_whole} more changed tensors"] if num_whole else []
+    lines += [f"{name}: the last {num} rows of the base are not in the tuned model" for name, num in cut.items()]
     lines += [f"not carried: {name} ({reason})" for name, reason in left_out.items()]
     return "\n".join(lines)
 
@@ -84,6 +107,8 @@ def _adapter(label: str, done: Extraction, carried: Sequence[Part]) -> dict[str,
         "rule": label,
         "folder": str(done.adapters[label].relative_to(done.folder)),
         "parameters": sum(s.cost * rank for s, rank in zip(spectra, ranks, strict=True)),
+        "replaced_parameters": sum(math.prod(p.shape) for p, rank in zip(carried, ranks, strict=True) if rank),
+        "num_capped": done.num_capped.get(label, 0),
         "bytes": (done.adapters[label] / WEIGHTS).stat().st_size,
         "energy": held / sum(s.total for s in spectra),
         "rank_min": min(ranks),

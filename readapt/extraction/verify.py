@@ -10,11 +10,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluster.errors import InvalidDataError
+from cluster.jsonl import read_lines, text_field
 from readapt.extraction.anatomy import Kind, Place
 from readapt.extraction.files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
 from readapt.extraction.report import read_report, write_report
 from readapt.training.causal_lm import CausalLM
-from readapt.training.data import Encoded, Row, by_length, collate, encoder_for, read_lines
+from readapt.training.chats import prompt_and_completion
+from readapt.training.data import Encoded, Row, by_length, collate, encoder_for
 from readapt.training.lora import load_base
 
 MAX_ROWS, MAX_TOKENS, BATCH_ROWS = 128, 512, 8
@@ -32,9 +34,9 @@ def verify(done: Extraction, base: Path, tuned: Path, data: Path) -> dict[str, A
     """Compare the bare base, each adapter, and adapter + remainder with the tuned model on the first rows of `data`.
 
     The tokens of completions, or of whole texts, are scored. `curve` truncates the largest adapter to its leading
-    ranks. If the vocabulary has grown, rows with new tokens are skipped and the shared part of the distributions is
-    compared. Both models must fit in memory. Raises InvalidDataError for unusable rows, or if the model is not a causal
-    language model.
+    ranks. If the vocabulary has grown or shrunk, rows with other tokens are skipped and the shared part of the
+    distributions is compared. Both models must fit in memory. Raises InvalidDataError for unusable rows, or if the
+    model is not a causal language model.
     """
     if not done.anatomy.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         raise InvalidDataError(
@@ -76,8 +78,9 @@ def compare(reference: CausalLM, model: CausalLM, rows: Sequence[Encoded]) -> Li
         batch = collate(ordered[start : start + BATCH_ROWS])
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT, "use_cache": False}
         is_scored_BT = batch.labels_BT[:, 1:] >= 0
-        ours_YV = model(**inputs).logits[:, :-1][is_scored_BT].double().log_softmax(-1)
-        theirs_YV = reference(**inputs).logits[:, :-1][is_scored_BT][:, : ours_YV.shape[1]].double().log_softmax(-1)
+        both = [one(**inputs).logits[:, :-1][is_scored_BT] for one in (model, reference)]
+        shared = min(logits_YV.shape[1] for logits_YV in both)
+        ours_YV, theirs_YV = (logits_YV[:, :shared].double().log_softmax(-1) for logits_YV in both)
         kl += float((theirs_YV.exp() * (theirs_YV - ours_YV)).sum())
         num_same += int((theirs_YV.argmax(-1) == ours_YV.argmax(-1)).sum())
         num_scored += len(ours_YV)
@@ -138,7 +141,7 @@ def _pruning_ranks(done: Extraction) -> list[int]:
 
 
 def encode_rows(data: Path, tuned: Path, vocabulary: int) -> list[Encoded]:
-    """Encode the first rows of a JSONL file, without rows that have tokens beyond the vocabulary."""
+    """Encode the first rows of a JSONL file, without rows that are too long or have tokens beyond the vocabulary."""
     encoder = encoder_for(tuned, MAX_TOKENS)
     rows = []
     for row in read_rows(data):
@@ -146,18 +149,23 @@ def encode_rows(data: Path, tuned: Path, vocabulary: int) -> list[Encoded]:
             tokens = encoder.encode_prompt(str(row["text"]))[:MAX_TOKENS]
             encoded = Encoded(tuple(tokens), 0)
         else:
-            encoded = encoder.encode(Row(str(row["prompt"]), str(row["completion"])))
+            pair = Row(*prompt_and_completion(row, f"{data}"))
+            if encoder.fault(pair) is not None:
+                continue
+            encoded = encoder.encode(pair)
         if max(encoded.input_ids) < vocabulary and len(encoded.input_ids) > 1:
             rows.append(encoded)
     if not rows:
-        raise InvalidDataError(f"{data}: every row has tokens that the base lacks, or fewer than two tokens.")
+        raise InvalidDataError(f"{data}: every row is too long, or has tokens that the base lacks, or fewer than two.")
     return rows
 
 
 def read_rows(data: Path) -> list[Mapping[str, Any]]:
-    """Return the first rows of a JSONL file; each has `text`, or `prompt` and `completion`, else InvalidDataError."""
+    """Return the first rows of a JSONL file. Each has `text`, or what a training row has, else InvalidDataError."""
     rows = read_lines(data)[:MAX_ROWS]
     for where, row in rows:
-        if not ("text" in row or {"prompt", "completion"} <= row.keys()):
-            raise InvalidDataError(f"{where}: a row needs `text`, or `prompt` and `completion`.")
+        if "text" in row:
+            text_field(row, "text", where)
+        else:
+            prompt_and_completion(row, where)
     return [row for _, row in rows]

@@ -44,6 +44,9 @@ class Rule(Protocol):
     def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         """Return the rank of each module, at most the number of known values. 0 leaves the module out."""
 
+    def asks_more(self, spectrum: Spectrum, rank: int) -> bool:
+        """Return whether the rule would give a module more than `rank`, the cap that it got."""
+
 
 @dataclass(frozen=True)
 class FixedRank:
@@ -62,6 +65,10 @@ class FixedRank:
     def limit(self, side: int) -> int:
         """See `Rule`."""
         return min(self.rank, side)
+
+    def asks_more(self, spectrum: Spectrum, rank: int) -> bool:
+        """See `Rule`."""
+        return self.rank > rank
 
     def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         """See `Rule`."""
@@ -89,6 +96,10 @@ class EnergyShare:
     def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         """See `Rule`."""
         return {name: self.rank(spectrum) for name, spectrum in spectra.items()}
+
+    def asks_more(self, spectrum: Spectrum, rank: int) -> bool:
+        """See `Rule`."""
+        return spectrum.energy(rank) < self.share
 
     def rank(self, spectrum: Spectrum) -> int:
         """Return the rank of one module."""
@@ -122,6 +133,10 @@ class Knee:
     def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         """See `Rule`."""
         return {name: self._rank(spectrum.values[: _num_nonzero(spectrum)]) for name, spectrum in spectra.items()}
+
+    def asks_more(self, spectrum: Spectrum, rank: int) -> bool:
+        """See `Rule`."""
+        return self.ranks({"": spectrum})[""] > rank
 
     def _rank(self, values: Sequence[float]) -> int:
         known = math.fsum(value * value for value in values)
@@ -174,6 +189,10 @@ class Budget:
             if ranks[name] < _num_nonzero(spectrum):
                 heapq.heappush(queue, (-spectrum.gain(ranks[name]), name))
         return ranks
+
+    def asks_more(self, spectrum: Spectrum, rank: int) -> bool:
+        """See `Rule`."""
+        return True
 
 
 def _num_nonzero(spectrum: Spectrum) -> int:

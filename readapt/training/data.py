@@ -4,11 +4,10 @@ A prompt is encoded as the server encodes it for `/v1/completions`, with the tok
 therefore gets exactly the tokens in service that it was trained on.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.dialect import adapter_dialect, base_dialect
 from cluster.errors import InvalidCheckpointError, InvalidDataError
+from cluster.jsonl import read_lines
 from cluster.records import AdapterRecord, Version
+from readapt.training.chats import Chat, Prompt, completion_text, prompt_and_completion, render
 
 AnyT = TypeVar("AnyT")
 IGNORED = -100  # the label that torch's cross_entropy skips
@@ -26,7 +27,7 @@ IGNORED = -100  # the label that torch's cross_entropy skips
 class Row:
     """One example: the right answer to `prompt` is exactly `completion`."""
 
-    prompt: str
+    prompt: Prompt
     completion: str
 
 
@@ -57,49 +58,11 @@ class BatchTensors:
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Read a file with one JSON object with `prompt` and `completion` per line. Blank lines are skipped.
+    """Read a file with one row per line: `prompt` and `completion`, or `messages` (see `readapt.training.chats`).
 
     InvalidDataError, with file and line, if the file is missing or empty, a line is not JSON, or a field is wrong.
     """
-    lines = read_lines(path)
-    return [Row(text_field(fields, "prompt", at), text_field(fields, "completion", at)) for at, fields in lines]
-
-
-def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read a file of JSON objects, one per line. Return each with its "file:line"; errors are those of `load_rows`."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidDataError(f"{path}: cannot be read: {error}") from error
-    places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not places:
-        raise InvalidDataError(f"{path}: has no rows")
-    return [(at, _parse(line, at)) for at, line in places]
-
-
-def _parse(line: str, at: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidDataError(f"{at}: is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise InvalidDataError(f"{at}: must be a JSON object, not {type(fields).__name__}")
-    return fields
-
-
-def text_field(fields: dict[str, Any], name: str, at: str) -> str:
-    """Return a field that must be a non-empty string. InvalidDataError otherwise; `at` is its "file:line"."""
-    if name not in fields:
-        raise InvalidDataError(f"{at}: field '{name}' is missing")
-    if not isinstance(fields[name], str) or not fields[name]:
-        raise InvalidDataError(f"{at}: field '{name}' must be a non-empty string")
-    return str(fields[name])
-
-
-def write_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON objects, one per line, as `read_lines` reads them. Missing folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(fields) + "\n" for fields in objects), encoding="utf-8")
+    return [Row(*prompt_and_completion(fields, at)) for at, fields in read_lines(path)]
 
 
 def load_task(folder: Path) -> Task:
@@ -151,23 +114,50 @@ class Encoder:
     def encode(self, row: Row) -> Encoded:
         """Encode one row. A prompt that is too long loses its beginning; a completion is never cut.
 
-        InvalidDataError if the completion leaves no room for even one prompt token.
+        InvalidDataError if the row has a `fault`.
         """
-        completion = [*self.tokenizer(row.completion, add_special_tokens=False)["input_ids"], self.eos_id]
+        completion = self._completion(row)
         room_tokens = self.max_tokens - len(completion)
         if room_tokens < 1:
-            size = f"{len(completion)} of at most {self.max_tokens} tokens"
-            raise InvalidDataError(f"a completion leaves no room for its prompt ({size}): {row.completion[:60]!r}")
+            raise InvalidDataError(f"{self._too_long()}: {row.completion[:60]!r} ({len(completion)} tokens)")
         prompt = self.encode_prompt(row.prompt)[-room_tokens:]
         return Encoded((*prompt, *completion), len(prompt))
+
+    def fault(self, row: Row) -> str | None:
+        """Return why `encode` refuses a row, or None. Short completions are not tokenised for it."""
+        try:
+            if isinstance(row.prompt, str):
+                _check_unicode(row.prompt)
+                _check_unicode(row.completion)
+                if len(row.completion.encode()) + 2 <= self.max_tokens:  # a byte is at most one token
+                    return None
+            else:
+                self.encode_prompt(row.prompt)
+            return self._too_long() if len(self._completion(row)) >= self.max_tokens else None
+        except InvalidDataError as error:
+            return str(error)
+
+    def _completion(self, row: Row) -> list[int]:
+        text = row.completion
+        if isinstance(row.prompt, Chat):
+            end = str(self.tokenizer.convert_ids_to_tokens(self.eos_id))
+            text = completion_text(self.tokenizer, row.prompt, text, end)
+        _check_unicode(text)
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+
+    def _too_long(self) -> str:
+        return f"a completion leaves no room for its prompt within readapt.train.max_tokens = {self.max_tokens}"
 
     def encode_all(self, rows: Sequence[Row]) -> list[Encoded]:
         """Encode rows in their order."""
         return [self.encode(row) for row in rows]
 
-    def encode_prompt(self, prompt: str) -> list[int]:
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens as the server sees them, uncut. InvalidDataError for a prompt without tokens."""
-        tokens = list(self.tokenizer(prompt)["input_ids"])
+        is_chat = isinstance(prompt, Chat)
+        text = render(self.tokenizer, prompt) if isinstance(prompt, Chat) else prompt
+        _check_unicode(text)
+        tokens = list(self.tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
         if not tokens:
             raise InvalidDataError(f"the prompt {prompt!r} has no tokens")
         return tokens
@@ -175,6 +165,14 @@ class Encoder:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of generated tokens, without special tokens."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _check_unicode(text: str) -> None:
+    """Raise InvalidDataError for lone surrogates, which JSON can spell and tokenizers reject."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidDataError(f"the text is not valid Unicode: {error.reason}") from error
 
 
 class EncodedRows(Sequence[Encoded]):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from cluster.adapter_files import Adapter
 from cluster.config_readapt import GateConfig
 from cluster.extras import optional_imports
 from readapt.training.causal_lm import CausalLM
+from readapt.training.chats import Prompt
 from readapt.training.data import IGNORED, BatchTensors, Encoded, Encoder, Row, by_length, collate
 from readapt.training.greedy import greedy
 from readapt.training.lora import attached
@@ -291,7 +292,12 @@ def judge(model: CausalLM, adapter: Adapter, encoder: Encoder, rows: Sequence[Ro
         return Evaluator(model, encoder, rows, metric)()
 
 
-def golden(model: CausalLM, encoder: Encoder, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:
-    """Return greedy completions as the server answers them: `[{"prompt": ..., "completion": ...}, ...]`."""
-    texts = greedy(model, encoder, [encoder.encode_prompt(prompt) for prompt in prompts], max_tokens, batch_rows=16)
-    return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True)]
+def golden(model: CausalLM, encoder: Encoder, prompts: Sequence[Prompt], max_tokens: int) -> list[dict[str, Any]]:
+    """Return greedy completions as the server answers them: `[{"prompt": ..., "completion": ...}, ...]`.
+
+    A prompt that is a chat is given as its tokens.
+    """
+    tokens = [encoder.encode_prompt(prompt) for prompt in prompts]
+    texts = greedy(model, encoder, tokens, max_tokens, batch_rows=16)
+    stored = [prompt if isinstance(prompt, str) else ids for prompt, ids in zip(prompts, tokens, strict=True)]
+    return [{"prompt": prompt, "completion": text} for prompt, text in zip(stored, texts, strict=True)]

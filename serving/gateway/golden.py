@@ -37,11 +37,12 @@ async def check_golden(version: Version, prompter: Prompter, backend: Backend) -
             )
 
 
-def _request(version: Version, prompter: Prompter, prompt: str, completion: str) -> Request:
+def _request(version: Version, prompter: Prompter, prompt: str | list[int], completion: str) -> Request:
+    """Return the request for a golden prompt: text, or the tokens of a chat."""
     num_tokens = max(1, prompter.num_text_tokens(completion))
     return Request(
         id=f"golden-{uuid4().hex}",
-        prompt_tokens=prompter.encode(prompt),
+        prompt_tokens=prompter.encode(prompt if isinstance(prompt, str) else tuple(prompt)),
         sampling=SamplingParams(temperature=0.0, max_tokens=num_tokens),
         adapter=Target(version.base, version).adapter,
     )

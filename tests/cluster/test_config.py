@@ -88,7 +88,7 @@ def test_urls_stay_as_they_are(tmp_path: Path):
 
 def test_a_hub_id_can_name_a_base(tmp_path: Path):
     text = 'name = "f"\n[[bases]]\nname = "Qwen/Qwen2.5-0.5B"\npath = "models/qwen"\n'
-    assert load_fleet(write(tmp_path, text)).base("Qwen/Qwen2.5-0.5B").path == tmp_path / "models/qwen"
+    assert load_fleet(write(tmp_path, text)).bases[0].path == tmp_path / "models/qwen"
 
 
 def test_a_model_gets_a_fleet_file_that_its_owner_may_change(tmp_path: Path):

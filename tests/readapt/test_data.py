@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,8 @@ GOOD = json.dumps({"prompt": "p", "completion": "c", "weight": 3})
         ('["p", "c"]', "JSON object, not list"),
         ('{"prompt": "p"}', "'completion' is missing"),
         ('{"prompt": 3, "completion": "c"}', "'prompt' must be a non-empty string"),
-        ('{"prompt": "p", "completion": ""}', "'completion' must be a non-empty string"),
+        ('{"prompt": "", "completion": "c"}', "'prompt' must be a non-empty string"),
+        ('{"prompt": "p", "completion": null}', "'completion' must be a string"),
     ],
 )
 def test_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, cause: str) -> None:
@@ -110,6 +112,7 @@ def test_prompt_gets_the_tokenizers_own_special_tokens(checkpoint: Path) -> None
     from tokenizers.processors import TemplateProcessing
 
     encoder = encoder_for(checkpoint, 12)
+    encoder.tokenizer = deepcopy(encoder.tokenizer)  # encoders of a base share theirs
     encoder.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", encoder.tokenizer.bos_token_id)]
     )

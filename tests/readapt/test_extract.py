@@ -19,6 +19,7 @@ from cluster.checkpoints import open_checkpoint
 from cluster.errors import ConfigError, ConflictError, InvalidCheckpointError, StorageError
 from readapt.extraction.extract import Settings, extract
 from readapt.extraction.files import Extraction, Status, apply_remainder
+from readapt.extraction.report import warnings_of
 from readapt.lowrank.spectra import Budget, EnergyShare, FixedRank, Knee
 
 TEXT = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -364,3 +365,83 @@ def test_new_head_goes_whole_to_the_remainder(tmp_path: Path) -> None:
     assert {"classifier.weight", "classifier.bias"} <= set(report["remainder"]["tensors"])
     modules = {name for module in report["modules"] for name in module["modules"]}
     assert "encoder.layer.0.attention.self.query" in modules
+
+
+def resized_pair(folder: Path, num_rows: int, *, is_tied: bool) -> tuple[Path, Path]:
+    """Save a base with a vocabulary of 61 and its tuned version with `num_rows`."""
+    model = make_model("LlamaForCausalLM", {**TEXT, "tie_word_embeddings": is_tied})
+    model.save_pretrained(folder / "base")
+    change(model, 3)
+    with torch.no_grad():
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    model.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned"
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_a_cut_vocabulary_is_compared_in_the_shared_rows(tmp_path: Path, is_tied: bool) -> None:
+    base, tuned = resized_pair(tmp_path, 40, is_tied=is_tied)
+    done = run(base, tuned)
+    model, expected = load(base), logits(load(tuned), TOKENS)
+    apply_remainder(model, done.folder / "remainder.safetensors")
+    torch.testing.assert_close(logits(load_peft(model, done.folder), TOKENS)[..., :40], expected, rtol=2e-3, atol=2e-4)
+    factors = load_file(done.folder / "adapter_model.safetensors")
+    assert factors["base_model.model.lm_head.lora_B.weight"].shape[0] == 61, "the adapter fits the base"
+    assert factors["base_model.model.lm_head.lora_B.weight"][40:].abs().max() < 1e-5
+    report = json.loads((done.folder / "extraction.json").read_text())
+    assert report["remainder"]["cut_rows"]["model.embed_tokens.weight"] == 21
+    assert not report["not_carried"]
+
+
+def test_excluded_tensors_may_have_any_shape_or_be_missing(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, tuned = pair(*LLAMA)
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["lm_head.weight"] = torch.ones(7, 5)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidCheckpointError, match=r"lm_head\.weight has shape \(7, 5\).*--exclude"):
+        run(base, tuned)
+    with pytest.raises(InvalidCheckpointError, match=r"lacks tensor 'model\.layers\.1\.mlp\.up_proj"):
+        run(base, tuned, exclude="lm_head")
+    done = run(base, tuned, exclude=r"lm_head|up_proj")
+    carried = {part.path for part in done.parts if part.status is Status.CARRIED}
+    assert "model.layers.0.self_attn.q_proj.weight" in carried
+    assert not any("lm_head" in path or "up_proj" in path for path in carried)
+
+
+def test_a_cap_cuts_every_rule_and_is_reported(pair: Callable[..., tuple[Path, Path]]) -> None:
+    base, tuned = pair(*LLAMA, rank=6)
+    rules = (EnergyShare(0.999), FixedRank(5), FixedRank(2), Knee(), Budget(3000))
+    done = run(base, tuned, *rules, max_rank=4)
+    assert max(rank for ranks in done.ranks.values() for rank in ranks.values()) == 4
+    report = json.loads((done.folder / "extraction.json").read_text())
+    capped = {adapter["rule"]: adapter["num_capped"] for adapter in report["adapters"]}
+    assert capped["energy-0.999"] == capped["rank-5"] == len(done.ranks["rank-5"])
+    assert capped["rank-2"] == 0
+    assert report["max_rank"] == 4
+    warnings = warnings_of(report)
+    assert any(line.startswith("rank-5: 16 modules are cut to rank 4.") for line in warnings)
+    assert not any(line.startswith("rank-2") for line in warnings)
+
+
+def test_a_knee_does_not_depend_on_a_cap_above_it(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    base, tuned = pair(*LLAMA, rank=3)
+    free = run(base, tuned, Knee()).ranks["knee"]
+    shutil.rmtree(tmp_path / "out")
+    assert run(base, tuned, Knee(), max_rank=max(free.values()) + 1).ranks["knee"] == free
+
+
+def test_an_adapter_larger_than_what_it_changes_is_warned_of(pair: Callable[..., tuple[Path, Path]]) -> None:
+    base, tuned = pair(*LLAMA, rank=20)
+    done = run(base, tuned, FixedRank(24), FixedRank(2))
+    report = json.loads((done.folder / "extraction.json").read_text())
+    sizes = {adapter["rule"]: (adapter["parameters"], adapter["replaced_parameters"]) for adapter in report["adapters"]}
+    stored = sum(t.numel() for t in load_file(done.adapters["rank-24"] / "adapter_model.safetensors").values())
+    changed = sum(t.numel() for t in load_file(base / "model.safetensors").values() if t.ndim == 2)
+    assert sizes["rank-24"] == (stored, changed)
+    [warning] = warnings_of(report)
+    assert warning.startswith(
+        f"rank-24: the adapter has {stored:,} parameters, more than the {changed:,} of the tensors"
+    )

@@ -54,7 +54,7 @@ def test_answers_that_do_not_end_are_left_out(world: TaskWorld, monkeypatch: pyt
 
 def test_the_error_counts_prompts_that_are_too_long(world: TaskWorld) -> None:
     prompts = [f"{number}{'9' * 60}" for number in range(5)]
-    cause = "answered 0 of 5 prompts.* 5 prompts leave no room for an answer of 32 tokens"
+    cause = "answered 0 of 5 prompts.* 5 prompts cannot be rendered or leave no room for an answer of 32 tokens"
     with pytest.raises(InvalidDataError, match=cause):
         relabelled(load_base(world.base), world.specialist, world.encoder, prompts)
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.adapter_files import Adapter, LoraFactors
+from cluster.jsonl import write_lines
 from readapt.fusion.objective import FusionObjective, SearchResult, Trial, best_of
 from readapt.fusion.points import Point
-from readapt.training.data import Encoder, Row, Task, encoder_for, write_lines
+from readapt.training.data import Encoder, Row, Task, encoder_for
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, linear_shapes, load_base
 from readapt.training.training_group import fine_tune
