@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -29,14 +29,13 @@ from cluster.errors import (
 from cluster.names import parse_model
 from cluster.registry import Registry, Version
 from cluster.rollout import CANARY_FAILURE
-from serving.chat.answer import AnswerFormat
 from serving.chat.settings import FleetChatSettings, ParserSpec
-from serving.engine.request import AdapterRef, Request, SamplingParams, Terms, TokenEvent
+from serving.engine.request import AdapterRef, Request, SamplingParams
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway.backend import Backend, raise_error_of
+from serving.gateway.calls import Answer, Call, Part, cut_prompt, keep_best, requests_of
 from serving.gateway.merge import merge
 from serving.gateway.prompters import Prompters
-from serving.gateway.prompts import Prompt, Prompter
 from serving.gateway.publish import publish, store, withdraw
 from serving.gateway.routing import HEALTH_TIMEOUT_S, Snapshot, Target, max_position, release, release_gone
 
@@ -45,42 +44,6 @@ log = logging.getLogger(__name__)
 MAX_RESUBMISSIONS = 3
 BACKOFF_S = 0.2
 NO_ENGINE = "No engine is running yet."
-
-Part = tuple[int, TokenEvent]  # a choice's index and an event of it
-
-
-@dataclass(frozen=True)
-class Call:
-    """Asks a model for `num_choices` continuations of each prompt.
-
-    Choice c of prompt p has index `p * num_choices + c`. With `is_unlimited` an answer may fill the model's context.
-    The model's tokenizer turns `bad_words` into those of `sampling`.
-    """
-
-    id: str
-    model: str
-    prompts: tuple[Prompt, ...]
-    sampling: SamplingParams
-    num_choices: int = 1
-    is_unlimited: bool = False
-    terms: Terms = field(default_factory=Terms)
-    bad_words: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """An answer in progress: who gives it, how to read it, and the events of all its choices.
-
-    `head` holds the first part, or every part of an answer that was asked for whole. `rest` yields the others; closing
-    it aborts the requests.
-    """
-
-    target: Target
-    prompter: Prompter
-    format: AnswerFormat
-    num_prompt_tokens: int
-    head: list[Part]
-    rest: AsyncGenerator[Part, None]
 
 
 class Gateway:
@@ -230,36 +193,15 @@ class Gateway:
     async def _begin(self, call: Call, target: Target, whole: bool) -> Answer:
         prompter = await self._prompters.of(target, Path(self.snapshot.bases[target.base].path))
         prompts, sampling, format = await asyncio.to_thread(prompter.prepare, call, self._chats.of(target.names))
-        requests = self._requests(replace(call, sampling=sampling), target, prompts)
+        limit = partial(self.max_model_tokens, target.base)
+        prompts = [cut_prompt(call, prompt, prompter, limit) for prompt in prompts]
+        requests = requests_of(replace(call, sampling=sampling), target, prompts, self._serving)
         streams = [self._generate(index, request, target) for index, request in enumerate(requests)]
         parts = merge(streams) if len(streams) > 1 else streams[0]
         head = [part async for part in parts] if whole else [await anext(parts)]
-        return Answer(target, prompter, format, sum(map(len, prompts)), head, parts)
-
-    def _requests(self, call: Call, target: Target, prompts: list[tuple[int, ...]]) -> list[Request]:
-        return [
-            Request(
-                id=f"{call.id}-{index}-{choice}",
-                prompt_tokens=tokens,
-                sampling=self._sampling(call, choice, len(tokens)),
-                adapter=target.adapter,
-                terms=self._terms(call),
-            )
-            for index, tokens in enumerate(prompts)
-            for choice in range(call.num_choices)
-        ]
-
-    def _terms(self, call: Call) -> Terms:
-        deadline_s = call.terms.first_token_deadline_s or self._serving.first_token_deadline_s or None
-        return replace(call.terms, first_token_deadline_s=deadline_s)
-
-    def _sampling(self, call: Call, choice: int, num_prompt_tokens: int) -> SamplingParams:
-        sampling = call.sampling
-        if call.is_unlimited:
-            sampling = replace(sampling, max_tokens=max(1, self._serving.max_model_tokens - num_prompt_tokens))
-        if sampling.seed is not None and choice:
-            sampling = replace(sampling, seed=sampling.seed + choice)
-        return sampling
+        if call.best_of is not None:
+            head = keep_best(call, head)
+        return Answer(target, prompter, format, call, prompts, head, parts)
 
     async def _generate(self, index: int, request: Request, target: Target) -> AsyncGenerator[Part, None]:
         """Yield the request's events as parts of choice `index`. If a replica dies, another continues its tokens."""

@@ -12,7 +12,9 @@ from serving.chat.answer import AnswerFormat
 from serving.chat.conversation import Chat
 from serving.chat.settings import DEFAULT_CHAT_SETTINGS, ChatSettings
 from serving.chat.template import ChatTemplate
+from serving.engine.detokenizer import Vocabulary
 from serving.engine.request import SamplingParams
+from serving.gateway.token_bytes import TokenBytes
 
 _NUM_END_TOKENS = 32  # enough to see a mark at the end of a prompt, even in a tokenizer of single bytes
 
@@ -55,6 +57,8 @@ class Prompter:
     def __init__(self, folder: Path, beside: Path | None = None):
         dialect = base_dialect(folder)
         self._tokenizer = (dialect if beside is None else adapter_dialect(beside, dialect)).tokenizer
+        self.vocabulary = Vocabulary(self._tokenizer)
+        self.token_bytes = TokenBytes(self._tokenizer)
         self._num_tokens = int(open_checkpoint(folder).config["vocab_size"])
 
     def prepare(self, asked: Asked, chats: ChatSettings) -> Prepared:
@@ -99,9 +103,25 @@ class Prompter:
         """Return the number of the text's tokens, without special tokens."""
         return len(self._encode_text(text))
 
-    def token_text(self, token: int) -> str:
-        """Return one token as text. Bytes of an incomplete character become the replacement character."""
-        return self._tokenizer.decode([token])
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return tokens as text."""
+        vocabulary = self.vocabulary if skip_special_tokens else self.vocabulary.with_special
+        return vocabulary.decode(list(tokens))
+
+    def token_label(self, token: int) -> str:
+        """Return a name of one token that shows its spaces, and the bytes of an incomplete character as numbers."""
+        content = self.token_bytes(token)
+        try:
+            return content.decode() if content else f"token_id:{token}"
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+    def last_tokens(self, tokens: tuple[int, ...], num_kept: int) -> tuple[int, ...]:
+        """Return the last tokens of a prompt. Its beginning-of-sequence token stays the first, if there is room."""
+        bos, is_cut = self._tokenizer.bos_token_id, len(tokens) > num_kept
+        if is_cut and num_kept > 1 and tokens[0] == bos:
+            return (bos, *tokens[1 - num_kept :])
+        return tokens[-num_kept:]
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"]

@@ -4,8 +4,9 @@ from typing import Any, ClassVar
 
 from serving.chat.answer import AnswerReader, CallPiece, Delta
 from serving.engine.request import FinishReason
-from serving.gateway.gateway import Answer
-from serving.http.replies import Choice, chat_logprobs
+from serving.gateway.calls import Answer
+from serving.http.choice import Choice
+from serving.http.logprobs import chat_logprobs
 
 
 class ChatShape:
@@ -14,6 +15,7 @@ class ChatShape:
     id_prefix: ClassVar[str] = "chatcmpl"
     whole_object: ClassVar[str] = "chat.completion"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
+    has_one_prompt: ClassVar[bool] = True
 
     def __init__(self, *, include_reasoning: bool):
         self._include_reasoning = include_reasoning

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import ReloraError
 from serving.errors import error_body, http_error
-from serving.gateway.gateway import Answer
+from serving.gateway.calls import Answer
 from serving.http.app_state import gateway_of, metrics_of
 from serving.http.bodies.chat import ChatBody
 from serving.http.bodies.completions import CompletionBody

@@ -2,37 +2,14 @@
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
-from serving.engine.request import FinishReason, TokenEvent, TokenLogprob
-from serving.gateway.gateway import Answer, Part
-from serving.gateway.prompts import Prompter
+from serving.engine.request import FinishReason
+from serving.gateway.calls import Answer, Part
 from serving.http.bodies.generation import StreamOptions
-
-
-@dataclass
-class Choice:
-    """One continuation, or a piece of one.
-
-    `start` counts the characters of all tokens before it, for the text offsets in completions' logprobs.
-    """
-
-    start: int = 0
-    text: str = ""
-    num_tokens: int = 0
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, event: TokenEvent) -> None:
-        """Append what an event brings."""
-        self.text += event.text
-        self.num_tokens += len(event.tokens)
-        self.logprobs.extend(event.logprobs)
-        self.finish_reason = event.finish_reason
+from serving.http.choice import Choice, choice_details, first_piece, prompt_details
+from serving.http.logprobs import TokenReader, completion_logprobs
 
 
 class Shape(Protocol):
@@ -41,6 +18,7 @@ class Shape(Protocol):
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    has_one_prompt: ClassVar[bool]  # what is said about the prompt is then a field of the answer, else of the choice
 
     def whole(self, choice: Choice, answer: Answer) -> dict[str, Any]:
         """Return the fields of a finished choice, without those that all shapes share."""
@@ -61,10 +39,12 @@ class CompletionShape:
     id_prefix: ClassVar[str] = "cmpl"
     whole_object: ClassVar[str] = "text_completion"
     chunk_object: ClassVar[str] = "text_completion"
+    has_one_prompt: ClassVar[bool] = False
 
     def whole(self, choice: Choice, answer: Answer) -> dict[str, Any]:
         """See `Shape.whole`."""
-        return {"text": choice.text, "logprobs": _completion_logprobs(choice, answer.prompter)}
+        logprobs = completion_logprobs(choice.logprobs, choice.start, answer.prompter)
+        return {"text": choice.text, "logprobs": logprobs}
 
     def opening(self) -> None:
         """Return None: completions start with their first text."""
@@ -90,36 +70,57 @@ class Reply:
         self._options = options
         self._created = int(time.time())
         self._starts: dict[int, int] = {}
+        self._readers: dict[int, TokenReader] = {}
+        self._unsent: dict[int, tuple[list[int], dict[str, Any]]] = {}  # token ids and details of the prompt
         self._num_completion_tokens = 0
 
     def whole(self) -> dict[str, Any]:
         """Return the response body of an answer that was asked for whole."""
-        choices: dict[int, Choice] = defaultdict(Choice)
+        choices: dict[int, Choice] = {}
         for index, event in self._answer.head:
-            choices[index].add(event)
-        self._num_completion_tokens = sum(choice.num_tokens for choice in choices.values())
-        return self._body(
-            self._shape.whole_object,
-            [
-                _choice(index, self._shape.whole(choice, self._answer), choice.finish_reason)
-                for index, choice in sorted(choices.items())
-            ],
-            usage=self.usage(),
-        )
+            if index not in choices:
+                choices[index] = first_piece(index, event, self._answer)
+            choices[index].add(event, self._reader(index))
+        self._num_completion_tokens = sum(len(choice.tokens) for choice in choices.values())
+        entries = [self._whole_choice(index, choice) for index, choice in sorted(choices.items())]
+        more = prompt_details(0, choices[0], self._answer) if self._shape.has_one_prompt else {}
+        return self._body(self._shape.whole_object, entries, usage=self.usage(), **more)
 
     def chunks(self, part: Part) -> Iterator[dict[str, Any]]:
         """Yield the chunks for one part of the answer."""
         index, event = part
-        opening = self._shape.opening()
-        if index not in self._starts and opening is not None:
-            yield self._chunk([_choice(index, opening, None)])
-        piece = Choice(start=self._starts.setdefault(index, 0))
-        piece.add(event)
-        self._num_completion_tokens += piece.num_tokens
-        self._starts[index] += sum(len(self._answer.prompter.token_text(one.token)) for one in piece.logprobs)
+        is_first = index not in self._starts
+        piece = first_piece(index, event, self._answer) if is_first else Choice(start=self._starts[index])
+        piece.add(event, self._reader(index))
+        if is_first:
+            yield from self._open(index, piece)
+        self._num_completion_tokens += len(event.tokens)
+        self._starts[index] = piece.start + sum(len(one.text) for one in piece.logprobs)
+        tokens, details = self._unsent[index]
+        tokens += event.tokens
         chunk = self._shape.chunk(index, piece, self._answer)
         if chunk is not None:
-            yield self._chunk([_choice(index, chunk, piece.finish_reason)])
+            more = {**details, **choice_details(piece, tokens, self._answer)}
+            self._unsent[index] = [], {}
+            yield self._chunk([_choice(index, {**chunk, **more}, piece.finish_reason)])
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        more = choice_details(choice, choice.tokens, self._answer)
+        if not self._shape.has_one_prompt:
+            more |= prompt_details(index, choice, self._answer)
+        return _choice(index, {**self._shape.whole(choice, self._answer), **more}, choice.finish_reason)
+
+    def _open(self, index: int, piece: Choice) -> Iterator[dict[str, Any]]:
+        """Begin a choice of a stream. The details of its prompt go into the first chunk."""
+        details, opening = prompt_details(index, piece, self._answer), self._shape.opening()
+        if opening is not None:
+            yield self._chunk([_choice(index, opening, None)], **(details if self._shape.has_one_prompt else {}))
+        self._unsent[index] = [], {} if self._shape.has_one_prompt else details
+
+    def _reader(self, index: int) -> TokenReader:
+        if index not in self._readers:
+            self._readers[index] = TokenReader(self._answer.prompter, self._answer.call.sampling)
+        return self._readers[index]
 
     def last_chunks(self) -> Iterator[dict[str, Any]]:
         """Yield the chunks after the last part: with `include_usage` one with the token counts and no choices."""
@@ -135,12 +136,12 @@ class Reply:
             "total_tokens": num_prompt + num_completion,
         }
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None, **more: Any) -> dict[str, Any]:
         if not self._options.include_usage:
-            return self._body(self._shape.chunk_object, choices)
+            return self._body(self._shape.chunk_object, choices, **more)
         if usage is None and self._options.continuous_usage_stats:
             usage = self.usage()
-        return self._body(self._shape.chunk_object, choices, usage=usage)
+        return self._body(self._shape.chunk_object, choices, usage=usage, **more)
 
     def _body(self, object: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {
@@ -163,36 +164,3 @@ def sse(data: dict[str, Any] | str) -> bytes:
 def _choice(index: int, content: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
     """Return a choice. A shape may say otherwise why it ended."""
     return {"index": index, "finish_reason": finish_reason, **content}
-
-
-def _completion_logprobs(choice: Choice, prompter: Prompter) -> dict[str, Any] | None:
-    logprobs = choice.logprobs
-    if not logprobs:
-        return None
-    tokens = [prompter.token_text(one.token) for one in logprobs]
-    return {
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=choice.start)),
-        "tokens": tokens,
-        "token_logprobs": [one.logprob for one in logprobs],
-        "top_logprobs": [_by_text(one, prompter) for one in logprobs],
-    }
-
-
-def _by_text(one: TokenLogprob, prompter: Prompter) -> dict[str, float]:
-    """Return logprobs by token text. If tokens have the same text (parts of a character), the likeliest one counts."""
-    return {prompter.token_text(token): logprob for token, logprob in reversed(one.top)}
-
-
-def chat_logprobs(logprobs: Sequence[TokenLogprob], prompter: Prompter) -> dict[str, Any] | None:
-    """Return the logprobs of a chat's tokens, or None if they were not asked for."""
-    if not logprobs:
-        return None
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = prompter.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    content = [
-        {**entry(one.token, one.logprob), "top_logprobs": [entry(*pair) for pair in one.top]} for one in logprobs
-    ]
-    return {"content": content, "refusal": None}

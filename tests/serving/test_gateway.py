@@ -24,7 +24,8 @@ from cluster.registry import Registry, Status, Version
 from serving.adapters.residency import Residency, Tier
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent, TokenStream
 from serving.errors import BackendDiedError, BackendFailedError
-from serving.gateway.gateway import Answer, Call, Gateway, Part
+from serving.gateway.calls import Answer, Call, Part
+from serving.gateway.gateway import Gateway
 from serving.gateway.golden import check_golden
 from serving.gateway.local_backend import LocalBackend
 from serving.gateway.merge import merge

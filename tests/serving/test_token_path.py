@@ -20,7 +20,8 @@ from serving.engine.loop import EngineLoop
 from serving.engine.request import Request, SamplingParams, TokenEvent, TokenStream
 from serving.engine.stream import Stream
 from serving.gateway import backend
-from serving.gateway.gateway import Call, Gateway
+from serving.gateway.calls import Call
+from serving.gateway.gateway import Gateway
 from serving.gateway.local_backend import LocalBackend
 from serving.http.api import create_app
 from serving.http.generation import EventStream

@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, field_validator, model_validator
 
 from serving.chat.conversation import Chat
-from serving.gateway.gateway import Call
-from serving.http.bodies.generation import MAX_LOGPROBS, GenerationBody
+from serving.gateway.calls import Call
+from serving.http.bodies.generation import GenerationBody
 from serving.http.bodies.messages import Message, Tool
+from serving.http.bodies.sampling import MAX_LOGPROBS
 
 
 class ForcedTool(NamedTuple):
@@ -79,10 +80,9 @@ class ChatBody(GenerationBody):
             model=self.model,
             prompts=(self.chat(),),
             sampling=self._sampling(max_tokens, self.top_logprobs if self.logprobs else None),
-            num_choices=self.n,
             is_unlimited=max_tokens is None,
             terms=self._terms(tenant),
-            bad_words=tuple(self.bad_words),
+            **self._details(),
         )
 
     def chat(self) -> Chat:

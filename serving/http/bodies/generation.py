@@ -9,7 +9,6 @@ from serving.engine.request import Terms
 from serving.http.bodies.sampling import SamplingFields
 
 MAX_CHOICES = 128
-MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 
 # Fields for OpenAI's own bookkeeping. Clients send them, and they do not change the answer.
@@ -57,7 +56,7 @@ class GenerationBody(SamplingFields):
 
     model: Annotated[str, Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
@@ -74,9 +73,33 @@ class GenerationBody(SamplingFields):
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of: this server does not rank choices. Leave best_of out or set it to n")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of: must be at least n, which is {self.n}")
+        if self.stream and self._num_candidates is not None:
+            raise ValueError("best_of: the best choices are known at the end, so they cannot be streamed")
         return self
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: not available with stream=true")
+        return self
+
+    @property
+    def _num_candidates(self) -> int | None:
+        """The continuations to generate of each prompt, if the best are to be chosen from them."""
+        return self.best_of if self.best_of not in (None, self.n) else None
+
+    def _details(self) -> dict[str, Any]:
+        """Return the fields of a call that all bodies have."""
+        return {
+            "num_choices": self.n,
+            "best_of": self._num_candidates,
+            "bad_words": tuple(self.bad_words),
+            "truncate_prompt_tokens": self.truncate_prompt_tokens,
+            "prompt_logprobs": self.prompt_logprobs,
+            "return_token_ids": self.return_token_ids,
+        }
 
     def _terms(self, tenant: str) -> Terms:
         return Terms(self.priority, tenant, self.first_token_deadline_s, self.cache_salt or "", self.cache)

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from serving.engine.request import SamplingParams
 from serving.http.bodies.constraints import ConstraintFields
 
+MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
@@ -32,9 +33,12 @@ class SamplingFields(ConstraintFields):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], max_length=MAX_STOPS)
     stop_token_ids: list[Token] = Field(default=[], max_length=MAX_STOP_TOKENS)
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_token_ids: bool = False
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -50,6 +54,13 @@ class SamplingFields(ConstraintFields):
         if not all(str(key).isascii() and str(key).isdigit() for key in value):
             raise ValueError("must map token ids to numbers from -100 to 100")
         return {int(key): bias for key, bias in value.items()}
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _check_truncation(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("must be at least 1, or -1 for the most that leaves room for the answer")
+        return value
 
     def _sampling(self, max_tokens: int | None, num_logprobs: int | None) -> SamplingParams:
         limit: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
@@ -72,5 +83,6 @@ class SamplingFields(ConstraintFields):
             skip_special_tokens=self.skip_special_tokens,
             num_logprobs=num_logprobs,
             grammar=self.grammar(),
+            num_prompt_logprobs=self.prompt_logprobs,
             **limit,
         )
