@@ -26,6 +26,11 @@ class Chat:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
+    @property
+    def is_forced(self) -> bool:
+        """Whether the answer must be a tool call."""
+        return self.must_call or self.forced_tool is not None
+
     def tool_schemas(self) -> dict[str, Mapping[str, Any]]:
         """Return the JSON schema of each tool's parameters, by the tool's name."""
         return {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in self.tools}

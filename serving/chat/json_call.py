@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Collection, Generator
 
-from serving.chat.source import CallArguments, CallStart, Source, Steps, take_space
+from serving.chat.source import CallArguments, CallStart, Source, Steps, peek, skip_optional, take_space
 
 NAMES = ("name", "function")
 ARGUMENTS = ("arguments", "parameters")
@@ -140,6 +140,20 @@ def json_call(source: Source, names: Collection[str] | None = None) -> Steps[str
         yield CallStart(name, id)
         yield CallArguments(_unwrapped(early_arguments or "{}"))
     return None
+
+
+def json_calls(source: Source) -> Steps[str]:
+    """Parse a list of calls, or one call. Return the text that was taken if it is neither."""
+    taken = yield from take_space(source)
+    taken += source.take(1) if source.text.startswith("[") else ""
+    while (yield from peek(source)) == "{":
+        no_call = yield from json_call(source)
+        if no_call is not None:
+            return taken + no_call
+        taken = ""
+        yield from skip_optional(source, ",")
+    is_closed = yield from skip_optional(source, "]")
+    return "" if is_closed else taken
 
 
 def json_pieces(source: Source) -> Generator[str | None, None, None]:

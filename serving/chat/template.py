@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from cluster.errors import InvalidRequestError
 from serving.chat.answer import AnswerFormat
 from serving.chat.conversation import Chat
+from serving.chat.formats.json_list import JsonList, forced_calls
 from serving.chat.formats.table import FORMATS, find_format
 from serving.chat.settings import ChatSettings
 from serving.chat.thinking import Thinking, find_thinking
+from serving.engine.grammar import Grammar
 
 # Errors that a template raises for messages, tools or variables that it was not written for.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -34,6 +36,22 @@ class ChatTemplate:
         self._source: str = tokenizer.get_chat_template(chat.template, list(chat.tools) or None)
         self._format = find_format(self._source, settings.tool_parser)
         self._thinking = find_thinking(self._source, settings.reasoning_parser)
+
+    def grammar(self) -> Grammar | None:
+        """Return the grammar of the answer if it must be a tool call."""
+        chat = self._chat
+        if not chat.is_forced:
+            return None
+        schemas = chat.tool_schemas()
+        tools = schemas if chat.forced_tool is None else {chat.forced_tool: schemas[chat.forced_tool]}
+        return forced_calls(tools, is_single=chat.forced_tool is not None or chat.max_calls == 1)
+
+    def prompt(self, *, is_constrained: bool) -> str:
+        """Return the prompt. If it opens reasoning, but a grammar leaves no room for that, the reasoning is closed."""
+        text = self.render()
+        if is_constrained and self._thinking is not None and _is_open(self._thinking, self._chat, text):
+            text += f"{self._thinking.end}\n\n"
+        return text
 
     def render(self) -> str:
         """Return the prompt, as transformers' `apply_chat_template` writes it.
@@ -61,16 +79,16 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequestError(f"The model's chat template rejects these messages: {error}") from error
 
-    def answer_format(self, prompt_end: str) -> AnswerFormat:
-        """Return how to read the answer to a prompt that ends like `prompt_end`."""
-        format = self._format if self._chat.tools else None
+    def answer_format(self, prompt: str) -> AnswerFormat:
+        """Return how to read the answer to a prompt."""
+        format = JsonList(self._format) if self._chat.is_forced else self._format if self._chat.tools else None
         thinking = self._thinking
         marks = {*(format.tokens if format else ()), *((thinking.start, thinking.end) if thinking else ())}
         special = {str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special}
         return AnswerFormat(
             format=format,
             thinking=thinking,
-            is_thinking_open=thinking is not None and _is_open(thinking, self._chat, prompt_end),
+            is_thinking_open=thinking is not None and _is_open(thinking, self._chat, prompt),
             tools=self._chat.tool_schemas(),
             max_calls=self._chat.max_calls,
             hidden=special - marks if special & marks else (),
@@ -90,9 +108,7 @@ class ChatTemplate:
                 raise InvalidRequestError(
                     f"{variable}: the model's chat template does not use {variable}, so the model would not see them."
                 )
-        if chat.must_call or chat.forced_tool:
-            raise InvalidRequestError('tool_choice: this server takes "none" and "auto". It cannot force a call.')
-        if chat.tools and self._format is None:
+        if chat.tools and self._format is None and not chat.is_forced:
             raise InvalidRequestError(
                 "tools: this server does not know in which format the model writes calls. Set tool_parser of the base "
                 f"or the adapter in the fleet file to one of: {', '.join(FORMATS)}."
@@ -112,9 +128,9 @@ class ChatTemplate:
         return re.search(rf"\b{variable}\b", self._source) is not None
 
 
-def _is_open(thinking: Thinking, chat: Chat, prompt_end: str) -> bool:
+def _is_open(thinking: Thinking, chat: Chat, prompt: str) -> bool:
     """Return whether the answer begins inside the reasoning."""
     if chat.continue_final_message:
-        text = chat.messages[-1].get("content", "")
-        return text.rfind(thinking.start) > text.rfind(thinking.end)
-    return prompt_end.rstrip().endswith(thinking.start)
+        begun = prompt[prompt.rfind(chat.messages[-1].get("content", "").strip()) :]
+        return begun.rfind(thinking.start) > begun.rfind(thinking.end)
+    return prompt.rstrip().endswith(thinking.start)

@@ -16,8 +16,6 @@ from serving.engine.detokenizer import Vocabulary
 from serving.engine.request import SamplingParams
 from serving.gateway.token_bytes import TokenBytes
 
-_NUM_END_TOKENS = 32  # enough to see a mark at the end of a prompt, even in a tokenizer of single bytes
-
 Prompt = str | tuple[int, ...] | Chat
 
 
@@ -63,15 +61,25 @@ class Prompter:
 
     def prepare(self, asked: Asked, chats: ChatSettings) -> Prepared:
         """Return what a call needs. Raises InvalidRequestError. A chat is the only prompt of its call."""
-        tokens = [self.encode(prompt, chats) for prompt in asked.prompts]
         sampling = asked.sampling
         if asked.bad_words:
             sampling = replace(sampling, bad_words=self.encode_bad_words(asked.bad_words))
         chat = asked.prompts[0]
-        if not isinstance(chat, Chat):
-            return Prepared(tokens, sampling, AnswerFormat())
-        end = self._tokenizer.decode(tokens[0][-_NUM_END_TOKENS:])
-        format = ChatTemplate(self._tokenizer, chat, chats).answer_format(end)
+        if isinstance(chat, Chat):
+            return self._prepare_chat(chat, sampling, chats)
+        return Prepared([self.encode(prompt) for prompt in asked.prompts], sampling, AnswerFormat())
+
+    def _prepare_chat(self, chat: Chat, sampling: SamplingParams, chats: ChatSettings) -> Prepared:
+        if chat.tools and not chat.is_forced and sampling.grammar is not None:
+            raise InvalidRequestError(
+                f"{sampling.grammar.origin}: an answer that may call tools cannot be constrained. Send "
+                'tool_choice "none", or leave the constraint out.'
+            )
+        template = ChatTemplate(self._tokenizer, chat, chats)
+        sampling = replace(sampling, grammar=template.grammar() or sampling.grammar)
+        prompt = template.prompt(is_constrained=sampling.grammar is not None)
+        format = template.answer_format(prompt)
+        tokens = [_not_empty(tuple(self._encode_text(prompt)))]
         if not sampling.skip_special_tokens:  # the client wants to see them
             return Prepared(tokens, sampling, replace(format, hidden=()))
         return Prepared(tokens, replace(sampling, skip_special_tokens=not format.hidden), format)
@@ -79,9 +87,7 @@ class Prompter:
     def encode(self, prompt: Prompt, chats: ChatSettings = DEFAULT_CHAT_SETTINGS) -> tuple[int, ...]:
         """Return the prompt's token ids with the model's special tokens. Raises InvalidRequestError if it is empty."""
         tokens = self._checked(prompt) if isinstance(prompt, tuple) else self._tokenized(prompt, chats)
-        if not tokens:
-            raise InvalidRequestError("The prompt is empty. Send at least one token.")
-        return tokens
+        return _not_empty(tokens)
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the tokens of words that may not be written: at the start of a text, and after a space.
@@ -139,6 +145,12 @@ class Prompter:
                     f"The prompt has token id {token}, but the model's ids are 0 to {self._num_tokens - 1}."
                 )
         return tokens
+
+
+def _not_empty(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    if not tokens:
+        raise InvalidRequestError("The prompt is empty. Send at least one token.")
+    return tokens
 
 
 def _valid(text: str) -> str:

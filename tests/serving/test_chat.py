@@ -112,9 +112,73 @@ def test_with_tool_choice_none_the_model_sees_no_tools_and_makes_no_calls(server
     assert ask(server, "hermes", QUESTION, tools=TOOLS, max_tokens=4).usage.prompt_tokens > none.usage.prompt_tokens
 
 
+CHOICE = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 3}}, "required": ["n"]}
+TWO_TOOLS = [
+    {"type": "function", "function": {"name": "pick", "parameters": {**CHOICE, "additionalProperties": False}}},
+    {"type": "function", "function": {"name": "stop"}},
+]
+
+
+BAD_SCHEMA = {"type": "object", "properties": {"x": {"type": "string", "pattern": "("}}, "required": ["x"]}
+BAD_TOOL = {"type": "function", "function": {"name": "bad", "parameters": BAD_SCHEMA}}
+
+
+@pytest.mark.parametrize("model", [*MODELS, "opened"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_tool_is_called_with_valid_arguments(server: Server, model: str, stream: bool):
+    """That needs no tool_parser, and it leaves no room for reasoning."""
+    more = {"tools": TWO_TOOLS, "tool_choice": {"type": "function", "function": {"name": "pick"}}}
+    if stream:
+        found = streamed(server, model, THOUGHT, **more)
+        ((name, arguments),) = found.calls
+        assert (found.content, found.reasoning, found.finish_reason) == ("", "", "tool_calls")
+    else:
+        choice = ask(server, model, THOUGHT, **more).choices[0]
+        (call,) = choice.message.tool_calls
+        name, arguments = call.function.name, call.function.arguments
+        assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
+    assert name == "pick"
+    assert json.loads(arguments)["n"] in (1, 2, 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_required_call_is_a_valid_call_of_one_of_the_tools(server: Server, seed: int):
+    more = {"tools": TWO_TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": seed}
+    choice = server.client.chat.completions.create(model="hermes", messages=THOUGHT, temperature=2.0, **more).choices[0]
+    (call,) = choice.message.tool_calls
+    assert call.function.name in ("pick", "stop")
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "stop" or arguments["n"] in (1, 2, 3)
+    assert choice.finish_reason == "tool_calls"
+
+
+def test_several_calls_may_be_required(server: Server):
+    """Which of them the model makes is its own choice. An answer that is cut off may end inside the last one."""
+    more = {"tools": TWO_TOOLS, "tool_choice": "required", "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    calls = ask(server, "hermes", THOUGHT, **more).choices[0].message.tool_calls
+    assert {call.function.name for call in calls} <= {"pick", "stop"}
+    assert all(isinstance(json.loads(call.function.arguments), dict) for call in calls[:-1])
+
+
+def test_mistral_gets_ids_that_its_template_knows(server: Server):
+    more = {"tools": TWO_TOOLS, "tool_choice": {"type": "function", "function": {"name": "stop"}}}
+    (call,) = ask(server, "mistral", THOUGHT, **more).choices[0].message.tool_calls
+    assert len(call.id) == 9
+
+
+def test_a_constraint_applies_to_the_answer_not_to_the_reasoning(server: Server):
+    """The template of "opened" opens the reasoning. A constrained answer closes it."""
+    more = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": CHOICE}}}
+    message = ask(server, "opened", THOUGHT, **more).choices[0].message
+    assert not hasattr(message, "reasoning_content")
+    assert json.loads(message.content)["n"] in (1, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("model", "more", "word"),
     [
+        ("hermes", {"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+        ("hermes", {"tools": [BAD_TOOL], "tool_choice": "required"}, "tool_choice"),
         ("plain", {"tools": TOOLS}, "tools: the model's chat template does not use tools"),
         ("opened", {"tools": TOOLS}, "tool_parser"),
         ("hermes", {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type"),

@@ -5,7 +5,7 @@ import string
 from typing import ClassVar
 
 from serving.chat.formats.tool_format import Tools
-from serving.chat.json_call import json_call, json_pieces
+from serving.chat.json_call import json_calls, json_pieces
 from serving.chat.source import (
     CallArguments,
     CallStart,
@@ -38,7 +38,7 @@ class Mistral:
         """See `ToolFormat`."""
         while (yield from text_until(source, (OPEN,))):
             is_list = (yield from peek(source)) in ("[", "{")
-            no_call = yield from (_listed_calls(source) if is_list else _named_call(source))
+            no_call = yield from (json_calls(source) if is_list else _named_call(source))
             if no_call:
                 yield Content(OPEN + no_call)
             else:
@@ -47,20 +47,6 @@ class Mistral:
     def new_id(self) -> str:
         """Return nine letters and digits: Mistral's templates refuse other ids."""
         return "".join(secrets.choice(ID_CHARACTERS) for _ in range(9))
-
-
-def _listed_calls(source: Source) -> Steps[str]:
-    """Parse a list of calls, or one call. Return the text that was taken if it is neither."""
-    taken = yield from take_space(source)
-    taken += source.take(1) if source.text.startswith("[") else ""
-    while (yield from peek(source)) == "{":
-        no_call = yield from json_call(source)
-        if no_call is not None:
-            return taken + no_call
-        taken = ""
-        yield from skip_optional(source, ",")
-    is_closed = yield from skip_optional(source, "]")
-    return "" if is_closed else taken
 
 
 def _named_call(source: Source) -> Steps[str]:
