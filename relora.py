@@ -72,6 +72,8 @@ def register(fleet: FleetPath) -> None:
             continue
         live = routes[spec.name].live
         console.print(f"{live.label} is {'' if live.id in new else 'already '}live on {live.base}")
+        for warning in live.warnings:
+            print_line(f"{live.label}: warning: {warning}")
 
 
 @app.command()

@@ -40,7 +40,7 @@ def status(fleet: FleetPath, as_json: AsJson = False) -> None:
         print_line(f"nothing is registered yet: run `relora register {fleet}` first")
         return
     console.print(_table(versions))
-    _print_setbacks(versions)
+    _print_notes(versions)
     for name in sorted(registry.paused()):
         print_line(f"{name}: paused; `relora resume {fleet} {name}` lets its upgrade and its rollout go on")
 
@@ -135,7 +135,7 @@ def _show_adapter(registry: Registry, blobs: "BlobStore", name: str, as_json: bo
     paused = ", paused" if name in registry.paused() else ""
     print_line(f"{name}: metric {record.metric}, traffic {record.traffic:g}, data {record.data or 'none'}{paused}")
     console.print(_table(versions, sizes))
-    _print_setbacks(versions)
+    _print_notes(versions)
 
 
 def _show_version(registry: Registry, blobs: "BlobStore", version: Version, as_json: bool) -> None:
@@ -152,7 +152,7 @@ def _show_version(registry: Registry, blobs: "BlobStore", version: Version, as_j
     print_line(f"size: rank {rank or 'unknown'}, {size or 'unknown'}")
     for line in _gate_lines(version):
         print_line(line)
-    _print_setbacks([version])
+    _print_notes([version])
     if attempts:
         table = Table("rung", "quality", "seconds", "note", title="rungs")
         for attempt in attempts:
@@ -202,6 +202,7 @@ def _summary(version: Version) -> dict[str, Any]:
         "rung": version.details.get("rung"),
         **size_of(version),
         "setback": version.setback,
+        "warnings": list(version.warnings),
         "created_at": version.created_at,
         "updated_at": version.updated_at,
     }
@@ -229,10 +230,12 @@ def _rank_and_size(size: dict[str, Any]) -> tuple[str, str]:
     return "" if rank is None else str(rank), "" if num_bytes is None else megabytes(num_bytes)
 
 
-def _print_setbacks(versions: list[Version]) -> None:
+def _print_notes(versions: list[Version]) -> None:
     for version in versions:
         if version.setback is not None:
             print_line(f"{version.label}: {version.status}: {version.setback}")
+        for warning in version.warnings:
+            print_line(f"{version.label}: warning: {warning}")
 
 
 def _time(seconds: float) -> str:

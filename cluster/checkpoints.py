@@ -162,11 +162,11 @@ def _hint(folder: Path) -> str:
     return " Pickled weights (pytorch_model.bin) are not read." if pickled else ""
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(folder: Path, name: str, kind: str = "") -> Path:
     """Return a file of the folder or of its subfolders. InvalidCheckpointError if it is missing or elsewhere."""
     file = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
-        raise InvalidCheckpointError(f"{folder}: {name!r} is missing.")
+        raise InvalidCheckpointError(f"{folder}: {kind}{name!r} is missing.")
     return file
 
 
@@ -176,7 +176,7 @@ def _sharded_entries(index: Path) -> dict[str, _Entry]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InvalidCheckpointError(f"{index}: no 'weight_map' from tensor names to shard files.")
-    shards = {shard: _file_entries(_inside(folder, shard)) for shard in sorted(set(weight_map.values()))}
+    shards = {shard: _file_entries(_inside(folder, shard, "shard ")) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise InvalidCheckpointError(

@@ -165,10 +165,15 @@ def moved_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> 
 
     Special tokens may change their names, as reserved ones do once they are used.
     """
-    special = set(old.get_added_vocab()) | set(old.all_special_tokens)
     now = new.get_vocab()
-    moved = {t: (id, now.get(t)) for t, id in old.get_vocab().items() if t not in special and now.get(t) != id}
+    moved = {token: (id, now.get(token)) for token, id in ordinary_tokens(old).items() if now.get(token) != id}
     return dict(sorted(moved.items()))
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the ids of the tokens that are neither special nor added."""
+    special = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
+    return {token: id for token, id in tokenizer.get_vocab().items() if token not in special}
 
 
 def _own_tokenizer(folder: Path, base: Dialect) -> PreTrainedTokenizerBase:

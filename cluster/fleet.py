@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.adapter_files import check_base, load_adapter
 from cluster.adapter_folder import identity, store_adapter
@@ -14,6 +15,8 @@ from cluster.config import AdapterSpec, Fleet
 from cluster.config_types import SQLITE
 from cluster.dialect import adapter_dialect, base_dialect, store_dialect
 from cluster.errors import ConfigError, ConflictError, NotFoundError
+from cluster.recorded_base import check_recorded_base
+from cluster.records import WARNINGS
 from cluster.registry import BaseModel, Registry, Status, Version
 
 
@@ -99,26 +102,27 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
         if versions:
             _check_unchanged(fleet, spec, versions, blobs)
         elif spec.base in listed:
-            _check_new(fleet, spec)
-            new.append(spec)
+            new.append((spec, _check_new(fleet, spec, registry)))
         else:
             names = ", ".join(sorted(listed)) or "none"
             raise ConfigError(f"adapters[{index}].base: no base {spec.base!r} among: {names}")
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
     added = []
-    for spec in new:
+    for spec, details in new:
         with suppress(ConflictError):  # another process has just registered it
-            base_folder = open_checkpoint(fleet.base(spec.base).path).folder
-            added.append(_add_first_version(spec, fleet.local(spec.path), base_folder, registry, blobs))
+            added.append(_add_first_version(fleet, spec, details, registry, blobs))
     return added
 
 
-def _check_new(fleet: Fleet, spec: AdapterSpec) -> None:
-    """Raise InvalidAdapterError if the adapter cannot be used on its base."""
+def _check_new(fleet: Fleet, spec: AdapterSpec, registry: Registry) -> dict[str, Any]:
+    """Return the details of the adapter's first version. InvalidAdapterError if it cannot be used on its base."""
     checkpoint, folder = open_checkpoint(fleet.base(spec.base).path), fleet.local(spec.path)
-    check_base(load_adapter(folder, max_rank=fleet.serving.max_rank), checkpoint)
+    adapter = load_adapter(folder, max_rank=fleet.serving.max_rank)
+    check_base(adapter, checkpoint)
     adapter_dialect(folder, base_dialect(checkpoint.folder))
+    warnings = check_recorded_base(adapter.base_model, registry.base(spec.base), registry.bases(), folder)
+    return {WARNINGS: list(warnings)} if warnings else {}
 
 
 def _check_unchanged(fleet: Fleet, spec: AdapterSpec, versions: Sequence[Version], blobs: BlobStore) -> None:
@@ -152,8 +156,11 @@ def _check_unchanged(fleet: Fleet, spec: AdapterSpec, versions: Sequence[Version
         )
 
 
-def _add_first_version(spec: AdapterSpec, folder: Path, base: Path, registry: Registry, blobs: BlobStore) -> Version:
+def _add_first_version(
+    fleet: Fleet, spec: AdapterSpec, details: dict[str, Any], registry: Registry, blobs: BlobStore
+) -> Version:
+    folder = fleet.local(spec.path)
     key = store_adapter(blobs, folder)
     size = size_details(load_adapter(folder), blobs.fetch_folder(key))
-    details = store_dialect(blobs, folder, base) | size
+    details = details | store_dialect(blobs, folder, fleet.base(spec.base).path) | size
     return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key, details=details)

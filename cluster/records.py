@@ -43,6 +43,9 @@ ADAPTING -> PLANNED lets another worker take up interrupted work. Only a person 
 ROLLED_BACK -> CANDIDATE (`relora retry`).
 """
 
+WARNINGS = "warnings"
+"""The key of a version's details that has what people should know about its files."""
+
 _SETBACKS = {Status.REJECTED: "rejected", Status.FAILED: "error", Status.ROLLED_BACK: "rolled_back"}
 """The key of a version's details that has the reason for its status."""
 
@@ -95,6 +98,11 @@ class Version:
     def label(self) -> str:
         """The name that pins this version in a request: `adapter@number`."""
         return f"{self.adapter}@{self.number}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What people should know about the version's files, in words."""
+        return tuple(self.details.get(WARNINGS, ()))
 
     @property
     def setback(self) -> str | None:

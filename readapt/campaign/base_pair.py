@@ -18,7 +18,7 @@ from cluster.adapter_files import Adapter, load_adapter, save_adapter
 from cluster.blobs import BlobStore
 from cluster.checkpoints import Checkpoint, open_checkpoint
 from cluster.config import Fleet
-from cluster.dialect import base_dialect, moved_tokens
+from cluster.dialect import base_dialect, moved_tokens, ordinary_tokens
 from cluster.errors import InvalidCheckpointError, ReloraError
 from cluster.fleet import register_base
 from cluster.registry import Registry
@@ -149,7 +149,8 @@ def tokenizer_change(old: Checkpoint, new: Checkpoint) -> tuple[TokenizerChange,
     if moved:
         token, (was, now) = next(iter(moved.items()))
         raise InvalidCheckpointError(
-            f"{new.folder}: {len(moved)} tokens of {old.folder} have other ids or are missing, such as {token!r} "
-            f"({was}, now {'none' if now is None else now}): adapters cannot be carried over, {ADVICE}"
+            f"{new.folder}: {len(moved)} of {len(ordinary_tokens(before))} tokens of {old.folder} have other ids or "
+            f"are missing, such as {token!r} ({was}, now {'none' if now is None else now}): adapters cannot be "
+            f"carried over, {ADVICE}"
         )
     return TokenizerChange.COMPATIBLE, max(0, len(after.get_vocab()) - len(before.get_vocab()))

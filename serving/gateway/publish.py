@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cluster.adapter_files import check_base, load_adapter
 from cluster.adapter_folder import store_adapter
@@ -11,6 +12,8 @@ from cluster.checkpoints import open_checkpoint
 from cluster.dialect import DIALECT, adapter_dialect, base_dialect, store_dialect
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError
 from cluster.names import check_name
+from cluster.recorded_base import check_recorded_base
+from cluster.records import WARNINGS
 from cluster.registry import Registry, Status, Version
 from cluster.sources import local_folder
 from serving.engine.request import AdapterRef
@@ -22,7 +25,7 @@ class StoredAdapter:
 
     base: str
     key: str
-    details: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def ref(self, name: str) -> AdapterRef:
         """Return the adapter as engines know it, before it has a version."""
@@ -56,10 +59,14 @@ def store(
         path = local_folder(folder, blobs.cache_dir.parent / "sources")
     except NotFoundError as error:  # not 404, which clients read as an unknown model
         raise InvalidRequestError(f"lora_path: {error}") from error
-    base_folder = Path(registry.base(base).path)
-    check_base(load_adapter(path, max_rank=max_rank), open_checkpoint(base_folder))
+    record = registry.base(base)
+    base_folder = Path(record.path)
+    adapter = load_adapter(path, max_rank=max_rank)
+    check_base(adapter, open_checkpoint(base_folder))
     adapter_dialect(path, base_dialect(base_folder))
-    return StoredAdapter(base, store_adapter(blobs, path), store_dialect(blobs, path, base_folder))
+    warnings = check_recorded_base(adapter.base_model, record, registry.bases(), path)
+    details = {**store_dialect(blobs, path, base_folder), **({WARNINGS: list(warnings)} if warnings else {})}
+    return StoredAdapter(base, store_adapter(blobs, path), details)
 
 
 def publish(registry: Registry, name: str, stored: StoredAdapter) -> Version:

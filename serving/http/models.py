@@ -46,7 +46,8 @@ async def adapters(request: HttpRequest) -> Response:
 async def load_lora_adapter(body: LoadAdapterBody, request: HttpRequest) -> Response:
     """Make an adapter's files the live version of its name."""
     version = await gateway_of(request).load_adapter(body.lora_name, body.lora_path, body.base_model_name)
-    return JSONResponse({"status": "loaded", "model": version.label, "base": version.base})
+    answer = {"status": "loaded", "model": version.label, "base": version.base}
+    return JSONResponse({**answer, **({"warnings": list(version.warnings)} if version.warnings else {})})
 
 
 @router.post("/v1/unload_lora_adapter")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from cluster.adapter_files import load_adapter, save_adapter
 from cluster.config import Fleet
 from cluster.config_readapt import LadderConfig
+from cluster.dialect import base_dialect
 from cluster.errors import InvalidCheckpointError
 from cluster.fleet import open_blobs
 from cluster.fleet_file import load_fleet
@@ -140,7 +141,7 @@ def test_tokenizers_are_compared_once_per_pair_of_bases(
     file.write_text(json.dumps(content))
     opened: list[Any] = []
     monkeypatch.setattr(
-        "readapt.campaign.base_pair.encoder_for", lambda *args: opened.append(args) or encoder_for(*args)
+        "readapt.campaign.base_pair.base_dialect", lambda *args: opened.append(args) or base_dialect(*args)
     )
     executor = Scripted(lambda job: result_for(fleet, job))
     settled = run(fleet, registry, executor)

@@ -209,3 +209,25 @@ async def test_prompters_are_shared_bounded_and_opened_again_after_a_failure(tmp
         version = type("V", (), {"details": {DIALECT: blobs.put_folder(tmp_path / "ends")}})()
         await prompters.of(Target("base", version), base)
     assert await prompters.of(plain, base) is not first
+
+
+def test_a_load_refuses_an_adapter_of_another_base_and_warns_of_an_unknown_one(served: Server, tmp_path: Path):
+    shutil.copytree(served.files / "plain", tmp_path / "other")
+    config = tmp_path / "other" / "adapter_config.json"
+    other = chat_world(tmp_path / "another-base", seed=9)
+    fields = json.loads(config.read_text())
+
+    def load(recorded: str) -> tuple[int, dict]:
+        config.write_text(json.dumps({**fields, "base_model_name_or_path": recorded}))
+        answer = served.post("/v1/load_lora_adapter", lora_name="other", lora_path=str(config.parent))
+        return answer.status_code, answer.json()
+
+    status, body = load(str(other))
+    assert (status, body["error"]["code"]) == (400, "invalid_adapter")
+    assert "trained on another base" in body["error"]["message"]
+    status, body = load("org/unknown")
+    assert status == 200
+    assert "'org/unknown'" in body["warnings"][0]
+    assert list(served.registry.find("other", 1).warnings) == body["warnings"]
+    for recorded in ("base", str(served.files / "base")):
+        assert "warnings" not in load(recorded)[1]
