@@ -138,6 +138,9 @@ class GateConfig:
     min_reference_points: PositiveOrZero = 5.0
     """An old adapter that scores less on its own rows is no reference, since nearly anything would pass: its upgrade
     fails, with the likely cause. So does that of an adapter that only ever gives one answer. 0: no such check."""
+    max_growth: PositiveOrZero = 0.0
+    """Most parameters of a new version, as a multiple of the old one's; larger ones are cut, or rejected. 0: no limit.
+    Without a limit too, a new version is cut to 1 to 4 times its old ranks if it then answers as well."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """An evaluation that is going to fail ends early. It does so wrongly with a probability of at most 1 - `confidence`
     (a few times that if chrF varies much between rows). Passing always takes all rows."""

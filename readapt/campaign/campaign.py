@@ -241,7 +241,7 @@ class Campaign:
         copied = "copy not tried" if outcome.copy_quality is None else f"copy {outcome.copy_quality:.1f}"
         self._say(
             f"{version.label}: {target} at rung {outcome.rung} (alpha {outcome.alpha:.2f}, beta {outcome.beta:.2f}): "
-            f"{outcome.quality:.1f}, {copied}, reference {outcome.reference:.1f}"
+            f"{outcome.quality:.1f}, {copied}, reference {outcome.reference:.1f}, rank {outcome.adapter.max_rank}"
         )
         if result.left_out:
             self._say(f"{version.label}: rows left out: {described(result.left_out)}")

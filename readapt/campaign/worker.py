@@ -17,9 +17,11 @@ from readapt.campaign.jobs import AdapterJob, AdapterResult, RungReached
 from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.ladder.inputs import Bases, LadderTask, TaskRows
 from readapt.ladder.ladder import Ladder, LadderSteps
+from readapt.ladder.outcome import Outcome
 from readapt.ladder.relabel import is_data_free, prompts_to_answer, relabelled
+from readapt.ladder.smaller import Fitted, fitted
 from readapt.training.data import Encoder, Row, Task, encoder_for, joined
-from readapt.training.evaluate import Gate, golden, judge
+from readapt.training.evaluate import Evaluation, Evaluator, Gate, golden, judge
 from readapt.training.lora import attached, load_base
 from readapt.training.reference import reference
 from readapt.training.selection import usable_rows
@@ -72,8 +74,12 @@ class Worker:
         bases = self._bases(job)
         ladder_task = LadderTask(self._adapter(job.task_key), rows, gate, job.metric)
         outcome = yield from Ladder(bases, ladder_task, self._config, search_and_keep, report=report_point).climb()
+        setback = None
+        if outcome.accepted:
+            size = self._fitted(outcome, ladder_task, bases)
+            outcome = replace(outcome, adapter=size.adapter, quality=size.quality)
+            setback = size.setback or self._setback(job, outcome.adapter, stages)
         completions = self._golden(bases, task.valid, outcome.adapter)
-        setback = self._setback(job, outcome.adapter, stages) if outcome.accepted else None
         climb_s = time.perf_counter() - started - reference_s
         return AdapterResult(
             replace(outcome, ready=None, accepted=outcome.accepted and setback is None),
@@ -138,6 +144,19 @@ class Worker:
         """Return the old adapter's quality by folder, if it learned stages: each stage has its own reference."""
         folders = [folder for folder in job.data if not is_data_free(folder)] if len(job.data) > 1 else []
         return {folder: self._old_quality(job, self._rows(job, folder / "valid.jsonl")) for folder in folders}
+
+    def _fitted(self, outcome: Outcome, task: LadderTask, bases: Bases) -> Fitted:
+        """Return the smallest adapter that does what the accepted one does (`readapt.ladder.smaller`)."""
+        config = self._config.gate
+
+        def judged(adapter: Adapter, gate: Gate) -> Evaluation:
+            with attached(bases.new, adapter):
+                return Evaluator(
+                    bases.new, bases.encoder, task.rows.gate, task.metric, gate=gate, confidence=config.confidence
+                )()
+
+        gate = replace(task.gate, reference=outcome.reference)
+        return fitted(outcome.adapter, outcome.quality, outcome.rung, task.old, gate, config.max_growth, judged)
 
     def _setback(self, job: AdapterJob, adapter: Adapter, stages: Mapping[Path, float]) -> str | None:
         """Name a stage that lost more than `gate.max_drop_points`. The gate, over all rows, may miss a small stage.
