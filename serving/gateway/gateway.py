@@ -29,13 +29,14 @@ from cluster.errors import (
 from cluster.names import parse_model
 from cluster.registry import Registry, Version
 from cluster.rollout import CANARY_FAILURE
-from serving.chat.settings import FleetChatSettings, ParserSpec
+from serving.chat.settings import ChatSettings, FleetChatSettings, ParserSpec
 from serving.engine.request import AdapterRef, Request, SamplingParams
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.gateway.backend import Backend, raise_error_of
 from serving.gateway.calls import Answer, Call, Part, cut_prompt, keep_best, requests_of
 from serving.gateway.merge import merge
 from serving.gateway.prompters import Prompters
+from serving.gateway.prompts import Prompter
 from serving.gateway.publish import publish, store, withdraw
 from serving.gateway.routing import HEALTH_TIMEOUT_S, Snapshot, Target, max_position, release, release_gone
 
@@ -102,7 +103,7 @@ class Gateway:
         Nothing has been sent to the client before. So if a canary fails until then, its failure is logged for the
         rollout and the live version answers instead.
         """
-        *canaries, last = await self._targets(call)
+        *canaries, last = await self._targets(call.model, call.id)
         for canary in canaries:
             try:
                 return await self._begin(call, canary, whole)
@@ -174,25 +175,30 @@ class Gateway:
 
     # From a name to targets.
 
-    async def _targets(self, call: Call) -> list[Target]:
+    async def prompter(self, model: str) -> tuple[Target, Prompter, ChatSettings]:
+        """Return what a model's name means now (of an adapter, the live version), and how its text becomes tokens."""
+        target = (await self._targets(model, ""))[-1]
+        return target, *await self._open(target)
+
+    async def _targets(self, model: str, call_id: str) -> list[Target]:
         """Return the targets to try, in order. Only the last one's error reaches the client."""
-        name, number = parse_model(call.model)
+        name, number = parse_model(model)
         version = None if number is None else await asyncio.to_thread(self._registry.find, name, number)
         with suppress(NotFoundError):
-            return self._known_targets(call, name, version)
+            return self._known_targets(call_id, name, version)
         await self.refresh()
-        return self._known_targets(call, name, version)
+        return self._known_targets(call_id, name, version)
 
-    def _known_targets(self, call: Call, name: str, pinned: Version | None) -> list[Target]:
+    def _known_targets(self, call_id: str, name: str, pinned: Version | None) -> list[Target]:
         if pinned is not None:
             return [self.snapshot.pinned(pinned)]
-        return self.snapshot.named(name, call.id, self._rollout.canary_share)
+        return self.snapshot.named(name, call_id, self._rollout.canary_share)
 
     # From a target to tokens.
 
     async def _begin(self, call: Call, target: Target, whole: bool) -> Answer:
-        prompter = await self._prompters.of(target, Path(self.snapshot.bases[target.base].path))
-        prompts, sampling, format = await asyncio.to_thread(prompter.prepare, call, self._chats.of(target.names))
+        prompter, chats = await self._open(target)
+        prompts, sampling, format = await asyncio.to_thread(prompter.prepare, call, chats)
         limit = partial(self.max_model_tokens, target.base)
         prompts = [cut_prompt(call, prompt, prompter, limit) for prompt in prompts]
         requests = requests_of(replace(call, sampling=sampling), target, prompts, self._serving)
@@ -226,6 +232,10 @@ class Gateway:
                     log.warning("resubmitting request %s after %d tokens: %s", request.id, len(tokens), error)
                     self._num_resubmissions[target.base] += 1
             await asyncio.sleep(BACKOFF_S * 2**attempt)
+
+    async def _open(self, target: Target) -> tuple[Prompter, ChatSettings]:
+        prompter = await self._prompters.of(target, Path(self.snapshot.bases[target.base].path))
+        return prompter, self._chats.of(target.names)
 
     async def _log_canary_failure(self, canary: Target, error: ReloraError) -> None:
         """Log a failure for the rollout, unless the canary was only busy, which says nothing about the version."""

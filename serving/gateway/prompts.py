@@ -86,7 +86,7 @@ class Prompter:
 
     def encode(self, prompt: Prompt, chats: ChatSettings = DEFAULT_CHAT_SETTINGS) -> tuple[int, ...]:
         """Return the prompt's token ids with the model's special tokens. Raises InvalidRequestError if it is empty."""
-        tokens = self._checked(prompt) if isinstance(prompt, tuple) else self._tokenized(prompt, chats)
+        tokens = self._checked(prompt) if isinstance(prompt, tuple) else self.tokenize(prompt, chats)
         return _not_empty(tokens)
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -104,6 +104,26 @@ class Prompter:
             if len(spaced) == len(plain) and spaced[0] != plain[0]:
                 encoded.append(spaced)
         return tuple(encoded)
+
+    def tokenize(self, prompt: str | Chat, chats: ChatSettings, *, adds_special: bool | None = None) -> tuple[int, ...]:
+        """Return the token ids of a text or a chat, which may be none.
+
+        By default a text gets the model's special tokens; a chat has those that its template writes.
+        """
+        if isinstance(prompt, Chat):
+            text, by_default = ChatTemplate(self._tokenizer, prompt, chats).render(), False
+        else:
+            text, by_default = prompt, True
+        adds_special = by_default if adds_special is None else adds_special
+        return tuple(self._tokenizer(_valid(text), add_special_tokens=adds_special)["input_ids"])
+
+    def detokenize(self, tokens: tuple[int, ...]) -> str:
+        """Return the text of tokens, with special tokens. Raises InvalidRequestError for unknown token ids."""
+        return self._tokenizer.decode(self._checked(tokens))
+
+    def token_names(self, tokens: tuple[int, ...]) -> list[str]:
+        """Return the entries of the vocabulary for tokens."""
+        return self._tokenizer.convert_ids_to_tokens(list(tokens))
 
     def num_text_tokens(self, text: str) -> int:
         """Return the number of the text's tokens, without special tokens."""
@@ -131,12 +151,6 @@ class Prompter:
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"]
-
-    def _tokenized(self, prompt: str | Chat, chats: ChatSettings) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer(_valid(prompt))["input_ids"])
-        text = ChatTemplate(self._tokenizer, prompt, chats).render()
-        return tuple(self._tokenizer(_valid(text), add_special_tokens=False)["input_ids"])
 
     def _checked(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         for token in tokens:

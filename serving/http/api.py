@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.errors import InvalidRequestError, ReloraError
 from serving.errors import HTTP_ERRORS, HttpError, error_body, error_headers, http_error
 from serving.gateway.gateway import Gateway
-from serving.http import generation, models, operations, pages
+from serving.http import generation, models, operations, pages, responses, tokenization
 from serving.http.metrics import Metrics, MetricsMiddleware
 
 
@@ -48,7 +48,7 @@ def create_app(gateway: Gateway, cors_origins: Sequence[str] = ()) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_bug)
-    for module in (generation, models, operations, pages):
+    for module in (generation, responses, models, tokenization, operations, pages):
         app.include_router(module.router)
     return app
 

@@ -63,8 +63,8 @@ class EventStream(StreamingResponse):
 
 async def _generate(body: CompletionBody | ChatBody, request: HttpRequest, shape: Shape) -> Response:
     started_at = time.monotonic()
-    call = body.call(f"{shape.id_prefix}-{uuid4().hex}", _tenant(request))
-    answer = await _unless_gone(request, gateway_of(request).answer(call, whole=not body.stream))
+    call = body.call(f"{shape.id_prefix}-{uuid4().hex}", tenant_of(request))
+    answer = await unless_gone(request, gateway_of(request).answer(call, whole=not body.stream))
     if answer is None:
         return Response(status_code=CLIENT_GONE)
     base = request.state.base = answer.target.base
@@ -96,7 +96,7 @@ async def _events(request: HttpRequest, answer: Answer, reply: Reply) -> AsyncGe
     yield sse("[DONE]")
 
 
-async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result | None:
+async def unless_gone(request: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result | None:
     """Return the work's result. If the client disconnects first, cancel the work and return None."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_client_gone(request))
@@ -116,12 +116,10 @@ async def _client_gone(request: HttpRequest) -> None:
 
 def _count_tokens(request: HttpRequest, base: str, reply: Reply) -> None:
     usage = reply.usage()
-    tokens = metrics_of(request).tokens
-    tokens.labels(base, "prompt").inc(usage["prompt_tokens"])
-    tokens.labels(base, "completion").inc(usage["completion_tokens"])
+    metrics_of(request).count_tokens(base, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def _tenant(request: HttpRequest) -> str:
+def tenant_of(request: HttpRequest) -> str:
     """Return a hash of the API key, or "" without one. OpenAI's rate limits are per key too."""
     key = request.headers.get("authorization", "")
     return blake2b(key.encode(), digest_size=8).hexdigest() if key else ""

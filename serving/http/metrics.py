@@ -24,6 +24,11 @@ class Metrics:
         self.first_token_s = self._histogram("first_token_seconds", "From the request to its first token, of streams.")
         self._engines = Gauge("relora_engine", "Gauges of the engines.", ("base", "gauge"), registry=self._collectors)
 
+    def count_tokens(self, base: str, num_prompt_tokens: int, num_answer_tokens: int) -> None:
+        """Count the tokens of one answer."""
+        self.tokens.labels(base, "prompt").inc(num_prompt_tokens)
+        self.tokens.labels(base, "completion").inc(num_answer_tokens)
+
     def text(self, stats: Mapping[str, Mapping[str, float]]) -> bytes:
         """Return all metrics in Prometheus' text format. `stats` are the engines' current gauges by base."""
         self._engines.clear()
