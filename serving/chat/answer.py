@@ -3,6 +3,7 @@
 from collections.abc import Collection, Generator
 from dataclasses import dataclass, field, replace
 
+from serving.chat.declared import DeclaredFormat
 from serving.chat.formats.tool_format import ToolFormat, Tools, new_call_id
 from serving.chat.source import (
     CallArguments,
@@ -42,8 +43,8 @@ class Delta:
 class AnswerFormat:
     """How to read the answers to one chat.
 
-    `format` is None if the answer can have no calls, and `thinking` None if the model does not think. `hidden` are the
-    special tokens that clients should not see. If there are any, the text must come with its special tokens.
+    `format` is None if the answer can have no calls, and `thinking` None if the model does not think. `declared`
+    replaces both. `hidden` are the special tokens that clients should not see.
     """
 
     format: ToolFormat | None = None
@@ -52,14 +53,23 @@ class AnswerFormat:
     tools: Tools = field(default_factory=dict)
     max_calls: int | None = None
     hidden: Collection[str] = ()
+    declared: DeclaredFormat | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the text is the content."""
-        return self.format is None and self.thinking is None and not self.hidden
+        return self.format is None and self.thinking is None and self.declared is None and not self.hidden
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether special tokens must be part of the text."""
+        return bool(self.hidden) or self.declared is not None
 
     def parse(self, source: Source) -> Steps[None]:
         """Yield the events of the answer."""
+        if self.declared is not None:
+            yield from self.declared.parse(source)
+            return
         if self.thinking is not None:
             yield from self.thinking.parse(source, is_open=self.is_thinking_open)
         if self.format is None:

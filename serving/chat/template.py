@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cluster.errors import InvalidRequestError
 from serving.chat.answer import AnswerFormat
 from serving.chat.conversation import Chat
+from serving.chat.declared import DeclaredFormat
 from serving.chat.formats.json_list import JsonList, forced_calls
 from serving.chat.formats.table import FORMATS, find_format
 from serving.chat.settings import ChatSettings
@@ -34,6 +35,9 @@ class ChatTemplate:
         self._chat = chat
         self._settings = settings
         self._source: str = tokenizer.get_chat_template(chat.template, list(chat.tools) or None)
+        is_auto = settings.tool_parser == settings.reasoning_parser == "auto" and chat.template is None
+        reads_calls = bool(chat.tools) and not chat.is_forced
+        self._declared = getattr(tokenizer, "response_template", None) if is_auto and reads_calls else None
         self._format = find_format(self._source, settings.tool_parser)
         self._thinking = find_thinking(self._source, settings.reasoning_parser)
 
@@ -80,7 +84,11 @@ class ChatTemplate:
             raise InvalidRequestError(f"The model's chat template rejects these messages: {error}") from error
 
     def answer_format(self, prompt: str) -> AnswerFormat:
-        """Return how to read the answer to a prompt."""
+        """Return how to read the answer to a prompt: as the tokenizer declares, or as template and settings say."""
+        if self._declared is not None:
+            return AnswerFormat(
+                declared=DeclaredFormat(self._declared, prompt, self._chat.tools), max_calls=self._chat.max_calls
+            )
         format = JsonList(self._format) if self._chat.is_forced else self._format if self._chat.tools else None
         thinking = self._thinking
         marks = {*(format.tokens if format else ()), *((thinking.start, thinking.end) if thinking else ())}
@@ -108,7 +116,7 @@ class ChatTemplate:
                 raise InvalidRequestError(
                     f"{variable}: the model's chat template does not use {variable}, so the model would not see them."
                 )
-        if chat.tools and self._format is None and not chat.is_forced:
+        if chat.tools and self._format is None and self._declared is None and not chat.is_forced:
             raise InvalidRequestError(
                 "tools: this server does not know in which format the model writes calls. Set tool_parser of the base "
                 f"or the adapter in the fleet file to one of: {', '.join(FORMATS)}."

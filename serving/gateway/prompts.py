@@ -82,7 +82,7 @@ class Prompter:
         tokens = [_not_empty(tuple(self._encode_text(prompt)))]
         if not sampling.skip_special_tokens:  # the client wants to see them
             return Prepared(tokens, sampling, replace(format, hidden=()))
-        return Prepared(tokens, replace(sampling, skip_special_tokens=not format.hidden), format)
+        return Prepared(tokens, replace(sampling, skip_special_tokens=not format.needs_special_tokens), format)
 
     def encode(self, prompt: Prompt, chats: ChatSettings = DEFAULT_CHAT_SETTINGS) -> tuple[int, ...]:
         """Return the prompt's token ids with the model's special tokens. Raises InvalidRequestError if it is empty."""

@@ -1,6 +1,7 @@
 """Tests chats over real engines with the `openai` client: tools, reasoning, templates, and messages as clients send."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -383,3 +384,27 @@ def test_a_named_parser_replaces_the_one_that_the_template_shows(files: Path, tm
         assert ask(server, "hermes", THOUGHT).choices[0].message.content == "<think>\nWell.\n</think>\n\nYes."
         with pytest.raises(openai.BadRequestError, match="tool_parser"):
             ask(server, "hermes", QUESTION, tools=TOOLS)
+
+
+def test_a_tokenizer_may_declare_how_its_answers_are_read(files: Path, tmp_path: Path):
+    """The declaration counts before what the chat template shows, and after what the fleet file says."""
+    call = {"open": "<tool_call>", "close": "</tool_call>", "content": "json", "repeats": True}
+    call["transform"] = {"type": "function", "function": {"name": "declared", "arguments": "{content.arguments}"}}
+    tokenizer = AutoTokenizer.from_pretrained(files / "hermes")
+    tokenizer.response_template = {
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {"content": {"content": "text"}, "tool_calls": call},
+    }
+    for name in ("own", "named"):
+        shutil.copytree(files / "hermes", tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    specs = {"named": BaseSpec("named", tmp_path / "named", tool_parser="hermes")}
+    with serve_bases(tmp_path, tmp_path, CONFIG, ("own", "named"), specs) as server:
+        message = ask(server, "own", QUESTION, tools=TOOLS).choices[0].message
+        assert message.content == "I look."
+        calls = [(one.function.name, json.loads(one.function.arguments)) for one in message.tool_calls]
+        assert calls == [("declared", arguments) for _, arguments in CALLS]
+        stream = streamed(server, "own", QUESTION, tools=TOOLS)
+        assert [(name, json.loads(arguments)) for name, arguments in stream.calls] == calls
+        named = ask(server, "named", QUESTION, tools=TOOLS).choices[0].message
+        assert [one.function.name for one in named.tool_calls] == ["weather", "weather"]

@@ -6,8 +6,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers.utils.chat_parsing import parse_response
 
 from serving.chat.answer import AnswerFormat, AnswerReader
+from serving.chat.declared import DeclaredFormat
 from serving.chat.formats.table import FORMATS, find_format
 from serving.chat.thinking import THINKING, find_thinking
 
@@ -243,6 +245,48 @@ def test_reasoning_is_apart_from_content(text: str, is_open: bool, reasoning: st
 def test_special_tokens_that_nobody_should_see_are_left_out():
     text = "a<|eot|>b <|e [TOOL_CALLS]now{}<|eot|>"
     assert read(text, "mistral", hidden=("<|eot|>", "<|im_end|>")) == ("ab <|e", "", [("now", "{}")])
+
+
+DECLARED = {
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "content": {"content": "text"},
+        "reasoning_content": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {
+            "open": "<call>",
+            "close": "</call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("prompt", ["<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"])
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (
+            'Hi there. <call>\n{"name": "find", "arguments": {"a": "é"}}</call>\n<call>{"name": "now"}</call>',
+            "Hi there.",
+        ),
+        ("Hi <c and\nmore ", "Hi <c and\nmore"),
+        ('Hi.<call>{"name": "fi', 'Hi.{"name": "fi'),
+        ("Hi.<call>{no}</call> <call>", "Hi.{no} <call>"),
+    ],
+)
+def test_a_format_that_the_tokenizer_declares_is_read_as_transformers_reads_it(prompt: str, text: str, content: str):
+    thought = "Well.</think>\n" if prompt.endswith("<think>\n") else "<think>Well.</think>"
+    declared = DeclaredFormat(DECLARED, prompt)
+    whole = read(thought + text, None, declared=declared)
+    assert whole == read(thought + text, None, list(range(len(thought + text))), declared=declared)
+    assert whole[:2] == (content, "Well.")
+    if text.endswith("</call>"):
+        message = parse_response(thought + text, DECLARED, prefix=prompt)
+        found = [(name, json.loads(arguments)) for name, arguments in whole[2]]
+        calls = [call["function"] for call in message["tool_calls"]]
+        assert found == [(call["name"], call.get("arguments", {})) for call in calls]
 
 
 @pytest.mark.parametrize(
