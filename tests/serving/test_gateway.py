@@ -569,6 +569,14 @@ async def test_an_answer_matches_if_one_text_starts_with_the_other(world: FakeFl
     assert (sent.sampling.max_tokens, sent.sampling.temperature, sent.adapter.label) == (5, 0, "intent@1")
 
 
+async def test_a_golden_prompt_may_be_the_tokens_of_a_chat(world: FakeFleet):
+    version = world.add("intent", "v1", Status.LIVE)
+    version = replace(version, details={"golden": [{"prompt": [5, 6, 7], "completion": "right"}]})
+    backend = ScriptedBackend("v1", reply="right")
+    await check_golden(version, Prompter(world.folder / "v1"), backend)
+    assert [request.prompt_tokens for request in backend.requests] == [(5, 6, 7)]
+
+
 @pytest.mark.parametrize(("golden", "said"), [("right", "wrong"), ("right", ""), ("", "more"), ("right", "riGht")])
 async def test_a_wrong_golden_answer_is_named(world: FakeFleet, golden: str, said: str):
     version = _golden(world, said, golden)
