@@ -67,7 +67,7 @@ def roll_out(config: Fleet, registry: Registry, base: str | None, say: Say) -> U
     serving.on_ray.check_gateway(config)
     movers = []
     for name in sorted({version.base for version in waiting}):
-        if not serving.on_ray.has_engine(name):
+        if not serving.on_ray.has_engine(config, name):
             serving.on_ray.deploy_base(config, name)
         movers.append(_rollout(config, registry, name))
     while any(mover.is_busy() for mover in movers):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from cluster.config_engines import EngineSpec
 from cluster.config_readapt import ReadaptConfig
 from cluster.config_types import (
     BlobsUrl,
@@ -167,6 +168,7 @@ class Fleet:
     """The folder on each machine where engines keep packed adapters; best on the machine's own disk."""
     bases: tuple[BaseSpec, ...] = ()
     adapters: tuple[AdapterSpec, ...] = ()
+    engines: tuple[EngineSpec, ...] = ()
     serving: ServingConfig = ServingConfig()
     readapt: ReadaptConfig = ReadaptConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -198,3 +200,7 @@ class Fleet:
     def local(self, source: Path | str) -> Path:
         """Return a local folder with the files of a base or an adapter (see `cluster.sources.local_folder`)."""
         return local_folder(source, self.folder / ".cache" / "sources", self.folder)
+
+    def engines_of(self, base: str) -> tuple[EngineSpec, ...]:
+        """Return the servers that run a base in place of our own engine; none if we run it."""
+        return tuple(spec for spec in self.engines if spec.base == base)

@@ -15,8 +15,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cluster import config, config_readapt
+from cluster import config, config_engines, config_readapt
 from cluster.config import GIB, MIB, AdapterSpec, BaseSpec, Fleet
+from cluster.config_engines import EngineSpec
 
 _HEAD = """\
 # The reference of a fleet file: every key with its default. Only the keys marked "Required" have to be set.
@@ -31,9 +32,11 @@ _EXAMPLE = Fleet(
     folder=Path(),
     bases=(BaseSpec(name="v1", path=Path("models/v1")), BaseSpec(name="v2", path=Path("models/v2"))),
     adapters=(AdapterSpec(name="intent", path=Path("adapters/intent"), base="v1", data=Path("tasks/intent")),),
+    engines=(EngineSpec(base="v2", url="http://127.0.0.1:8001"),),
 )
 _READAPT = tuple(f"readapt.{section.name}" for section in fields(config_readapt.ReadaptConfig))
-_TABLES = ("bases", "adapters", "serving", *_READAPT, "rollout")
+_TABLES = ("bases", "adapters", "engines", "serving", *_READAPT, "rollout")
+_OPTIONAL = ("engines",)  # tables whose example is commented out, because most fleets have none
 
 
 def render() -> str:
@@ -43,7 +46,9 @@ def render() -> str:
         table = attrgetter(path)(_EXAMPLE)
         if isinstance(table, tuple):
             first, *others = table
-            lines += ["", *_comment(inspect.getdoc(first)), f"[[{path}]]", *_keys(first)]
+            example = [f"[[{path}]]", *_keys(first)]
+            lines += ["", *_comment(inspect.getdoc(first))]
+            lines += [f"# {line}" if path in _OPTIONAL and line[0] != "#" else line for line in example]
             for other in others:
                 lines += ["", f"[[{path}]]", *(line for line in _keys(other) if not line.startswith("#"))]
         else:
@@ -69,7 +74,7 @@ def _keys(table: Any) -> Iterator[str]:
 def _docs() -> dict[tuple[str, str], str]:
     """Return the string under each field of the config modules, by class and field."""
     found = {}
-    sources = "\n".join(map(inspect.getsource, (config, config_readapt)))
+    sources = "\n".join(map(inspect.getsource, (config, config_engines, config_readapt)))
     classes = [node for node in ast.parse(sources).body if isinstance(node, ast.ClassDef)]
     for section in classes:
         for field, below in pairwise(section.body):

@@ -66,6 +66,12 @@ def _absolute_registry(url: str, info: ValidationInfo) -> str:
     return f"{SQLITE}{_absolute_path(Path(url.removeprefix(SQLITE)), info)}"
 
 
+def _web_url(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"Not a web address: {url!r}. Write it as http://host:port")
+    return url.rstrip("/").removesuffix("/v1")
+
+
 Config = TypeVar("Config")
 Name = Annotated[str, AfterValidator(_valid_name)]
 FilePath = Annotated[Path, AfterValidator(_absolute_path)]
@@ -74,6 +80,7 @@ Folder = Annotated[str, AfterValidator(_absolute_folder), Field(validate_default
 Origin = Annotated[str, AfterValidator(_valid_origin)]
 BlobsUrl = Annotated[str, AfterValidator(_absolute_blobs), Field(validate_default=True)]
 RegistryUrl = Annotated[str, AfterValidator(_absolute_registry), Field(validate_default=True)]
+WebUrl = Annotated[str, AfterValidator(_web_url)]
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

@@ -99,6 +99,10 @@ def _keys(table: type, prefix: str) -> Iterator[str]:
 def _contradictions(fleet: Fleet) -> Iterator[str]:
     """Yield the faults that show only when several keys are compared."""
     yield from _name_clashes(fleet)
+    bases = [base.name for base in fleet.bases]
+    for i, engine in enumerate(fleet.engines):
+        if engine.base not in bases:
+            yield f"engines[{i}].base: no base {engine.base!r} among: {', '.join(bases) or 'none'}"
     if fleet.serving.max_replicas < fleet.serving.min_replicas:
         yield "serving.max_replicas: Input should be at least serving.min_replicas"
     yield from _impossible_rungs(fleet.readapt.ladder.rungs)

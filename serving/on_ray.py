@@ -6,16 +6,14 @@ route. The gateway finds it by name, so bases can be added and removed while the
 
 import asyncio
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 from sqlalchemy import make_url
@@ -23,7 +21,7 @@ from sqlalchemy import make_url
 from cluster.config import Fleet
 from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry
-from cluster.names import flat_name, unflat_name
+from cluster.names import flat_name
 from cluster.registry import Version
 from serving.adapters.residency import Residency
 from serving.engine.engine import Engine
@@ -31,19 +29,18 @@ from serving.engine.heap import settle_heap
 from serving.engine.loop import EngineLoop
 from serving.engine.request import FinishReason, Request, TokenEvent, TokenStream
 from serving.errors import BackendDiedError, BackendFailedError
-from serving.gateway.backend import Backend
 from serving.gateway.gateway import Gateway
-from serving.gateway.golden import probe_golden
+from serving.gateway.golden import probe_golden, probe_remotely
 from serving.gateway.local_backend import LocalBackend
+from serving.gateway.on_ray import ENGINE_PREFIX, HandleBackend, ServeBackends, our_errors
 from serving.http.api import create_app
+from serving.remote.pool import RECHECK_S, RemoteEngines, check_answering, is_answering
 
 GATEWAY = "gateway"
-ENGINE_PREFIX = "engine-"
 # Longer than any generation, so that a replica finishes its streams before it shuts down (Serve's default is 20 s).
 GRACE_S = 600.0
 # Requests that a gateway replica holds open at once. It is this high because the engines limit their own queues.
 MAX_GATEWAY_REQUESTS = 10_000
-_GONE = (RayActorError, WorkerCrashedError, ObjectLostError, DeploymentUnavailableError, GetTimeoutError)
 
 
 class EngineDeployment:
@@ -96,85 +93,25 @@ class GatewayDeployment:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application. Serve calls this on the replica, because a gateway cannot be pickled."""
-        fleet, backends = self._fleet, ServeBackends()
-        stores = open_registry(fleet), open_blobs(fleet)
-        self._gateway = Gateway(*stores, backends.running, fleet.serving, fleet.rollout, fleet.specs())
+        fleet, blobs = self._fleet, open_blobs(self._fleet)
+        ours, others = ServeBackends(), RemoteEngines(fleet, blobs)
+        backends = lambda: {**ours.running(), **others.running()}  # noqa: E731
+        registry = open_registry(fleet)
+        self._gateway = Gateway(registry, blobs, backends, fleet.serving, fleet.rollout, fleet.specs())
         return create_app(self._gateway, fleet.serving.cors_origins)
 
     async def refresh(self) -> None:
         """See `Gateway.refresh`."""
         await self._gateway.refresh()
 
+    async def has_engine(self, base: str) -> bool:
+        """Whether this gateway knows a running engine of the base."""
+        await self._gateway.refresh()
+        return base in self._gateway.snapshot.backends
+
     async def serves(self) -> tuple[str, str]:
         """Return the registry and the address of the fleet that this gateway serves."""
         return _registry_and_address(self._fleet)
-
-
-class HandleBackend:
-    """An engine behind a Serve handle. Serve picks the replica: of two, the one with the shorter queue.
-
-    Serve's multiplexing could prefer replicas that hold the adapter. It is not used, because it loads one adapter at a
-    time per replica and makes each adapter's name a metric label.
-    """
-
-    def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
-        self._streaming: DeploymentHandle | None = None
-
-    async def generate(self, request: Request) -> TokenStream:
-        """See `Backend.generate`."""
-        with _our_errors():
-            if self._streaming is None:  # not in __init__: Serve may bind a handle to the event loop that uses it first
-                self._streaming = self._handle.options(stream=True)
-            stream = self._streaming.generate.remote(request)
-            try:
-                async for event in stream:
-                    yield event
-            finally:
-                stream.cancel()
-
-    async def stats(self) -> dict[str, float]:
-        """See `Backend.stats`."""
-        replicas = await self._ask_all("stats")
-        return {key: sum(stats[key] for stats in replicas) for key in replicas[0]}
-
-    async def residencies(self) -> list[Residency]:
-        """See `Backend.residencies`."""
-        return [report for reports in await self._ask_all("residencies") for report in reports]
-
-    async def release(self, adapter_key: str) -> None:
-        """See `Backend.release`."""
-        await self._ask_all("release", adapter_key)
-
-    async def _ask_all(self, method: str, *arguments: str) -> list[Any]:
-        with _our_errors():
-            replicas = await self._handle.broadcast(method, *arguments).results_async()
-        if not replicas:
-            raise BackendDiedError("No replica of the engine is running.")
-        return replicas
-
-
-class ServeBackends:
-    """Finds the engine applications of this Serve instance. Keeps their handles, which are slow to make."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, HandleBackend] = {}
-
-    def running(self) -> Mapping[str, Backend]:
-        """Return the engines by base. An engine that was running and now restarts is included."""
-        gone = (ApplicationStatus.DELETING, ApplicationStatus.DEPLOY_FAILED)
-        with _our_errors():
-            apps = serve.status().applications
-            alive = {
-                unflat_name(name.removeprefix(ENGINE_PREFIX)): app
-                for name, app in apps.items()
-                if name.startswith(ENGINE_PREFIX) and app.status not in gone
-            }
-            for base, app in alive.items():
-                if app.status is ApplicationStatus.RUNNING and base not in self._known:
-                    self._known[base] = HandleBackend(serve.get_app_handle(ENGINE_PREFIX + flat_name(base)))
-        self._known = {base: backend for base, backend in self._known.items() if base in alive}
-        return self._known
 
 
 def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
@@ -195,15 +132,26 @@ def deploy(fleet: Fleet, bases: Sequence[str]) -> None:
         graceful_shutdown_timeout_s=GRACE_S,
         ray_actor_options={"num_cpus": 0.1},
     )
+    remote = [base for base in bases if fleet.engines_of(base)]
+    for base in remote:
+        check_answering(fleet, base)
     with _deploying("the gateway"):
         serve.start(http_options={"host": fleet.serving.host, "port": fleet.serving.port})
         front = serve.RunTarget(gateway.bind(fleet), name=GATEWAY, route_prefix="/")
-        serve.run_many([front, *(_engine_target(fleet, base) for base in bases)])
+        serve.run_many([front, *(_engine_target(fleet, base) for base in bases if base not in remote)])
         _refresh_gateway()
 
 
 def deploy_base(fleet: Fleet, base: str) -> None:
-    """Start the engine of one more base. Return when it answers."""
+    """Start the engine of one more base. Return when it answers.
+
+    An engine that is not ours must be running. Raises BackendDiedError if it does not answer, and ConflictError if the
+    gateway was started before the fleet file named it.
+    """
+    if fleet.engines_of(base):
+        check_answering(fleet, base)
+        _await_remote(base)
+        return
     with _deploying(f"the engine of {base}"):
         serve.run_many([_engine_target(fleet, base)])
         _refresh_gateway()
@@ -218,13 +166,26 @@ def check_gateway(fleet: Fleet) -> None:
         raise ConflictError(f"This Ray cluster serves another fleet: that of {registry} at {address}.")
 
 
-def has_engine(base: str) -> bool:
-    """Whether the engine of a base runs on the connected cluster."""
-    return _is_running(ENGINE_PREFIX + flat_name(base))
+def has_engine(fleet: Fleet, base: str) -> bool:
+    """Whether a base has an engine: one on the connected cluster, or a server that answers."""
+    return any(map(is_answering, fleet.engines_of(base))) or _is_running(ENGINE_PREFIX + flat_name(base))
+
+
+def _await_remote(base: str) -> None:
+    """Wait until the gateway has seen that a remote engine answers. It looks every few seconds."""
+    deadline = time.monotonic() + 4 * RECHECK_S
+    with our_errors():
+        while not _outside_handle(GATEWAY).has_engine.remote(base).result(timeout_s=30):
+            if time.monotonic() > deadline:
+                raise ConflictError(
+                    f"The gateway does not know the engine of {base}: it was started before `[[engines]]` named it. "
+                    "Run `relora serve --detach` again, which updates it."
+                )
+            time.sleep(0.5)
 
 
 def _served() -> tuple[str, str]:
-    with _our_errors():
+    with our_errors():
         found: tuple[str, str] = _outside_handle(GATEWAY).serves.remote().result(timeout_s=30)
     return found
 
@@ -236,7 +197,7 @@ def _registry_and_address(fleet: Fleet) -> tuple[str, str]:
 
 
 def _is_running(name: str) -> bool:
-    with _our_errors():
+    with our_errors():
         app = serve.status().applications.get(name)
     return app is not None and app.status is ApplicationStatus.RUNNING
 
@@ -247,7 +208,10 @@ def probe(fleet: Fleet, version: Version) -> None:
     Raises ReloraError that names the first difference, and OverloadedError if a later call may succeed.
     """
     try:
-        with _our_errors():
+        if fleet.engines_of(version.base):
+            asyncio.run(probe_remotely(version, fleet))
+            return
+        with our_errors():
             backend = HandleBackend(_outside_handle(ENGINE_PREFIX + flat_name(version.base)))
         asyncio.run(probe_golden(version, open_blobs(fleet), fleet.base(version.base).path, backend))
     except BackendDiedError as error:
@@ -296,24 +260,7 @@ def _engine_target(fleet: Fleet, base: str) -> serve.RunTarget:
 def _deploying(what: str) -> Iterator[None]:
     """Turn Serve's errors at a failed start (a port in use, a broken checkpoint) into ours."""
     try:
-        with _our_errors():
+        with our_errors():
             yield
     except (RuntimeError, TimeoutError) as error:
         raise BackendFailedError(f"Ray Serve could not start {what}: {error}") from error
-
-
-@contextmanager
-def _our_errors() -> Iterator[None]:
-    """Turn Ray's errors into ours."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, ReloraError):
-            raise error.cause from None
-        raise BackendFailedError(f"The engine failed: {error.cause}") from error
-    except BackPressureError as error:
-        raise OverloadedError("The engine's queue is full.") from error
-    except _GONE as error:
-        raise BackendDiedError(f"The engine's replica is gone: {type(error).__name__}.") from error
-    except (RayError, RayServeException) as error:
-        raise BackendDiedError(f"Ray Serve failed: {error}") from error

@@ -12,8 +12,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--kit DIR`: a folder of real models and tasks; tests that use it skip without."""
+    """Add the options for what is not part of the project; tests that need it skip without."""
     parser.addoption("--kit", default=None, help="folder with models/, tasks/ and traces/ of real ones")
+    parser.addoption("--vllm", default=None, help="a Python interpreter that has vLLM")
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,12 @@ def kit(request: pytest.FixtureRequest):
     if folder is None or not Path(folder).is_dir():
         pytest.skip("needs --kit DIR, a folder with models/, tasks/ and traces/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def vllm(request: pytest.FixtureRequest) -> str:
+    """The interpreter given with --vllm, or a skip that says how to give it."""
+    python = request.config.getoption("--vllm")
+    if python is None:
+        pytest.skip("needs --vllm PYTHON, an interpreter with vLLM (docs/how-to/bring-your-own-engine.md)")
+    return python

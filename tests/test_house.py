@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "cli": {"cluster", "serving", "readapt"},
 }
 FOLDERS = {  # from the top down: a folder imports only itself and folders below it
-    "serving": ["http", "gateway", "chat", "engine", "model", "adapters", "memory"],
+    "serving": ["http", "gateway", "chat", "remote", "engine", "model", "adapters", "memory"],
     "readapt": ["campaign", "ladder", "continual", "extraction", "fusion", "training", "lowrank"],
 }
 TOP = ["upgrade.py", "relora.py"]  # these compose the packages: relora.py may import upgrade.py and every package

@@ -6,19 +6,30 @@ from pathlib import Path
 from uuid import uuid4
 
 from cluster.blobs import BlobStore
+from cluster.config import Fleet
 from cluster.errors import ReloraError
+from cluster.fleet import open_blobs
 from cluster.registry import Version
 from serving.engine.request import Request, SamplingParams
 from serving.gateway.backend import Backend, raise_error_of
 from serving.gateway.prompters import open_prompter
 from serving.gateway.prompts import Prompter
 from serving.gateway.routing import Target, dialect_of
+from serving.remote.backend import RemoteBackend
 
 
 async def probe_golden(version: Version, blobs: BlobStore, base: Path, backend: Backend) -> None:
     """Call `check_golden` with the prompter of the version on its base, whose files are in the folder `base`."""
     prompter = await asyncio.to_thread(open_prompter, blobs, base, dialect_of(version))
     await check_golden(version, prompter, backend)
+
+
+async def probe_remotely(version: Version, fleet: Fleet) -> None:
+    """Check the golden answers on each server that runs the version's base, which loads the adapter there."""
+    blobs, folder = open_blobs(fleet), fleet.base(version.base).path
+    for spec in fleet.engines_of(version.base):
+        async with aclosing(RemoteBackend(spec, folder, blobs, fleet.serving)) as server:
+            await probe_golden(version, blobs, folder, server)
 
 
 async def check_golden(version: Version, prompter: Prompter, backend: Backend) -> None:

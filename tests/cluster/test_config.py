@@ -1,13 +1,14 @@
 import pickle
 import re
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
 
 from cluster.config import AdapterSpec, BaseSpec, Fleet, ServingConfig
+from cluster.config_engines import EngineSpec
 from cluster.config_readapt import SearchConfig, TrainConfig, TransplantConfig
 from cluster.config_reference import render
 from cluster.errors import ConfigError, InvalidRequestError, NotFoundError
@@ -43,7 +44,7 @@ def test_the_example_has_every_key_with_its_default():
     assert fleet.packed == str(EXAMPLE.parent / ".cache" / "packed")
     assert [adapter.base for adapter in fleet.adapters] == ["v1"]
     raw = tomllib.loads(EXAMPLE.read_text())
-    assert set(raw) == {field.name for field in fields(Fleet)} - {"folder"}
+    assert set(raw) == {field.name for field in fields(Fleet)} - {"folder", "engines"}
     assert set(raw["bases"][0]) == {field.name for field in fields(BaseSpec)}
     assert set(raw["adapters"][0]) == {field.name for field in fields(AdapterSpec)}
     for section in ("serving", "rollout", "readapt"):
@@ -59,6 +60,38 @@ def test_the_example_documents_every_key():
     for line in "\n".join(lines).splitlines():
         assert not re.match(r"\w+ = ", line) or previous.startswith("# "), f"no comment above: {line}"
         previous = line
+
+
+def test_the_example_of_an_engine_is_commented_out_and_has_every_key(tmp_path: Path):
+    before, table = EXAMPLE.read_text().split("# [[engines]]\n")
+    table, after = table.split("\n\n", 1)
+    keys = "\n".join(line.removeprefix("# ") for line in table.splitlines() if re.match(r"# \w+ = ", line))
+    fleet = load_fleet(write(tmp_path, f"{before}[[engines]]\n{keys}\n\n{after}"))
+    example = EngineSpec(base="v2", url="http://127.0.0.1:8001")
+    assert fleet.engines == (replace(example, adapters=str(tmp_path / ".cache" / "engine-adapters")),)
+    assert fleet.engines_of("v2") == fleet.engines
+    assert fleet.engines_of("v1") == ()
+    assert set(tomllib.loads(keys)) == {field.name for field in fields(EngineSpec)}
+
+
+def test_an_engines_address_may_end_with_v1(tmp_path: Path):
+    table = '[[engines]]\nbase = "v1"\nurl = "https://gpu-1:8000/v1/"\n'
+    assert load_fleet(write(tmp_path, f'name = "f"\n{BASES}{table}')).engines[0].url == "https://gpu-1:8000"
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ('base = "v3"\nurl = "http://h"', "engines[0].base: no base 'v3' among: v1"),
+        ('base = "v1"\nurl = "gpu-1:8000"', "engines[0].url: Not a web address: 'gpu-1:8000'"),
+        (
+            'base = "v1"\nurl = "http://h"\nkind = "tgi"',
+            "engines[0].kind: Input should be 'vllm'",
+        ),
+    ],
+)
+def test_a_wrong_engine_is_refused_by_key(tmp_path: Path, table: str, fault: str):
+    assert fault in complaint(tmp_path, f'name = "f"\n{BASES}[[engines]]\n{table}\n')
 
 
 def test_a_fleet_file_needs_little_and_its_paths_become_absolute(tmp_path: Path):

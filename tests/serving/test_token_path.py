@@ -23,9 +23,10 @@ from serving.gateway import backend
 from serving.gateway.calls import Call
 from serving.gateway.gateway import Gateway
 from serving.gateway.local_backend import LocalBackend
+from serving.gateway.on_ray import HandleBackend
 from serving.http.api import create_app
 from serving.http.generation import EventStream
-from serving.on_ray import EngineDeployment, HandleBackend
+from serving.on_ray import EngineDeployment
 from tests.worlds.serving import make_checkpoint
 
 CONFIG = ServingConfig(memory_bytes=4 * 2**20, max_model_tokens=200)
