@@ -14,10 +14,11 @@ from cluster.config import Fleet
 from cluster.dialect import DIALECT, base_dialect
 from cluster.fleet import open_blobs
 from cluster.fleet_file import load_fleet
+from cluster.jsonl import write_lines
 from cluster.records import Status, Version
 from readapt.campaign.assess import Assessor
 from readapt.campaign.campaign import Campaign
-from readapt.training.data import Row, write_lines
+from readapt.training.data import Row
 from tests.worlds.dialects import CHATML, chat_tokenizer, chat_world, teach
 from tests.worlds.executors import LocalExecutor
 from tests.worlds.fleets import evolve, registered
