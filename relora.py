@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 import bench.cli
 import cli.care
 import cli.steer
 import cli.versions
-from cli.output import FleetPath, console, print_line
+from cli.interrupts import Interruptible
+from cli.output import FleetPath, console, print_line, say
 from cluster.errors import ReloraError
 from cluster.extras import EXTRAS, optional_imports
+from cluster.progress import Counted
 
 if TYPE_CHECKING:
     from readapt.extraction.extract import Spread
     from upgrade import UpgradeResult
 
 app = typer.Typer(
+    cls=Interruptible,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Keeps LoRA adapters working while the base model under them changes.",
@@ -63,7 +65,7 @@ def register(fleet: FleetPath) -> None:
     loaded = load_fleet(fleet)
     for spec in loaded.adapters:
         check_rows(spec.data)
-    opened = open_fleet(loaded)
+    opened = open_fleet(loaded, say)
     new = {version.id for version in opened.new_versions}
     routes = opened.registry.routes()
     for spec in loaded.adapters:
@@ -132,8 +134,8 @@ def assess(
 
     loaded = load_fleet(fleet)
     loaded.base(to)  # report an unknown name before anything starts
-    opened = open_fleet(loaded)
-    assessments = Assessor(loaded, opened.registry, opened.blobs, to, console.print).assess_all()
+    opened = open_fleet(loaded, say)
+    assessments = Assessor(loaded, opened.registry, opened.blobs, to, say).assess_all()
     console.print(as_table(assessments, to))
     print_line(LEGEND)
     if out is not None:
@@ -160,9 +162,9 @@ def upgrade(
 
     loaded = load_fleet(fleet)
     open_checkpoint(loaded.base(to).path)  # report an unknown name or a missing folder before anything starts
-    opened = open_fleet(loaded)
+    opened = open_fleet(loaded, say)
     join()
-    _print_result(upgrade_fleet(opened, to, print_line) if rollout else make_candidates(opened, to))
+    _print_result(upgrade_fleet(opened, to, say) if rollout else make_candidates(opened, to, say))
 
 
 @app.command()
@@ -179,7 +181,7 @@ def rollout(
     loaded = load_fleet(fleet)
     registry = open_registry(loaded)
     join()
-    _print_result(roll_out(loaded, registry, base, print_line))
+    _print_result(roll_out(loaded, registry, base, say))
 
 
 @app.command()
@@ -221,15 +223,9 @@ def extract(
     if verify is not None:
         read_rows(verify)  # report bad rows before the work starts
     checkpoints = open_checkpoint(base.resolve()), open_checkpoint(tuned.resolve())
-    with Progress(console=console) as progress:
-        bar = progress.add_task("tensors")
-        done = extraction.extract(
-            *checkpoints,
-            out.resolve(),
-            settings,
-            _spread() if on_ray else None,
-            lambda num_done, total: progress.update(bar, completed=num_done, total=total),
-        )
+    counted = Counted("tensor", say, every_s=5.0)
+    spread = _spread() if on_ray else None
+    done = extraction.extract(*checkpoints, out.resolve(), settings, spread, counted.update)
     if verify is not None:
         verify_into_report(done, base, tuned, verify)
     written = read_report(done.folder)
@@ -281,10 +277,10 @@ def continual(
     from readapt.continual.learn import method_of
     from readapt.continual.stage import NextStage, add_stage
 
-    opened = open_fleet(load_fleet(fleet))
+    opened = open_fleet(load_fleet(fleet), say)
     wanted = NextStage(adapter, stage, data.resolve(), parent, rank, seed)
     method = method_of(kind, steps, learning_rate, direction_rank)
-    version = add_stage(opened.config, opened.registry, opened.blobs, wanted, method)
+    version = add_stage(opened.config, opened.registry, opened.blobs, wanted, method, say)
     points = ", ".join(f"{name} {value:.1f}" for name, value in version.details["accuracy_by_stage"].items())
     print_line(f"{version.label}: {version.status} on {version.base}, rank {version.details['rank']}: {points}")
     if version.status is Status.REJECTED:

@@ -4,7 +4,7 @@ Both loops need a running Ray cluster that this process has joined (`cluster.on_
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import readapt.on_ray
@@ -12,11 +12,10 @@ import serving.on_ray
 from cluster.config import Fleet
 from cluster.errors import ReloraError
 from cluster.fleet import OpenFleet
+from cluster.progress import Say
 from cluster.registry import Registry, Status, Version
 from cluster.rollout import Rollout
 from readapt.campaign.campaign import Campaign, in_background
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,21 @@ class UpgradeResult:
         return ", ".join(counts) or "nothing was left to do"
 
 
-def make_candidates(opened: OpenFleet, base: str) -> UpgradeResult:
+def make_candidates(opened: OpenFleet, base: str, say: Say) -> UpgradeResult:
     """Run a campaign that carries every adapter over to `base`, and leave the traffic where it is."""
-    return _result(_campaign(opened, base).run(), opened.registry)
+    return _result(_campaign(opened, base, say).run(), opened.registry)
 
 
 def upgrade_fleet(opened: OpenFleet, base: str, say: Say) -> UpgradeResult:
     """Carry every adapter over to `base`, and move an adapter's traffic as soon as its new version is ready.
 
     The campaign runs in a background thread. An error of the rollout stops the campaign and is raised: a later upgrade
-    resumes both. `say` gets one line for each move of a version.
+    resumes both. `say` gets a line for each step of an adapter and each move of a version.
     """
     config = opened.config
     serving.on_ray.check_gateway(config)
     mover = _rollout(config, opened.registry, base)
-    with in_background(_campaign(opened, base)) as settled:
+    with in_background(_campaign(opened, base, say)) as settled:
         try:
             serving.on_ray.deploy_base(config, base)
             while not settled.done() or mover.is_busy():
@@ -77,9 +76,9 @@ def roll_out(config: Fleet, registry: Registry, base: str | None, say: Say) -> U
     return _result(waiting, registry)
 
 
-def _campaign(opened: OpenFleet, base: str) -> Campaign:
+def _campaign(opened: OpenFleet, base: str, say: Say) -> Campaign:
     executor = readapt.on_ray.RayExecutor(opened.config)
-    return Campaign(opened.config, opened.registry, opened.blobs, base, executor)
+    return Campaign(opened.config, opened.registry, opened.blobs, base, executor, say=say)
 
 
 def _rollout(config: Fleet, registry: Registry, base: str) -> Rollout:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from cluster.progress import dated
 from cluster.records import jsonable
 
 FleetPath = Annotated[Path, typer.Argument(help="path to fleet.toml", exists=True, dir_okay=False)]
@@ -21,6 +22,11 @@ console = Console(width=None if sys.stdout.isatty() else 150, emoji=False)
 def print_line(line: str) -> None:
     """Print without markup (messages contain brackets) and without wrapping (logs are searched by line)."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print a line about what is under way, with the time of day."""
+    dated(print_line)(line)
 
 
 def print_json(value: Any) -> None:

@@ -15,9 +15,12 @@ from cluster.config import AdapterSpec, Fleet
 from cluster.config_types import SQLITE
 from cluster.dialect import adapter_dialect, base_dialect, store_dialect
 from cluster.errors import ConfigError, ConflictError, NotFoundError
+from cluster.progress import Counted, Say
 from cluster.recorded_base import check_recorded_base
 from cluster.records import WARNINGS
 from cluster.registry import BaseModel, Registry, Status, Version
+
+PROGRESS_S = 5.0  # between progress lines; work that is done sooner says nothing
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,10 @@ class OpenFleet:
     new_versions: tuple[Version, ...]
 
 
-def open_fleet(fleet: Fleet) -> OpenFleet:
+def open_fleet(fleet: Fleet, say: Say = lambda line: None) -> OpenFleet:
     """Open the fleet's registry and blob store, and register its adapters (see `register_adapters`)."""
     registry, blobs = open_registry(fleet), open_blobs(fleet)
-    return OpenFleet(fleet, registry, blobs, tuple(register_adapters(fleet, registry, blobs)))
+    return OpenFleet(fleet, registry, blobs, tuple(register_adapters(fleet, registry, blobs, say)))
 
 
 def open_registry(fleet: Fleet) -> Registry:
@@ -85,7 +88,9 @@ def bases_to_serve(opened: OpenFleet, wanted: Sequence[str] = ()) -> list[str]:
     return bases
 
 
-def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> list[Version]:
+def register_adapters(
+    fleet: Fleet, registry: Registry, blobs: BlobStore, say: Say = lambda line: None
+) -> list[Version]:
     """Register every adapter of the fleet file; return the new ones, each as version 1, LIVE.
 
     A second call changes nothing. All files are checked before anything is written: an unusable adapter raises
@@ -94,8 +99,12 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
     another base than the registered ones, ConfigError if it lacks the base of a new adapter.
     """
     listed = {base.name for base in fleet.bases}
-    for base in sorted(listed & {spec.base for spec in fleet.adapters}):
+    bases = sorted(listed & {spec.base for spec in fleet.adapters})
+    counted = Counted("checked base", say, every_s=PROGRESS_S)
+    for num_done, base in enumerate(bases, start=1):
         register_base(fleet, registry, base)
+        counted.update(num_done, len(bases), base)
+    counted = Counted("checked adapter", say, every_s=PROGRESS_S)
     new = []
     for index, spec in enumerate(fleet.adapters):
         versions = registry.versions(adapter=spec.name)
@@ -106,6 +115,7 @@ def register_adapters(fleet: Fleet, registry: Registry, blobs: BlobStore) -> lis
         else:
             names = ", ".join(sorted(listed)) or "none"
             raise ConfigError(f"adapters[{index}].base: no base {spec.base!r} among: {names}")
+        counted.update(index + 1, len(fleet.adapters), spec.name)
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
     added = []

@@ -21,6 +21,7 @@ from cluster.adapter_files import Adapter, LoraFactors, load_adapter
 from cluster.blobs import BlobStore
 from cluster.config import Fleet
 from cluster.errors import InvalidAdapterError, ReloraError
+from cluster.progress import Counted
 from cluster.records import jsonable
 from cluster.registry import Registry, Version
 from readapt.campaign.base_pair import BasePair, BasePairs
@@ -86,6 +87,7 @@ class Assessor:
         self, fleet: Fleet, registry: Registry, blobs: BlobStore, target: str, say: Callable[[str], None] = print
     ):
         self._fleet, self._registry, self._blobs, self._target = fleet, registry, blobs, target
+        self._say = say
         self._pairs = BasePairs(fleet, registry, blobs, target, say)
         self._base = lru_cache(maxsize=2)(load_base)  # the new base and one old one
 
@@ -94,7 +96,11 @@ class Assessor:
         traffic = {record.name: record.traffic for record in self._registry.adapters()}
         live = [route.live for route in self._registry.routes().values() if route.live.base != self._target]
         live.sort(key=lambda version: (version.base, -traffic[version.adapter], version.adapter))
-        found = [self.assess(version) for version in live]
+        found = []
+        counted = Counted("assessed adapter", self._say, every_s=5.0)
+        for version in live:
+            found.append(self.assess(version))
+            counted.update(len(found), len(live), version.label)
         return sorted(found, key=lambda assessment: -assessment.traffic)
 
     def assess(self, version: Version) -> Assessment:

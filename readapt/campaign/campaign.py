@@ -30,6 +30,7 @@ from cluster.config import Fleet
 from cluster.dialect import adapter_dialect, base_dialect, keep_text_files, store_dialect
 from cluster.errors import ConflictError, InvalidAdapterError, ReloraError, StorageError
 from cluster.fleet import register_base
+from cluster.progress import Counted
 from cluster.records import jsonable
 from cluster.registry import Registry, Status, Version
 from readapt.campaign.base_pair import BasePairs
@@ -62,6 +63,7 @@ class Campaign:
         self._stopped = threading.Event()
         self._claimed: set[int] = set()
         self._settled: list[Version] = []
+        self._counted = Counted("adapter", say)
 
     def run(self) -> list[Version]:
         """Work until nothing is left to do; return the versions this campaign settled, in order.
@@ -275,6 +277,9 @@ class Campaign:
             return None
         if target in SETTLED:
             self._settled.append(moved)
+            unfinished = (Status.PLANNED, Status.ADAPTING)
+            num_left = sum(version.status in unfinished for version in self._first_versions().values())
+            self._counted.update(len(self._settled), len(self._settled) + num_left, f"{moved.label} {moved.status}")
         if moved.setback is not None:
             self._registry.log("setback", moved.id, campaign=self.id, status=moved.status, reason=moved.setback)
         return moved

@@ -19,6 +19,7 @@ from cluster.config import Fleet
 from cluster.dialect import keep_text_files, store_dialect
 from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, NotFoundError
 from cluster.names import check_name
+from cluster.progress import Say
 from cluster.registry import Registry, Status, Version
 from readapt.continual.directions import Decoupled, fold
 from readapt.continual.learn import Method, learn_stage, remember
@@ -68,7 +69,14 @@ class _Prepared:
     encoder: Encoder
 
 
-def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: NextStage, method: Method) -> Version:
+def add_stage(
+    fleet: Fleet,
+    registry: Registry,
+    blobs: BlobStore,
+    next_stage: NextStage,
+    method: Method,
+    say: Say = lambda line: None,
+) -> Version:
     """Train a stage and register the folded adapter as a child of its parent version.
 
     The new version is a CANDIDATE, or REJECTED and without files (see `setback`). Training uses only the rows of this
@@ -79,14 +87,17 @@ def add_stage(fleet: Fleet, registry: Registry, blobs: BlobStore, next_stage: Ne
     of an earlier stage are missing or the parent scores nothing on them, or the metric is not exact match;
     InvalidAdapterError for an unusable parent or rank; NotFoundError for an unknown parent.
     """
+    say(f"stage {next_stage.name}: reading rows and the parent")
     prepared = _prepare(fleet, registry, blobs, next_stage, method)
     base = fleet.base(prepared.parent.base).path
     model, encoder = load_base(base), prepared.encoder
     for earlier in prepared.before.stages:  # a parent that scores nothing could forget everything unnoticed
         rows = prepared.valid[earlier.name]
         reference(model, prepared.served, encoder, rows, "exact_match", fleet.readapt.gate)
+    say(f"stage {next_stage.name}: training on {prepared.parent.base}, from {prepared.parent.label}")
     after = Learned(_learn(model, encoder, prepared, method), (*prepared.before.stages, prepared.stage))
     adapter, lost = _fold(after.state, next_stage.rank or fleet.serving.max_rank)
+    say(f"stage {next_stage.name}: judging it and {prepared.parent.label} on the rows of {len(prepared.valid)} stages")
     old, new = (_accuracies(model, encoder, version, prepared.valid) for version in (prepared.served, adapter))
     details = {
         "rung": "continual",

@@ -1,5 +1,6 @@
 """The command line: its commands, their output, and errors of one line with exit code 1."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -185,7 +186,7 @@ def test_an_engine_that_cannot_be_started_ends_the_upgrade_at_once(
     monkeypatch.setattr("serving.on_ray.deploy_base", fail)
     code, output, errors = run("upgrade", upgradable, "--to", "v2")
     assert code == 1
-    assert "stopping the campaign: Ray Serve could not start the engine of v2: no room\n" in output
+    assert " stopping the campaign: Ray Serve could not start the engine of v2: no room\n" in output
     assert errors == "error: Ray Serve could not start the engine of v2: no room\n"
     (version,) = registry.versions(base="v2")
     assert version.status is Status.PLANNED, "the next upgrade can take it"
@@ -313,3 +314,37 @@ def test_a_module_of_ours_that_is_missing_is_a_traceback(run: Run, monkeypatch: 
     monkeypatch.setattr("demo.run.run_demo", run_demo)
     with pytest.raises(ModuleNotFoundError):
         run("demo")
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "code", "words"),
+    [
+        (["upgrade", "--to", "v2"], "upgrade.upgrade_fleet", 130, "interrupted; run it again: it resumes from the reg"),
+        (["upgrade", "--to", "v2", "--no-rollout"], "upgrade.make_candidates", 130, "it resumes from the registry"),
+        (["rollout"], "upgrade.roll_out", 130, "each version continues from its status"),
+        (["serve", "--detach"], "serving.on_ray.deploy", 0, "stopped\n"),
+    ],
+)
+def test_ctrl_c_ends_a_command_and_says_how_to_go_on(
+    run: Run,
+    upgradable: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    target: str,
+    code: int,
+    words: str,
+):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, interrupt)
+    found, output, errors = run(command[0], upgradable, *command[1:])
+    assert found == code
+    assert words in output
+    assert "Traceback" not in errors
+
+
+def test_an_upgrade_counts_its_adapters_in_dated_lines(run: Run, upgradable: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Idle, "is_endless", False)
+    _, output, _ = run("upgrade", upgradable, "--to", "v2", "--no-rollout")
+    assert re.search(r"^\d\d:\d\d:\d\d adapter 1 of 1: intent@2 failed$", output, re.MULTILINE)
