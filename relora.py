@@ -82,7 +82,7 @@ def register(fleet: FleetPath) -> None:
 def serve(
     fleet: Annotated[Path | None, typer.Argument(help="path to fleet.toml", exists=True, dir_okay=False)] = None,
     model: Annotated[
-        Path | None, typer.Option(help="checkpoint folder to serve without a fleet file", exists=True, file_okay=False)
+        str | None, typer.Option(help="checkpoint folder, bucket URL or cached hub id to serve without a fleet file")
     ] = None,
     base: Annotated[
         list[str] | None,
@@ -97,7 +97,7 @@ def serve(
     from cluster.on_ray import join_or_start
 
     if (fleet is None) == (model is None):
-        raise typer.BadParameter("give either the path of a fleet file or --model with a checkpoint folder")
+        raise typer.BadParameter("give either the path of a fleet file or --model with a checkpoint")
     if model is not None:
         fleet = model_fleet_file(model, Path(".relora"))
         print_line(f"the fleet file is {fleet}: change its settings there")

@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 from cluster.config import Fleet
 from cluster.config_readapt import Rung
 from cluster.errors import ConfigError
-from cluster.names import check_name
+from cluster.names import check_name, flat_name
+from cluster.sources import check_source
 
 _UNKNOWN = "There is no such key."
 
@@ -40,21 +41,24 @@ def load_fleet(path: Path) -> Fleet:
     return fleet
 
 
-def model_fleet_file(model: Path, folder: Path) -> Path:
+def model_fleet_file(model: str, folder: Path) -> Path:
     """Return the fleet file, under `folder`, of a fleet with one base model and no adapters. Write it on first use.
 
-    The base has the name of its checkpoint folder, `model`. Raises InvalidRequestError if that cannot be a name, and
-    ConfigError if the file exists and is about another base.
+    `model` is whatever a base's `path` may be. The base has the name of the folder, or the hub id. Raises
+    InvalidRequestError if that cannot be a name, and ConfigError if the file exists and is about another base.
     """
-    path = model.resolve()
-    file = folder.absolute() / check_name(path.name) / "fleet.toml"
+    is_folder = Path(model).is_dir()
+    source = str(Path(model).resolve()) if is_folder else check_source(model)
+    name = check_name(Path(source).name if is_folder or "://" in source else source.partition("@")[0])
+    file = folder.absolute() / flat_name(name) / "fleet.toml"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        quoted = json.dumps(str(path), ensure_ascii=False)
-        file.write_text(f'name = "{path.name}"\n\n[[bases]]\nname = "{path.name}"\npath = {quoted}\n', encoding="utf-8")
-    paths = [spec.path for spec in load_fleet(file).bases]
-    if paths != [path]:
-        raise ConfigError(f"{file} serves {', '.join(map(str, paths))}, not {path}. Write a fleet file of your own.")
+        quoted = json.dumps(source, ensure_ascii=False)
+        file.write_text(f'name = "{name}"\n\n[[bases]]\nname = "{name}"\npath = {quoted}\n', encoding="utf-8")
+    expected = source if "://" in source else str(file.parent / source)
+    paths = [str(spec.path) for spec in load_fleet(file).bases]
+    if paths != [expected]:
+        raise ConfigError(f"{file} serves {', '.join(paths)}, not {expected}. Write a fleet file of your own.")
     return file
 
 

@@ -13,6 +13,7 @@ from cluster.config_readapt import SearchConfig, TrainConfig, TransplantConfig
 from cluster.config_reference import render
 from cluster.errors import ConfigError, InvalidRequestError, NotFoundError
 from cluster.fleet_file import load_fleet, model_fleet_file
+from cluster.names import flat_name
 
 EXAMPLE = Path(__file__).parents[2] / "fleet.toml"
 BASES = '[[bases]]\nname = "v1"\npath = "models/v1"\n'
@@ -127,26 +128,36 @@ def test_a_hub_id_can_name_a_base(tmp_path: Path):
 def test_a_model_gets_a_fleet_file_that_its_owner_may_change(tmp_path: Path):
     model = tmp_path / "models" / "v1"
     model.mkdir(parents=True)
-    file = model_fleet_file(model, tmp_path / ".relora")
+    file = model_fleet_file(str(model), tmp_path / ".relora")
     assert file == tmp_path / ".relora/v1/fleet.toml"
     fleet = load_fleet(file)
     assert (fleet.name, fleet.bases, fleet.adapters) == ("v1", (BaseSpec(name="v1", path=model),), ())
     file.write_text(file.read_text() + "[serving]\nport = 9000\n")
-    assert load_fleet(model_fleet_file(model, tmp_path / ".relora")).serving.port == 9000
+    assert load_fleet(model_fleet_file(str(model), tmp_path / ".relora")).serving.port == 9000
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("org/tiny@main", "org/tiny"), ("s3://bucket/bases/v1", "v1")],
+)
+def test_a_model_may_be_a_hub_id_or_a_url(tmp_path: Path, model: str, name: str):
+    for _ in range(2):
+        (base,) = load_fleet(model_fleet_file(model, tmp_path)).bases
+        assert (base.name, str(base.path).removeprefix(f"{tmp_path}/{flat_name(name)}/")) == (name, model)
 
 
 def test_two_models_of_one_name_do_not_share_a_fleet_file(tmp_path: Path):
     for parent in ("a", "b"):
         (tmp_path / parent / "v1").mkdir(parents=True)
-    model_fleet_file(tmp_path / "a/v1", tmp_path)
+    model_fleet_file(str(tmp_path / "a/v1"), tmp_path)
     with pytest.raises(ConfigError, match=r"fleet\.toml serves .*a/v1, not .*b/v1"):
-        model_fleet_file(tmp_path / "b/v1", tmp_path)
+        model_fleet_file(str(tmp_path / "b/v1"), tmp_path)
 
 
 def test_a_model_folder_whose_name_cannot_be_one_is_refused(tmp_path: Path):
     (tmp_path / "my model").mkdir()
     with pytest.raises(InvalidRequestError, match="it contains ' '"):
-        model_fleet_file(tmp_path / "my model", tmp_path)
+        model_fleet_file(str(tmp_path / "my model"), tmp_path)
 
 
 def test_the_error_for_an_unknown_base_lists_the_known_ones(tmp_path: Path):

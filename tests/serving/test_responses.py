@@ -1,11 +1,12 @@
 """Tests responses with the `openai` client and its own types: text, reasoning, calls, streams and refusals."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
+from pydantic import BaseModel
 
 from cluster.config import ServingConfig
 from tests.worlds.chats import QUESTION, RESULT, TEMPLATES, TOOLS, make_chat_bases
@@ -165,6 +166,30 @@ def test_reasoning_streams_as_its_own_events(server: Server):
     final, events = streamed(server, model="hermes", input="Think!")
     text = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
     assert (text, final.output_text) == (final.output[0].content[0].text, "Yes.")
+
+
+class Answer(BaseModel):
+    """What a client wants to read."""
+
+    is_warm: bool
+    degrees: Literal[10, 20]
+
+
+@pytest.mark.parametrize("model", ["plain", "hermes"])
+def test_a_schema_makes_the_text_parse(server: Server, model: str):
+    response = server.client.responses.parse(model=model, input=ASK, text_format=Answer, max_output_tokens=200)
+    assert isinstance(response.output_parsed, Answer)
+    assert response.text.format.type == "json_schema"
+    free = ask(server, model=model, input=ASK, text={"format": {"type": "json_object"}}, max_output_tokens=60)
+    assert free.output_text.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+def test_a_call_can_be_forced(server: Server, choice: Any):
+    response = ask(server, model="hermes", input="Think!", tools=[TOOL], tool_choice=choice, max_output_tokens=200)
+    calls = [item for item in response.output if item.type == "function_call"]
+    assert calls[0].name == "weather"
+    assert response.tool_choice == choice or response.tool_choice.model_dump() == choice
 
 
 def test_an_adapter_of_nobody_is_not_found(server: Server):
