@@ -109,6 +109,22 @@ def serving(
 
 
 @app.command()
+def clients(
+    model: Annotated[Path, typer.Option(help="folder of an instruction-tuned model", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Option(help="JSON file", dir_okay=False)],
+    python: Annotated[
+        Path, typer.Option(help="a Python with the extra `clients` installed; default: this one", exists=True)
+    ] = Path(sys.executable),
+    suites: Annotated[str, typer.Option(help="comma-separated clients to try; default: all")] = "",
+) -> None:
+    """Try the clients that people use against a real server. Exits with 1 if a check fails."""
+    from bench.clients.run import run
+
+    if not run(model.resolve(), out.resolve(), python.absolute(), _names(suites), console):
+        raise typer.Exit(1)
+
+
+@app.command()
 def chaos(
     kit: Annotated[
         Path | None, typer.Option(help="folder of real models; default: a base with random weights", exists=True)

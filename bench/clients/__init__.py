@@ -1,0 +1,1 @@
+"""Do the clients that people use work with the server? `relora bench clients` asks them."""
