@@ -254,7 +254,7 @@ async def test_concurrent_requests_get_their_own_answers(server: Server):
         ({"logit_bias": [5]}, "logit_bias"),
         ({"bad_words": [""]}, "bad_words.0"),
         ({"min_tokens": -1}, "min_tokens"),
-        ({"guided_json": "{}"}, "guided_json"),
+        ({"guided_everything": "{}"}, "guided_everything"),
         ({"stream_options": {"include_everything": True}}, "stream_options.include_everything"),
     ],
 )
