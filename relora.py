@@ -152,8 +152,11 @@ def upgrade(
     fleet: FleetPath,
     to: Annotated[str, typer.Option(help="name of the new base model in the fleet file")],
     rollout: Annotated[bool, typer.Option(help="also move the traffic; without, stop at candidates")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan; needs no cluster")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run: print JSON")] = False,
 ) -> None:
     """Carry every adapter of a served fleet over to a new base model, and move its traffic as soon as it is ready."""
+    from cli.plan import print_plan
     from cluster.checkpoints import open_checkpoint
     from cluster.fleet import open_fleet
     from cluster.fleet_file import load_fleet
@@ -162,6 +165,9 @@ def upgrade(
 
     loaded = load_fleet(fleet)
     open_checkpoint(loaded.base(to).path)  # report an unknown name or a missing folder before anything starts
+    if dry_run:
+        print_plan(open_fleet(loaded), to, as_json)
+        return
     opened = open_fleet(loaded, say)
     join()
     _print_result(upgrade_fleet(opened, to, say) if rollout else make_candidates(opened, to, say))

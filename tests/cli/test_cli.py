@@ -1,5 +1,6 @@
 """The command line: its commands, their output, and errors of one line with exit code 1."""
 
+import json
 import re
 import shutil
 import time
@@ -348,3 +349,23 @@ def test_an_upgrade_counts_its_adapters_in_dated_lines(run: Run, upgradable: Pat
     monkeypatch.setattr(Idle, "is_endless", False)
     _, output, _ = run("upgrade", upgradable, "--to", "v2", "--no-rollout")
     assert re.search(r"^\d\d:\d\d:\d\d adapter 1 of 1: intent@2 failed$", output, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_dry_run_prints_the_plan_and_does_nothing(run: Run, fleet_file: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(fleet_file.parent, tmp_path / "dry"))
+    (folder / "registry.db").unlink(missing_ok=True)
+    file = folder / "fleet.toml"
+    code, output, _ = run("upgrade", file, "--to", "v2", "--dry-run", "--json")
+    assert code == 0
+    (step,) = json.loads(output)["steps"]
+    assert (step["version"], step["traffic"], step["note"]) == ("intent@1", 1.0, None)
+    assert step["rung"] in ("copy", "transplant", "train", "scratch")
+    assert step["expected_s"] > 0
+    run("pause", file, "intent")
+    code, output, _ = run("upgrade", file, "--to", "v2", "--dry-run")
+    assert (code, "paused: `relora resume` first" in output) == (0, True)
+    assert output.endswith("0 adapters, about 0 s with 1 workers; nothing was done\n")
+    registry = open_registry(load_fleet(file))
+    assert [version.label for version in registry.versions()] == ["intent@1"]
+    registry.close()
