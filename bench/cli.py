@@ -161,6 +161,26 @@ def overhead(
 
 
 @app.command()
+def structured(
+    kit: Kit,
+    out: Annotated[Path, typer.Option(help="JSON file for the figures", dir_okay=False)],
+    base: Annotated[
+        Path | None, typer.Option(help="checkpoint to measure; default: the kit's stories3m-v1", exists=True)
+    ] = None,
+    schemas: Annotated[
+        int | None, typer.Option(help="random schemas; default: 1000, or 50 with --quick", min=32)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="few schemas, few steps; takes minutes")] = False,
+    threads: Threads = 1,
+) -> None:
+    """Measure structured output: answers that match random JSON Schemas, and what the constraint costs."""
+    from bench.serving.structured import run
+
+    _use(threads)
+    run(kit, out, base or kit / "models" / "stories3m-v1", schemas or (50 if quick else 1000), quick, console)
+
+
+@app.command()
 def kernels(
     device: Device = "cpu",
     dtype: Dtype = "float32",

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from cluster.errors import MissingPackageError
 
-EXTRAS = {"matplotlib": "plots", "openai": "demo", "peft": "bench", "sacrebleu": "chrf"}
+EXTRAS = {"jsonschema": "bench", "matplotlib": "plots", "openai": "demo", "peft": "bench", "sacrebleu": "chrf"}
 """From each optional package to the extra in pyproject.toml that installs it."""
 
 

@@ -29,12 +29,13 @@ class Mask(NamedTuple):
 
 
 class MaskBuilder:
-    """Computes the masks of a step in one call of the library, and applies them with `ops`."""
+    """Computes the masks of a step, with several threads in one call of the library; applies them with `ops`."""
 
     def __init__(self, ops: Ops, vocab_size: int, num_threads: int):
         self._ops = ops
         self._num_words = -(-vocab_size // 32)
-        self._executor = LLExecutor(num_threads)
+        # With one thread, waking it costs more than a mask, and on a busy machine much more.
+        self._executor = LLExecutor(num_threads) if num_threads > 1 else None
 
     def of(self, sequences: Sequence[SequenceState], rows_O: SampleArray) -> Callable[[Tensor], None] | None:
         """Return what masks the logits of the constrained sequences, or None if there are none.
@@ -57,8 +58,13 @@ class MaskBuilder:
         for table in tables:
             own = [i for i, matcher in enumerate(matchers) if matcher.table is table]
             part_O2V2 = np.zeros((len(own), table.num_words), np.uint32)
+            address, num_bytes = part_O2V2.ctypes.data, part_O2V2.strides[0]
             states = [(matchers[i].state, place) for place, i in enumerate(own)]
-            self._executor.unsafe_compute_mask_ptr(states, part_O2V2.ctypes.data, part_O2V2.strides[0], len(own))
+            if self._executor is not None:
+                self._executor.unsafe_compute_mask_ptr(states, address, num_bytes, len(own))
+            else:
+                for state, place in states:
+                    state.unsafe_compute_mask_ptr(address + place * num_bytes, num_bytes)
             bits_O2V2[own, : table.num_words] = part_O2V2
         for bits_V2, matcher in zip(bits_O2V2, matchers, strict=True):
             if matcher.state.is_error():
