@@ -245,6 +245,8 @@ async def test_concurrent_requests_get_their_own_answers(server: Server):
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"suffix": "end"}, "suffix"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"length_penalty": 0.8}, "length_penalty"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"presence_penalty": -3}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -363,6 +365,8 @@ def test_a_lone_surrogate_is_rejected(server: Server, body: dict):
 def test_fields_that_change_nothing_are_accepted(server: Server):
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "echo": False}
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "seed": None}
+    neutral |= {"use_beam_search": False, "length_penalty": 1.0, "min_p": 0, "min_tokens": 0, "bad_words": []}
+    neutral |= {"repetition_penalty": 1, "stop_token_ids": [], "spaces_between_special_tokens": True, "suffix": ""}
     response = server.post("/v1/completions", model="v1", prompt="hi", max_tokens=2, **harmless, **neutral)
     assert response.status_code == 200, response.text
 
