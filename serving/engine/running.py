@@ -14,7 +14,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.sampler import SAMPLE_ROW, SampleArray
+from serving.engine.sampler import PLAIN_ROW, SAMPLE_ROW, SampleArray, sample_array
 from serving.engine.sequence import SequenceState
 
 IntArray = NDArray[np.int64]
@@ -80,11 +80,13 @@ class RunningTable:
         self._page_tokens = page_tokens
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._sequences: dict[int, SequenceState] = {}  # by row
-        self._columns = np.zeros((8, num_rows), np.int64)
+        self._columns = np.zeros((6, num_rows), np.int64)
         self._num_tokens_B2, self._num_stored_B2, self._capacity_B2 = self._columns[:3]
-        self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:6]
-        self._num_scored_B2, self._num_to_score_B2 = self._columns[6:]
+        self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:]
         self._block_tables_B2W = np.zeros((num_rows, _MIN_BLOCKS), np.int32)
+        self._num_scored_B2, self._num_to_score_B2 = np.zeros((2, num_rows), np.int64)
+        self._special_rows: set[int] = set()  # of sequences that do not just take their likeliest token
+        self._plain_rows_B2 = sample_array([PLAIN_ROW]).repeat(num_rows)
         self._sample_rows_B2 = np.zeros(num_rows, SAMPLE_ROW)  # without positions; meaningless for free rows
 
     # One sequence.
@@ -100,10 +102,12 @@ class RunningTable:
             num_cached if sequence.prefix_keys is not None else _NEVER_CACHED,
             sequence.tokens[-1],
             BASE_ONLY if sequence.resident is None else sequence.resident.number,
-            sequence.num_scored,
-            sequence.num_to_score,
         )
-        self._sample_rows_B2[row] = sequence.sample_row().record()
+        self._num_scored_B2[row], self._num_to_score_B2[row] = sequence.num_scored, sequence.num_to_score
+        sample_row = sequence.sample_row()
+        self._sample_rows_B2[row] = sample_row.record()
+        if not sample_row.is_plain or sequence.num_scored < sequence.num_to_score:
+            self._special_rows.add(row)
         while len(pages) > self._block_tables_B2W.shape[1]:
             self._widen()
         self._block_tables_B2W[row, : len(pages)] = pages
@@ -112,6 +116,7 @@ class RunningTable:
         """Free a sequence's row."""
         row = _row(sequence)
         self._columns[:, row] = 0
+        self._special_rows.discard(row)
         self._block_tables_B2W[row] = 0
         del self._sequences[row]
         self._free_rows.append(row)
@@ -171,11 +176,15 @@ class RunningTable:
             lengths_B[len(decodes) :] = [num_tokens for _, num_tokens in prefills]
         order_B = self._adapters_B2[rows_B].argsort(kind="stable")
         rows_B = rows_B[order_B]
-        num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B, num_scored_B, num_to_score_B = self._columns[:, rows_B]
+        num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B = self._columns[:, rows_B]
         ends_B = starts_B + lengths_B[order_B]
-        sample_rows_B = self._sample_rows_B2[rows_B]
-        sample_rows_B["position"] = num_tokens_B
-        score_starts_B = np.maximum(starts_B, num_scored_B)
+        sample_rows_B, score_starts_B = self._plain_rows_B2[: len(rows_B)], starts_B
+        num_scores_B = np.zeros_like(starts_B)
+        if self._special_rows:  # most steps have none, and each NumPy call takes a microsecond or more
+            sample_rows_B = self._sample_rows_B2[rows_B]
+            sample_rows_B["position"] = num_tokens_B
+            score_starts_B = np.maximum(starts_B, self._num_scored_B2[rows_B])
+            num_scores_B = np.maximum(np.minimum(ends_B, self._num_to_score_B2[rows_B]) - score_starts_B, 0)
         num_blocks = -(-int(ends_B.max(initial=0)) // self._page_tokens)
         return SchedulerOutput(
             sequences=[self._sequences[row] for row in rows_B.tolist()],
@@ -188,7 +197,7 @@ class RunningTable:
             block_tables_BW=self._block_tables_B2W[rows_B, :num_blocks],
             sample_rows_B=sample_rows_B,
             score_starts_B=score_starts_B,
-            num_scores_B=np.maximum(np.minimum(ends_B, num_to_score_B) - score_starts_B, 0),
+            num_scores_B=num_scores_B,
         )
 
     def commit(self, scheduled: SchedulerOutput, tokens: Sequence[int]) -> None:

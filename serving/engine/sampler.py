@@ -62,11 +62,20 @@ class SampleRow(NamedTuple):
     is_adjusted: bool = False
     is_constrained: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the row just takes its likeliest token."""
+        is_drawn = self.temperature >= _GREEDY_TEMPERATURE
+        return not (is_drawn or self.is_adjusted or self.is_constrained or self.num_logprobs is not None)
+
     def record(self) -> tuple[Any, ...]:
         """Return the row as an element of a SampleArray, where `num_logprobs` -1 means None."""
         # Any integer is a seed. The second of several answers has the request's seed plus one: maybe over 64 bits.
         num_logprobs = -1 if self.num_logprobs is None else self.num_logprobs
         return self._replace(seed=self.seed & _MASK_64, num_logprobs=num_logprobs)
+
+
+PLAIN_ROW = SampleRow(temperature=0.0, top_p=1.0, top_k=0, seed=0, position=0)
 
 
 def sample_array(rows: Sequence[SampleRow]) -> SampleArray:

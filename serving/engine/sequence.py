@@ -69,6 +69,8 @@ class SequenceState:
         if num_tokens > self.limit_tokens:  # nothing was to be generated
             return TokenEvent(self.id, finish_reason=FinishReason.LENGTH, prompt_logprobs=tuple(self.prompt_logprobs))
         text, reason = self.read(token, num_tokens)
+        if reason is None and not self.prompt_logprobs:  # most tokens
+            return TokenEvent(self.id, (token,), text, logprobs)
         event = TokenEvent(self.id, (token,), text, logprobs, reason)
         if self.prompt_logprobs:
             event = event._replace(prompt_logprobs=tuple(self.prompt_logprobs))
