@@ -186,7 +186,8 @@ def rollout(
 
     loaded = load_fleet(fleet)
     registry = open_registry(loaded)
-    join()
+    if loaded.rollout.traffic == "gateway":  # otherwise a rollout talks to the servers alone
+        join()
     _print_result(roll_out(loaded, registry, base, say))
 
 

@@ -1,21 +1,24 @@
 """The upgrade loop and the rollout loop of the `relora` command line: campaigns make candidates, rollouts move traffic.
 
-Both loops need a running Ray cluster that this process has joined (`cluster.on_ray.join`).
+Both loops need a running Ray cluster that this process has joined (`cluster.on_ray.join`). With `rollout.traffic =
+"engines"` the rollout loop needs none.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import readapt.on_ray
 import serving.on_ray
 from cluster.config import Fleet
 from cluster.errors import ReloraError
-from cluster.fleet import OpenFleet
+from cluster.fleet import OpenFleet, open_blobs
 from cluster.progress import Say
 from cluster.registry import Registry, Status, Version
 from cluster.rollout import Rollout
 from readapt.campaign.campaign import Campaign, in_background
+from serving.remote.pool import check_answering
+from serving.remote.sync import EngineSync
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,12 @@ def upgrade_fleet(opened: OpenFleet, base: str, say: Say) -> UpgradeResult:
     resumes both. `say` gets a line for each step of an adapter and each move of a version.
     """
     config = opened.config
-    serving.on_ray.check_gateway(config)
+    traffic = _traffic(config, opened.registry, say)
     mover = _rollout(config, opened.registry, base)
     with in_background(_campaign(opened, base, say)) as settled:
         try:
-            serving.on_ray.deploy_base(config, base)
-            while not settled.done() or mover.is_busy():
+            traffic.start_engine(base)
+            while not settled.done() or mover.is_busy() or not traffic.is_settled():
                 _tick(mover, say)
                 time.sleep(config.rollout.poll_s)
         except ReloraError as error:
@@ -63,17 +66,61 @@ def upgrade_fleet(opened: OpenFleet, base: str, say: Say) -> UpgradeResult:
 def roll_out(config: Fleet, registry: Registry, base: str | None, say: Say) -> UpgradeResult:
     """Move traffic to all waiting candidates, or only to those on `base`; start the engines that are missing."""
     waiting = registry.versions(base=base, statuses=(Status.CANDIDATE, Status.READY, Status.CANARY))
-    serving.on_ray.check_gateway(config)
+    traffic = _traffic(config, registry, say)
     movers = []
     for name in sorted({version.base for version in waiting}):
-        if not serving.on_ray.has_engine(config, name):
-            serving.on_ray.deploy_base(config, name)
+        if not traffic.has_engine(name):
+            traffic.start_engine(name)
         movers.append(_rollout(config, registry, name))
-    while any(mover.is_busy() for mover in movers):
+    while any(mover.is_busy() for mover in movers) or not traffic.is_settled():
         for mover in movers:
             _tick(mover, say)
         time.sleep(config.rollout.poll_s)
     return _result(waiting, registry)
+
+
+class _Gateway:
+    """Our gateway moves the traffic: it follows the registry by itself."""
+
+    def __init__(self, config: Fleet):
+        serving.on_ray.check_gateway(config)
+        self._config = config
+
+    def has_engine(self, base: str) -> bool:
+        """Whether an engine of ours runs the base."""
+        return not self._config.engines_of(base) and serving.on_ray.has_engine(self._config, base)
+
+    def start_engine(self, base: str) -> None:
+        """Start the base's engine, or check that its servers answer and that the gateway knows them."""
+        serving.on_ray.deploy_base(self._config, base)
+
+    def is_settled(self) -> bool:
+        """Return True: nothing is left to do here."""
+        return True
+
+
+class _Engines:
+    """Nobody here moves the traffic: the servers of `[[engines]]` get the adapters that are live."""
+
+    def __init__(self, config: Fleet, registry: Registry, say: Say):
+        self._config = config
+        self._sync = EngineSync(config, registry, open_blobs(config), say)
+
+    def has_engine(self, base: str) -> bool:
+        """Return False: `start_engine` only checks."""
+        return False
+
+    def start_engine(self, base: str) -> None:
+        """Raise BackendDiedError if no server of the base answers."""
+        check_answering(self._config, base)
+
+    def is_settled(self) -> bool:
+        """Load and unload what the registry asks for. Return whether nothing is left to do."""
+        return self._sync.run()
+
+
+def _traffic(config: Fleet, registry: Registry, say: Say) -> _Gateway | _Engines:
+    return _Gateway(config) if config.rollout.traffic == "gateway" else _Engines(config, registry, say)
 
 
 def _campaign(opened: OpenFleet, base: str, say: Say) -> Campaign:
@@ -82,7 +129,9 @@ def _campaign(opened: OpenFleet, base: str, say: Say) -> Campaign:
 
 
 def _rollout(config: Fleet, registry: Registry, base: str) -> Rollout:
-    return Rollout(registry, base, lambda version: serving.on_ray.probe(config, version), config.rollout)
+    has_canaries = config.rollout.traffic == "gateway"
+    settings = config.rollout if has_canaries else replace(config.rollout, canary_s=0.0)
+    return Rollout(registry, base, lambda version: serving.on_ray.probe(config, version), settings)
 
 
 def _tick(mover: Rollout, say: Say) -> None:

@@ -151,6 +151,11 @@ class RolloutConfig:
     """Prompts that the new version has to answer as it did when it passed the gate."""
     poll_s: Positive = 0.5
     """Seconds between looks at the registry."""
+    traffic: Literal["gateway", "engines"] = "gateway"
+    """Who moves the traffic. gateway: ours. engines: nobody here; a rollout loads live adapters into the servers of
+    `[[engines]]` under their plain names, and unloads them elsewhere."""
+    drain_s: PositiveOrZero = 30.0
+    """With `traffic = "engines"`: seconds for which the old server keeps an adapter that is live on a new one."""
 
 
 @frozen

@@ -13,7 +13,7 @@ import httpx
 from cluster.blobs import BlobStore
 from cluster.config import Fleet
 from cluster.config_engines import EngineSpec
-from cluster.errors import ReloraError
+from cluster.errors import ConfigError, ReloraError
 from serving.adapters.residency import Residency
 from serving.engine.request import Request, TokenStream
 from serving.errors import BackendDiedError
@@ -118,8 +118,10 @@ def open_backend(fleet: Fleet, base: str, blobs: BlobStore) -> RemoteBackend | R
 
 
 def check_answering(fleet: Fleet, base: str) -> None:
-    """Raise BackendDiedError if no server of a base answers."""
+    """Raise BackendDiedError if no server of a base answers, and ConfigError if there is none."""
     specs = fleet.engines_of(base)
+    if not specs:
+        raise ConfigError(f"No `[[engines]]` table names a server for {base}, which `rollout.traffic` asks for.")
     if not any(map(is_answering, specs)):
         urls = ", ".join(spec.url for spec in specs)
         raise BackendDiedError(f"No engine of {base} answers at {urls}. Start it, or correct `[[engines]]`.")
