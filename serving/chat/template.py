@@ -15,6 +15,7 @@ from serving.chat.formats.json_list import JsonList, forced_calls
 from serving.chat.formats.table import FORMATS, find_format
 from serving.chat.settings import ChatSettings
 from serving.chat.thinking import Thinking, find_thinking
+from serving.chat.written_tools import write_tools
 from serving.engine.grammar import Grammar
 
 # Errors that a template raises for messages, tools or variables that it was not written for.
@@ -38,7 +39,9 @@ class ChatTemplate:
         is_auto = settings.tool_parser == settings.reasoning_parser == "auto" and chat.template is None
         reads_calls = bool(chat.tools) and not chat.is_forced
         self._declared = getattr(tokenizer, "response_template", None) if is_auto and reads_calls else None
-        self._format = find_format(self._source, settings.tool_parser)
+        self._writes_tools = not self._mentions("tools")
+        parser = "hermes" if self._writes_tools and settings.tool_parser == "auto" else settings.tool_parser
+        self._format = find_format(self._source, parser)
         self._thinking = find_thinking(self._source, settings.reasoning_parser)
 
     def grammar(self) -> Grammar | None:
@@ -60,7 +63,8 @@ class ChatTemplate:
     def render(self) -> str:
         """Return the prompt, as transformers' `apply_chat_template` writes it.
 
-        A template that does not know the role "developer" gets "system" instead: many leave unknown roles out.
+        A template that does not know the role "developer" gets "system" instead: many leave unknown roles out. One that
+        does not know tools gets them as text (`serving.chat.written_tools`).
         """
         self._check()
         chat = self._chat
@@ -69,10 +73,11 @@ class ChatTemplate:
             {**message, "role": "system"} if message["role"] == "developer" and not known else dict(message)
             for message in chat.messages
         ]
+        tools = [] if self._writes_tools else list(chat.tools)
         try:
             return self._tokenizer.apply_chat_template(
-                messages,
-                tools=list(chat.tools) or None,
+                write_tools(messages, chat.tools) if self._writes_tools else messages,
+                tools=tools or None,
                 documents=list(chat.documents) or None,
                 chat_template=chat.template,
                 add_generation_prompt=chat.add_generation_prompt,
@@ -111,11 +116,10 @@ class ChatTemplate:
             )
         if reserved := sorted(_RESERVED & chat.variables.keys()):
             raise InvalidRequestError(f"chat_template_kwargs: {reserved[0]!r} is no variable that a request may set.")
-        for variable in ("tools", "documents"):
-            if getattr(chat, variable) and not self._mentions(variable):
-                raise InvalidRequestError(
-                    f"{variable}: the model's chat template does not use {variable}, so the model would not see them."
-                )
+        if chat.documents and not self._mentions("documents"):
+            raise InvalidRequestError(
+                "documents: the model's chat template does not use documents, so the model would not see them."
+            )
         if chat.tools and self._format is None and self._declared is None and not chat.is_forced:
             raise InvalidRequestError(
                 "tools: this server does not know in which format the model writes calls. Set tool_parser of the base "

@@ -113,6 +113,15 @@ def test_with_tool_choice_none_the_model_sees_no_tools_and_makes_no_calls(server
     assert ask(server, "hermes", QUESTION, tools=TOOLS, max_tokens=4).usage.prompt_tokens > none.usage.prompt_tokens
 
 
+TOOLED = {"tools": TOOLS}
+
+
+def tokenized(server: Server, **body) -> str:
+    """Return the prompt of a chat with the model "plain"."""
+    tokens = server.post("/tokenize", model="plain", **body).json()["tokens"]
+    return server.post("/detokenize", model="plain", tokens=tokens).json()["prompt"]
+
+
 CHOICE = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 3}}, "required": ["n"]}
 TWO_TOOLS = [
     {"type": "function", "function": {"name": "pick", "parameters": {**CHOICE, "additionalProperties": False}}},
@@ -122,6 +131,30 @@ TWO_TOOLS = [
 
 BAD_SCHEMA = {"type": "object", "properties": {"x": {"type": "string", "pattern": "("}}, "required": ["x"]}
 BAD_TOOL = {"type": "function", "function": {"name": "bad", "parameters": BAD_SCHEMA}}
+
+
+def test_a_template_without_tools_gets_them_as_text(server: Server):
+    """So the model can call them, and what it called and learned stays in the conversation."""
+    none, some = ([ask(server, "plain", QUESTION, max_tokens=1, **more).usage.prompt_tokens] for more in ({}, TOOLED))
+    assert some[0] > none[0] + 50
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "20 degrees"},
+    ]
+    prompt = tokenized(server, messages=turns, **TOOLED)
+    for part in ('"name": "weather"', '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}', "20 degrees"):
+        assert part in prompt
+    assert "tools>" not in tokenized(server, messages=turns), "the calls stay, the list does not"
+    assert "20 degrees" in tokenized(server, messages=turns)
+
+
+def test_a_model_whose_template_has_no_tools_can_be_forced_to_call_one(server: Server):
+    more = {"tools": TWO_TOOLS[1:], "tool_choice": "required", "parallel_tool_calls": False}
+    choice = ask(server, "plain", THOUGHT, **more).choices[0]
+    assert [call.function.name for call in choice.message.tool_calls] == ["stop"]
+    assert choice.finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize("model", [*MODELS, "opened"])
@@ -180,7 +213,6 @@ def test_a_constraint_applies_to_the_answer_not_to_the_reasoning(server: Server)
     [
         ("hermes", {"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
         ("hermes", {"tools": [BAD_TOOL], "tool_choice": "required"}, "tool_choice"),
-        ("plain", {"tools": TOOLS}, "tools: the model's chat template does not use tools"),
         ("opened", {"tools": TOOLS}, "tool_parser"),
         ("hermes", {"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type"),
         ("hermes", {"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
