@@ -58,8 +58,8 @@ def demo(
 @app.command()
 def register(fleet: FleetPath) -> None:
     """Check every adapter of the fleet file and its data, and register it as version 1, live on its base."""
+    from cluster.config.fleet_file import load_fleet
     from cluster.fleet import open_fleet
-    from cluster.fleet_file import load_fleet
     from readapt.ladder.relabel import check_rows
 
     loaded = load_fleet(fleet)
@@ -92,8 +92,8 @@ def serve(
 ) -> None:
     """Serve the fleet over HTTP on the running Ray cluster, or on one that is started here and stopped with Ctrl-C."""
     import serving.on_ray
+    from cluster.config.fleet_file import load_fleet, model_fleet_file
     from cluster.fleet import bases_to_serve, open_fleet
-    from cluster.fleet_file import load_fleet, model_fleet_file
     from cluster.on_ray import join_or_start
 
     if (fleet is None) == (model is None):
@@ -128,8 +128,8 @@ def assess(
     out: Annotated[Path | None, typer.Option(help="also write the result as JSON to this file", dir_okay=False)] = None,
 ) -> None:
     """Predict how each adapter will fare on a new base model, before any training; needs no cluster."""
+    from cluster.config.fleet_file import load_fleet
     from cluster.fleet import open_fleet
-    from cluster.fleet_file import load_fleet
     from readapt.campaign.assess import LEGEND, Assessor, as_json, as_table
 
     loaded = load_fleet(fleet)
@@ -157,10 +157,10 @@ def upgrade(
 ) -> None:
     """Carry every adapter of a served fleet over to a new base model, and move its traffic as soon as it is ready."""
     from cli.plan import print_plan
-    from cluster.checkpoints import open_checkpoint
+    from cluster.config.fleet_file import load_fleet
     from cluster.fleet import open_fleet
-    from cluster.fleet_file import load_fleet
     from cluster.on_ray import join
+    from cluster.storage.checkpoints import open_checkpoint
     from upgrade import make_candidates, upgrade_fleet
 
     loaded = load_fleet(fleet)
@@ -179,8 +179,8 @@ def rollout(
     base: Annotated[str | None, typer.Option(help="move only candidates on this base model")] = None,
 ) -> None:
     """Move the traffic of a served fleet to its waiting candidates, one canary per adapter at a time."""
+    from cluster.config.fleet_file import load_fleet
     from cluster.fleet import open_registry
-    from cluster.fleet_file import load_fleet
     from cluster.on_ray import join
     from upgrade import roll_out
 
@@ -218,8 +218,8 @@ def extract(
     on_ray: Annotated[bool, typer.Option("--on-ray", help="spread the work over the running Ray cluster")] = False,
 ) -> None:
     """Turn full fine-tuning into a LoRA adapter by truncated SVD of tuned - base, tensor by tensor; write a report."""
-    from cluster.checkpoints import open_checkpoint
-    from cluster.config import ServingConfig
+    from cluster.config.settings import ServingConfig
+    from cluster.storage.checkpoints import open_checkpoint
     from readapt.extraction import extract as extraction
     from readapt.extraction.report import PLOT, adapters_table, read_report, warnings_of
     from readapt.extraction.verify import read_rows, verify_into_report
@@ -278,9 +278,9 @@ def continual(
     seed: Annotated[int, typer.Option(help="random seed")] = 0,
 ) -> None:
     """Teach an adapter new classes from their rows alone; reject the new version if it forgot old classes."""
+    from cluster.config.fleet_file import load_fleet
     from cluster.fleet import open_fleet
-    from cluster.fleet_file import load_fleet
-    from cluster.registry import Status
+    from cluster.registry.registry import Status
     from readapt.continual.learn import method_of
     from readapt.continual.stage import NextStage, add_stage
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import readapt.on_ray
 import serving.on_ray
-from cluster.config import Fleet
+from cluster.config.settings import Fleet
 from cluster.errors import ReloraError
 from cluster.fleet import OpenFleet, open_blobs
 from cluster.progress import Say
-from cluster.registry import Registry, Status, Version
-from cluster.rollout import Rollout
+from cluster.registry.registry import Registry, Status, Version
+from cluster.registry.rollout import Rollout
 from readapt.campaign.campaign import Campaign, in_background
 from serving.remote.pool import check_answering
 from serving.remote.sync import EngineSync

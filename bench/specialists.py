@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bench.facts import read_json
-from cluster.adapter_files import Adapter, save_adapter
-from cluster.jsonl import write_lines
+from cluster.adapters.files import Adapter, save_adapter
+from cluster.storage.jsonl import write_lines
 from readapt.ladder.relabel import PROMPTS
 from readapt.training.data import Encoder, Row, Task, encoder_for, load_rows
 from readapt.training.evaluate import Evaluator, Metric

@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from cli.output import AsJson, FleetPath, console, megabytes, print_json, print_line
-from cluster.fleet_file import load_fleet
+from cluster.config.fleet_file import load_fleet
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,7 +17,7 @@ def add_to(app: typer.Typer) -> None:
 
 def migrate(fleet: FleetPath, as_json: AsJson = False) -> None:
     """Bring an older release's registry up to date; needed once for a database server, automatic for a file."""
-    from cluster.database import migrate as migrate_database
+    from cluster.registry.database import migrate as migrate_database
 
     before, after = migrate_database(load_fleet(fleet).registry)
     if as_json:
@@ -36,7 +36,7 @@ def gc(
 ) -> None:
     """Delete the files in the blob store that no version refers to."""
     from cluster.fleet import open_blobs, open_registry
-    from cluster.garbage import garbage
+    from cluster.registry.garbage import garbage
 
     loaded = load_fleet(fleet)
     registry, blobs = open_registry(loaded), open_blobs(loaded)

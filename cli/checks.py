@@ -10,12 +10,12 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.checkpoints import open_checkpoint
-from cluster.config import BaseSpec, Fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import BaseSpec, Fleet
 from cluster.errors import ReloraError
 from cluster.extras import EXTRAS
 from cluster.fleet import has_registry, open_blobs, open_registry
-from cluster.fleet_file import load_fleet
+from cluster.storage.checkpoints import open_checkpoint
 
 PACKAGES = ("relora", "ray", "torch", "transformers", "safetensors", "sqlalchemy")
 LOW_DISK_BYTES = 2_000_000_000

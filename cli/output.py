@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from cluster.progress import dated
-from cluster.records import jsonable
+from cluster.registry.records import jsonable
 
 FleetPath = Annotated[Path, typer.Argument(help="path to fleet.toml", exists=True, dir_okay=False)]
 Model = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="an adapter, or one of its versions")]

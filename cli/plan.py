@@ -7,7 +7,7 @@ from rich.table import Table
 from cli.output import console, print_json, print_line
 from cluster.fleet import OpenFleet
 from cluster.progress import duration
-from cluster.records import Status
+from cluster.registry.records import Status
 
 
 @dataclass(frozen=True)

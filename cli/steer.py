@@ -5,12 +5,12 @@ from typing import Annotated
 import typer
 
 from cli.output import AsJson, FleetPath, Model, print_json, print_line
-from cluster import steering
-from cluster.config import Fleet
-from cluster.fleet_file import load_fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.names import check_name, parse_model
-from cluster.records import Version
-from cluster.registry import Registry
+from cluster.registry import steering
+from cluster.registry.records import Version
+from cluster.registry.registry import Registry
 
 Name = Annotated[str, typer.Argument(help="name of an adapter")]
 

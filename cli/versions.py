@@ -9,16 +9,16 @@ import typer
 from rich.table import Table
 
 from cli.output import AsJson, FleetPath, Model, console, megabytes, print_json, print_line
-from cluster.adapter_size import size_of
+from cluster.adapters.size import size_of
+from cluster.config.fleet_file import load_fleet
 from cluster.errors import ConflictError, InvalidAdapterError
-from cluster.fleet_file import load_fleet
 from cluster.names import parse_model
-from cluster.records import Version
-from cluster.registry import Registry
-from cluster.steering import ON_THEIR_WAY, find
+from cluster.registry.records import Version
+from cluster.registry.registry import Registry
+from cluster.registry.steering import ON_THEIR_WAY, find
 
 if TYPE_CHECKING:
-    from cluster.blobs import BlobStore
+    from cluster.storage.blobs import BlobStore
 
 
 def add_to(app: typer.Typer) -> None:

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import check_base, load_adapter
-from cluster.adapter_folder import identity, store_adapter
-from cluster.adapter_size import size_details
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import AdapterSpec, Fleet
-from cluster.config_types import SQLITE
-from cluster.dialect import adapter_dialect, base_dialect, store_dialect
+from cluster.adapters.dialect import adapter_dialect, base_dialect, store_dialect
+from cluster.adapters.files import check_base, load_adapter
+from cluster.adapters.folder import identity, store_adapter
+from cluster.adapters.recorded_base import check_recorded_base
+from cluster.adapters.size import size_details
+from cluster.config.settings import AdapterSpec, Fleet
+from cluster.config.types import SQLITE
 from cluster.errors import ConfigError, ConflictError, NotFoundError
 from cluster.progress import Counted, Say
-from cluster.recorded_base import check_recorded_base
-from cluster.records import WARNINGS
-from cluster.registry import BaseModel, Registry, Status, Version
+from cluster.registry.records import WARNINGS
+from cluster.registry.registry import BaseModel, Registry, Status, Version
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
 
 PROGRESS_S = 5.0  # between progress lines; work that is done sooner says nothing
 

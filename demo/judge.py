@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.config import AdapterSpec, Fleet
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.settings import AdapterSpec, Fleet
 from cluster.fleet import open_blobs
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 from demo.load import Answer
 from demo.outcome import AdapterOutcome, Curve, Traffic
 from demo.scratch import ScratchRun

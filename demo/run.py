@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import serving.on_ray
-from cluster.config import Fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs, open_registry, register_adapters
-from cluster.fleet_file import load_fleet
 from cluster.on_ray import JobHandle, LocalCluster, connect, submit_job
-from cluster.registry import Registry, Status
+from cluster.registry.registry import Registry, Status
 from demo.judge import Judge
 from demo.load import SteadyLoad
 from demo.outcome import Outcome

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.config import AdapterSpec, Fleet
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.settings import AdapterSpec, Fleet
 from demo.outcome import Curve
 from demo.specialists import single_threaded
 from readapt.fusion.search import split_valid

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from transformers.utils import logging
 
-from cluster.adapter_files import save_adapter
+from cluster.adapters.files import save_adapter
 from readapt.training.data import encoder_for, load_rows
 from readapt.training.evaluate import Evaluator, judge
 from readapt.training.lora import blank, linear_shapes, load_base

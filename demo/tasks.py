@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.jsonl import write_lines
+from cluster.storage.jsonl import write_lines
 from demo.lexicon import fill
 
 CUE = " =>"

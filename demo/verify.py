@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.names import parse_model
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 from demo.load import Answer
 
 IN_CHARGE = (Status.LIVE, Status.CANARY)

@@ -25,9 +25,9 @@ from typing import Literal
 
 import torch
 
-from cluster.blobs import content_hash
-from cluster.checkpoints import open_checkpoint
 from cluster.errors import ConfigError
+from cluster.storage.blobs import content_hash
+from cluster.storage.checkpoints import open_checkpoint
 from demo import corpus, lexicon, pretrain, specialists, tasks
 from demo.pretrain import BaseShape, Pretraining, Texts, train_base
 from demo.specialists import Specialist, single_threaded, train_all

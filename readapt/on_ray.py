@@ -27,7 +27,7 @@ from ray.actor import ActorHandle
 from ray.train.torch import TorchTrainer
 from ray.tune.search import Searcher
 
-from cluster.config import Fleet
+from cluster.config.settings import Fleet
 from cluster.errors import TrainingError
 from readapt.campaign.concurrent_jobs import ConcurrentJobs
 from readapt.campaign.job_queue import JobQueue

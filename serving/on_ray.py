@@ -18,11 +18,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 from sqlalchemy import make_url
 
-from cluster.config import Fleet
+from cluster.config.settings import Fleet
 from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry
 from cluster.names import flat_name
-from cluster.registry import Version
+from cluster.registry.registry import Version
 from serving.adapters.residency import Residency
 from serving.engine.engine import Engine
 from serving.engine.heap import settle_heap
@@ -203,7 +203,7 @@ def _is_running(name: str) -> bool:
 
 
 def probe(fleet: Fleet, version: Version) -> None:
-    """Check the version's golden answers on an engine of its base, without the gateway. For `cluster.rollout`.
+    """Check the version's golden answers on an engine of its base, without the gateway. For `cluster.registry.rollout`.
 
     Raises ReloraError that names the first difference, and OverloadedError if a later call may succeed.
     """

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "cli": {"cluster", "serving", "readapt"},
 }
 FOLDERS = {  # from the top down: a folder imports only itself and folders below it
+    "cluster": ["adapters", "registry", "config", "storage"],
     "serving": ["http", "gateway", "chat", "remote", "engine", "model", "adapters", "memory"],
     "readapt": ["campaign", "ladder", "continual", "extraction", "fusion", "training", "lowrank"],
 }

@@ -53,7 +53,7 @@ def main(base: Path, tuned: Path, out: Path, rank: int) -> None:
     import matplotlib.figure  # noqa: F401 (imported early, to count as memory of the interpreter)
     import transformers.pytorch_utils  # noqa: F401
 
-    from cluster.checkpoints import open_checkpoint
+    from cluster.storage.checkpoints import open_checkpoint
     from readapt.extraction.extract import Settings, extract
     from readapt.lowrank.spectra import EnergyShare, FixedRank
 

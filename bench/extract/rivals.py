@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from bench.facts import ROOT
 from bench.models import random_llama
-from cluster.checkpoints import Checkpoint, open_checkpoint
+from cluster.storage.checkpoints import Checkpoint, open_checkpoint
 
 POLL_S = 0.02
 TIMEOUT_S = 1800.0

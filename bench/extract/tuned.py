@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 
 from bench.facts import read_json
 from bench.specialists import BenchTask, load_bench_task
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.checkpoints import open_checkpoint
-from cluster.config import ServingConfig
-from cluster.jsonl import write_lines
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.settings import ServingConfig
+from cluster.storage.checkpoints import open_checkpoint
+from cluster.storage.jsonl import write_lines
 from readapt.extraction.extract import Settings, extract
 from readapt.extraction.files import Extraction
 from readapt.extraction.report import read_report

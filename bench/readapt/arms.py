@@ -25,10 +25,10 @@ from pydantic import TypeAdapter
 
 from bench.readapt.records import Arm, Point, RunSpec
 from bench.specialists import BenchTask
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.checkpoints import open_checkpoint
-from cluster.config_readapt import LadderConfig, ReadaptConfig, SearchConfig
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.readapt import LadderConfig, ReadaptConfig, SearchConfig
 from cluster.errors import TrainingError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.fusion.search import find
 from readapt.ladder.inputs import Bases, LadderTask, TaskRows
 from readapt.ladder.ladder import Ladder

@@ -31,9 +31,9 @@ from bench.readapt.records import Arm, Journal, Point, Purpose, ReadyPoint, Reco
 from bench.readapt.scoring import score
 from bench.readapt.updates import Update
 from bench.specialists import BenchTask, make_specialist, write_bench_task
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import Adapter, load_adapter
 from cluster.errors import ReloraError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.ladder.inputs import TaskRows
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Task, encoder_for, load_task

@@ -6,7 +6,7 @@ from statistics import mean
 
 import torch
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder, Row, collate
 from readapt.training.evaluate import SPARE_TOKENS, Metric, label_logits

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.specialists import TASKS, BenchTask, load_bench_task, make_specialist
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.checkpoints import open_checkpoint
-from cluster.config_readapt import SearchConfig
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.readapt import SearchConfig
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.fusion.fuse import Rank
 from readapt.fusion.objective import FusionObjective
 from readapt.fusion.points import COPY, CORNERS, UNDO, Point

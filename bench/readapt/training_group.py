@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoded
 from readapt.training.evaluate import Evaluation

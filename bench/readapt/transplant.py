@@ -21,8 +21,8 @@ from rich.table import Table
 from torch.nn.functional import kl_div, log_softmax
 
 from bench.specialists import TASKS, BenchTask, load_bench_task, make_specialist
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.config_readapt import TransplantConfig
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.readapt import TransplantConfig
 from readapt.fusion.search import subset
 from readapt.ladder.regression import Regression
 from readapt.ladder.starts import calibration_rows

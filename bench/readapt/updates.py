@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.facts import plain, read_json
-from cluster.checkpoints import open_checkpoint
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.training.optimiser import MAX_GRADIENT_NORM
 
 CORPORA = ("books_children", "python_thealgorithms", "tinystories_1000")

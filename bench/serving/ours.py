@@ -11,8 +11,8 @@ from typing import Any, cast
 from bench.serving.served import ServedModel
 from bench.serving.waste import MeasuredEngine
 from bench.serving.workloads import FIRST_TOKEN_ID, Answer, Ask
-from cluster.adapter_files import load_adapter
-from cluster.config import GIB, MIB, ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import GIB, MIB, ServingConfig
 from cluster.errors import NotFoundError, OverloadedError
 from serving.adapters.packing import PackedAdapter
 from serving.engine.engine import Engine

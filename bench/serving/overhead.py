@@ -17,9 +17,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config import MIB, ServingConfig
-from cluster.dialect import base_dialect
+from cluster.adapters.dialect import base_dialect
+from cluster.adapters.files import Adapter, LoraFactors
+from cluster.config.settings import MIB, ServingConfig
 from serving.engine.engine import Engine
 from serving.engine.heap import settle_heap
 from serving.engine.request import AdapterRef, Request, SamplingParams

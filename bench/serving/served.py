@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bench.models import random_llama
-from cluster.adapter_files import Adapter, LoraFactors, save_adapter
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import Adapter, LoraFactors, save_adapter
+from cluster.storage.checkpoints import open_checkpoint
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # the modules of S-LoRA's adapters
 LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bench.serving.served import ATTENTION, LINEARS
 from bench.serving.workloads import Lengths
-from cluster.config import GIB, MIB
+from cluster.config.settings import GIB, MIB
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 _EIGHTH = Lengths(prompt=(8, 64), output=(8, 64))

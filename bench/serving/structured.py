@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.facts import facts, write_report
 from bench.serving.random_schemas import Schema, random_schema
-from cluster.config import GIB, ServingConfig
-from cluster.dialect import Dialect
+from cluster.adapters.dialect import Dialect
+from cluster.config.settings import GIB, ServingConfig
 from cluster.extras import optional_imports
 from serving.engine import grammar
 from serving.engine.engine import Engine

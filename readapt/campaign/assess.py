@@ -17,13 +17,13 @@ from typing import Literal
 
 from rich.table import Table
 
-from cluster.adapter_files import Adapter, LoraFactors, load_adapter
-from cluster.blobs import BlobStore
-from cluster.config import Fleet
+from cluster.adapters.files import Adapter, LoraFactors, load_adapter
+from cluster.config.settings import Fleet
 from cluster.errors import InvalidAdapterError, ReloraError
 from cluster.progress import Counted
-from cluster.records import jsonable
-from cluster.registry import Registry, Version
+from cluster.registry.records import jsonable
+from cluster.registry.registry import Registry, Version
+from cluster.storage.blobs import BlobStore
 from readapt.campaign.base_pair import BasePair, BasePairs
 from readapt.campaign.order import ASSESSED
 from readapt.campaign.prediction import Corners, Rung, climb_seconds, configured, predict, with_transplant

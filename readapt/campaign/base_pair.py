@@ -14,14 +14,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import Adapter, load_adapter, save_adapter
-from cluster.blobs import BlobStore
-from cluster.checkpoints import Checkpoint, open_checkpoint
-from cluster.config import Fleet
-from cluster.dialect import base_dialect, moved_tokens, ordinary_tokens
+from cluster.adapters.dialect import base_dialect, moved_tokens, ordinary_tokens
+from cluster.adapters.files import Adapter, load_adapter, save_adapter
+from cluster.config.settings import Fleet
 from cluster.errors import InvalidCheckpointError, ReloraError
 from cluster.fleet import register_base
-from cluster.registry import Registry
+from cluster.registry.registry import Registry
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import Checkpoint, open_checkpoint
 from readapt.lowrank.delta import ADVICE, ModuleEnergy, base_evolution, check_finite, check_same_shape
 
 EVOLUTION = "evolution"

@@ -22,17 +22,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapter
-from cluster.adapter_size import size_details
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet
-from cluster.dialect import adapter_dialect, base_dialect, keep_text_files, store_dialect
+from cluster.adapters.dialect import adapter_dialect, base_dialect, keep_text_files, store_dialect
+from cluster.adapters.files import Adapter, check_fits, load_adapter, save_adapter
+from cluster.adapters.size import size_details
+from cluster.config.settings import Fleet
 from cluster.errors import ConflictError, InvalidAdapterError, ReloraError, StorageError
 from cluster.fleet import register_base
 from cluster.progress import Counted
-from cluster.records import jsonable
-from cluster.registry import Registry, Status, Version
+from cluster.registry.records import jsonable
+from cluster.registry.registry import Registry, Status, Version
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.campaign.base_pair import BasePairs
 from readapt.campaign.jobs import AdapterJob, AdapterResult, Executor, JobFailure, JobUpdate, RungReached
 from readapt.campaign.leases import LeaseWatch, heartbeat

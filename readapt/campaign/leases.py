@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from cluster.errors import StorageError
-from cluster.registry import Registry
+from cluster.registry.registry import Registry
 
 
 class LeaseWatch:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 
 ASSESSED = "assessed"
 SETTLED = frozenset({Status.CANDIDATE, Status.REJECTED, Status.FAILED})

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.config_readapt import ReadaptConfig, Rung
+from cluster.config.readapt import ReadaptConfig, Rung
 from readapt.ladder.runs import scratch_settings, warm_settings
 from readapt.training.evaluate import Evaluation
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cluster.config_readapt import ReadaptConfig
+from cluster.config.readapt import ReadaptConfig
 from cluster.errors import ConfigError
 
 TRIAL_CPUS = 0.5  # per search process; trials are short and share the cores with the workers

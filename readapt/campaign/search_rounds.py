@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.config_readapt import SearchConfig
+from cluster.config.readapt import SearchConfig
 from cluster.errors import TrainingError
 from readapt.fusion.objective import SearchResult
 from readapt.fusion.points import Point

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.blobs import BlobStore
-from cluster.config import Fleet
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs
+from cluster.storage.blobs import BlobStore
 from readapt.campaign.jobs import AdapterJob, AdapterResult, RungReached
 from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.ladder.inputs import Bases, LadderTask, TaskRows

@@ -13,7 +13,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from cluster.adapter_files import Adapter, LoraFactors, check_fits
+from cluster.adapters.files import Adapter, LoraFactors, check_fits
 from cluster.errors import InvalidAdapterError
 from readapt.fusion.fuse import Fusion
 from readapt.fusion.points import Point

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import Adapter
-from cluster.blobs import BlobStore
+from cluster.adapters.files import Adapter
 from cluster.errors import InvalidAdapterError, InvalidDataError
-from cluster.records import AdapterRecord, Version
+from cluster.registry.records import AdapterRecord, Version
+from cluster.storage.blobs import BlobStore
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import Decoupled, decouple
 from readapt.training.data import load_rows

@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import Adapter, check_fits, load_adapter, save_adapter
-from cluster.adapter_size import size_details
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet
-from cluster.dialect import keep_text_files, store_dialect
+from cluster.adapters.dialect import keep_text_files, store_dialect
+from cluster.adapters.files import Adapter, check_fits, load_adapter, save_adapter
+from cluster.adapters.size import size_details
+from cluster.config.settings import Fleet
 from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, NotFoundError
 from cluster.names import check_name
 from cluster.progress import Say
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.continual.directions import Decoupled, fold
 from readapt.continual.learn import Method, learn_stage, remember
 from readapt.continual.lineage import STAGES, STATE_KEY, Learned, Stage, open_learned, store_learned

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.checkpoints import Checkpoint
+from cluster.storage.checkpoints import Checkpoint
 
 _EMBEDDING_NAME = re.compile(r"(?:.*[._])?(?:embed|embeds|embedding|embeddings|embed_tokens|embed_positions|wte|wpe)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cluster.checkpoints import Checkpoint
 from cluster.errors import ConfigError, ConflictError, InvalidCheckpointError, StorageError
+from cluster.storage.checkpoints import Checkpoint
 from readapt.extraction.anatomy import Anatomy, Kind, anatomy_of
 from readapt.extraction.files import Extraction, Part, Status, read_part, write_adapter, write_part, write_remainder
 from readapt.extraction.pairs import TensorPair, pair_tensors

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.checkpoints import Checkpoint
 from cluster.errors import InvalidCheckpointError
+from cluster.storage.checkpoints import Checkpoint
 from readapt.extraction.anatomy import Anatomy, Kind, Place, anatomy_of
 
 _NO_MATRIX = "no adapter can change it: it is not the weight matrix of a supported module"

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluster.errors import InvalidDataError
-from cluster.jsonl import read_lines, text_field
+from cluster.storage.jsonl import read_lines, text_field
 from readapt.extraction.anatomy import Kind, Place
 from readapt.extraction.files import ADAPTER_PREFIX, REMAINDER, WEIGHTS, Extraction, apply_remainder
 from readapt.extraction.report import read_report, write_report

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cluster.adapter_files import Adapter, LoraFactors
+from cluster.adapters.files import Adapter, LoraFactors
 from readapt.fusion.points import Point, module_groups
 from readapt.lowrank.truncation import truncate
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cluster.adapter_files import Adapter, check_fits
-from cluster.config_readapt import SearchConfig
+from cluster.adapters.files import Adapter, check_fits
+from cluster.config.readapt import SearchConfig
 from readapt.fusion.coefficients import Deltas, deltas, installed
 from readapt.fusion.fuse import Fusion, Rank
 from readapt.fusion.points import Point, groups

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.config_readapt import SearchConfig
+from cluster.config.readapt import SearchConfig
 
 Grouping = Literal["all", "kind", "depth", "kind+depth"]
 THIRDS = ("early", "middle", "late")

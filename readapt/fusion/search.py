@@ -17,7 +17,7 @@ import hyperopt
 import numpy as np
 from hyperopt.fmin import generate_trial
 
-from cluster.config_readapt import SearchConfig
+from cluster.config.readapt import SearchConfig
 from cluster.errors import InvalidDataError, TrainingError
 from readapt.fusion.objective import FusionObjective, SearchResult, Trial, best_of
 from readapt.fusion.points import CORNERS, Point, Space

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import SearchConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import SearchConfig
 from readapt.fusion.search import split_valid
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder, Row, Task

@@ -25,8 +25,8 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import ReadaptConfig, TransplantConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import ReadaptConfig, TransplantConfig
 from cluster.errors import ReloraError, TrainingError
 from readapt.fusion.objective import FusionObjective, SearchResult
 from readapt.ladder.inputs import Bases, LadderTask

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from readapt.training.training_run import CurvePoint, TrainingResult
 
 

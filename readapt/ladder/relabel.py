@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from cluster.errors import InvalidDataError
-from cluster.jsonl import read_lines
+from cluster.storage.jsonl import read_lines
 from readapt.training.causal_lm import CausalLM
 from readapt.training.chats import Prompt, prompt_of
 from readapt.training.data import Encoder, Row, Task, load_rows

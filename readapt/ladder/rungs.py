@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cluster.config_readapt import LadderConfig
+from cluster.config.readapt import LadderConfig
 
 REUSING = frozenset({"copy", "transplant", "fused", "train"})  # the rungs that use the old adapter
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config_readapt import TrainConfig
+from cluster.adapters.files import Adapter, LoraFactors
+from cluster.config.readapt import TrainConfig
 from readapt.fusion.fuse import align
 from readapt.lowrank.svd import decompose
 from readapt.training.causal_lm import CausalLM

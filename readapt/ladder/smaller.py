@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors
+from cluster.adapters.files import Adapter, LoraFactors
 from readapt.training.evaluate import Evaluation, Gate
 
 MULTIPLES = (1.0, 1.5, 2.0, 3.0, 4.0)  # of the old adapter's ranks

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import TransplantConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import TransplantConfig
 from cluster.errors import InvalidDataError
 from readapt.fusion.search import subset
 from readapt.ladder.inputs import Bases, LadderTask

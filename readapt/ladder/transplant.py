@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config_readapt import TransplantConfig
+from cluster.adapters.files import Adapter, LoraFactors
+from cluster.config.readapt import TransplantConfig
 from cluster.errors import InvalidCheckpointError
 from readapt.ladder.layer_walk import MLP_OUTPUT, Stream, Visitor, check_walk
 from readapt.ladder.regression import HeadMap, Regression

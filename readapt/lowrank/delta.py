@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.checkpoints import Checkpoint
+from cluster.adapters.files import Adapter, LoraFactors
 from cluster.errors import InvalidCheckpointError
+from cluster.storage.checkpoints import Checkpoint
 from readapt.lowrank.spectra import EnergyShare
 from readapt.lowrank.svd import decompose, squared_norm
 

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cluster.errors import InvalidDataError
-from cluster.jsonl import text_field
+from cluster.storage.jsonl import text_field
 
 _SETTINGS = ("tools", "chat_template_kwargs")  # of a request, beside its messages, that change the prompt
 

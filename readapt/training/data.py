@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cluster.dialect import adapter_dialect, base_dialect
+from cluster.adapters.dialect import adapter_dialect, base_dialect
 from cluster.errors import InvalidCheckpointError, InvalidDataError
-from cluster.jsonl import read_lines
-from cluster.records import AdapterRecord, Version
+from cluster.registry.records import AdapterRecord, Version
+from cluster.storage.jsonl import read_lines
 from readapt.training.chats import Chat, Prompt, completion_text, prompt_and_completion, render
 
 AnyT = TypeVar("AnyT")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import GateConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import GateConfig
 from cluster.extras import optional_imports
 from readapt.training.causal_lm import CausalLM
 from readapt.training.chats import Prompt

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cluster.adapter_files import Adapter, LoraFactors, check_fits
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import Adapter, LoraFactors, check_fits
 from cluster.errors import InvalidCheckpointError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.training.causal_lm import CausalLM
 from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, values_of
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from readapt.training.causal_lm import CausalLM
 
 ALL_ROWS = slice(None)

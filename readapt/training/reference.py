@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import GateConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import GateConfig
 from cluster.errors import InvalidDataError
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoder, Row, by_length, collate

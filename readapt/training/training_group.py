@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cluster.adapter_files import Adapter, check_fits
+from cluster.adapters.files import Adapter, check_fits
 from cluster.errors import ReloraError
 from readapt.training.causal_lm import CausalLM
 from readapt.training.data import Encoded, shuffled_batches

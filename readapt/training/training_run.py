@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from cluster.errors import ReloraError, TrainingError
 from readapt.training.data import Encoded
 from readapt.training.evaluate import Evaluation, Verdict

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cluster.adapter_files import Adapter, LoraFactors
+from cluster.adapters.files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
 
 _OS_PAGE_BYTES = 4096  # mapping a page takes an entry of 8 bytes

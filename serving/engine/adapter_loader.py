@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.adapter_files import load_adapter
+from cluster.adapters.files import load_adapter
 from cluster.errors import OverloadedError, ReloraError, StorageError
 from serving.adapters.disk_tier import DiskTier
 from serving.adapters.packing import PackedAdapter

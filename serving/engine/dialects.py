@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.dialect import Dialect, adapter_dialect
+from cluster.adapters.dialect import Dialect, adapter_dialect
 from cluster.errors import NotFoundError
 from serving.engine.detokenizer import Vocabulary
 from serving.engine.matcher import GrammarCompiler

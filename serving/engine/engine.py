@@ -9,9 +9,9 @@ from typing import Self
 
 import torch
 
-from cluster.adapter_files import Adapter, check_base_copies, check_fits
-from cluster.config import ServingConfig
-from cluster.dialect import Dialect, base_dialect
+from cluster.adapters.dialect import Dialect, base_dialect
+from cluster.adapters.files import Adapter, check_base_copies, check_fits
+from cluster.config.settings import ServingConfig
 from cluster.errors import (
     ConfigError,
     InvalidAdapterError,

@@ -22,7 +22,7 @@ There is no deadlock. The first running sequence can always continue, because al
 from bisect import insort
 from collections.abc import Iterator, Sequence
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.adapters.cache import AdapterCache
 from serving.engine.running import RunningTable, SchedulerOutput

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from serving.adapters.cache import ResidentAdapter
 from serving.engine.adjust import Adjuster, adjust, new_adjuster
 from serving.engine.detokenizer import Detokenizer, Vocabulary

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from serving.chat.answer import AnswerFormat
 from serving.engine.request import Request, SamplingParams, Terms, TokenEvent
 from serving.gateway.prompts import Prompt, Prompter

@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-from cluster.blobs import BlobStore
-from cluster.config import RolloutConfig, ServingConfig
+from cluster.config.settings import RolloutConfig, ServingConfig
 from cluster.errors import (
     InvalidAdapterError,
     InvalidRequestError,
@@ -27,8 +26,9 @@ from cluster.errors import (
     StorageError,
 )
 from cluster.names import parse_model
-from cluster.registry import Registry, Version
-from cluster.rollout import CANARY_FAILURE
+from cluster.registry.registry import Registry, Version
+from cluster.registry.rollout import CANARY_FAILURE
+from cluster.storage.blobs import BlobStore
 from serving.chat.settings import ChatSettings, FleetChatSettings, ParserSpec
 from serving.engine.request import AdapterRef, Request, SamplingParams
 from serving.errors import BackendDiedError, BackendFailedError

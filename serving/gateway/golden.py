@@ -5,11 +5,11 @@ from contextlib import aclosing
 from pathlib import Path
 from uuid import uuid4
 
-from cluster.blobs import BlobStore
-from cluster.config import Fleet
+from cluster.config.settings import Fleet
 from cluster.errors import ReloraError
 from cluster.fleet import open_blobs
-from cluster.registry import Version
+from cluster.registry.registry import Version
+from cluster.storage.blobs import BlobStore
 from serving.engine.request import Request, SamplingParams
 from serving.gateway.backend import Backend, raise_error_of
 from serving.gateway.prompters import open_prompter

@@ -5,8 +5,8 @@ import time
 from contextlib import aclosing
 from dataclasses import replace
 
-from cluster.blobs import BlobStore
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError, StorageError
+from cluster.storage.blobs import BlobStore
 from serving.adapters.residency import Residency
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, Request, TokenStream

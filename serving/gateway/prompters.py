@@ -4,7 +4,7 @@ import asyncio
 from collections import OrderedDict
 from pathlib import Path
 
-from cluster.blobs import BlobStore
+from cluster.storage.blobs import BlobStore
 from serving.gateway.prompts import Prompter
 from serving.gateway.routing import Target, dialect_of
 

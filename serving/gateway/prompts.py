@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from cluster.checkpoints import open_checkpoint
-from cluster.dialect import adapter_dialect, base_dialect
+from cluster.adapters.dialect import adapter_dialect, base_dialect
 from cluster.errors import InvalidRequestError
+from cluster.storage.checkpoints import open_checkpoint
 from serving.chat.answer import AnswerFormat
 from serving.chat.conversation import Chat
 from serving.chat.settings import DEFAULT_CHAT_SETTINGS, ChatSettings

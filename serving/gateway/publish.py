@@ -5,17 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.adapter_files import check_base, load_adapter
-from cluster.adapter_folder import store_adapter
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.dialect import DIALECT, adapter_dialect, base_dialect, store_dialect
+from cluster.adapters.dialect import DIALECT, adapter_dialect, base_dialect, store_dialect
+from cluster.adapters.files import check_base, load_adapter
+from cluster.adapters.folder import store_adapter
+from cluster.adapters.recorded_base import check_recorded_base
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError
 from cluster.names import check_name
-from cluster.recorded_base import check_recorded_base
-from cluster.records import WARNINGS
-from cluster.registry import Registry, Status, Version
-from cluster.sources import local_folder
+from cluster.registry.records import WARNINGS
+from cluster.registry.registry import Registry, Status, Version
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
+from cluster.storage.sources import local_folder
 from serving.engine.request import AdapterRef
 
 
@@ -44,10 +44,10 @@ def store(
 ) -> StoredAdapter:
     """Check an adapter's files against its base and store them.
 
-    `folder` is a folder on the server, a bucket's URL or a hub id (see `cluster.sources`). Nothing is stored before all
-    checks have passed. Raises InvalidRequestError (bad name or folder, or no base given
-    where several are served), InvalidAdapterError (bad files), NotFoundError (the base is not served), ConflictError
-    (a base has this name) and StorageError.
+    `folder` is a folder on the server, a bucket's URL or a hub id (see `cluster.storage.sources`). Nothing is
+    stored before all checks have passed. Raises InvalidRequestError (bad name or folder, or no base given where
+    several are served), InvalidAdapterError (bad files), NotFoundError (the base is not served), ConflictError (a
+    base has this name) and StorageError.
     """
     check_name(name)
     if any(known.name == name for known in registry.bases()):

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from cluster.checkpoints import open_checkpoint
-from cluster.dialect import DIALECT
+from cluster.adapters.dialect import DIALECT
 from cluster.errors import NotFoundError, ReloraError
-from cluster.registry import BaseModel, Route, Status, Version
+from cluster.registry.registry import BaseModel, Route, Status, Version
+from cluster.storage.checkpoints import open_checkpoint
 from serving.adapters.residency import Residency, Tier, summed
 from serving.engine.request import AdapterRef
 from serving.errors import BackendDiedError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from cluster.checkpoints import Checkpoint, open_checkpoint
 from cluster.errors import InvalidCheckpointError
+from cluster.storage.checkpoints import Checkpoint, open_checkpoint
 from serving.model.config import read_model_config
 from serving.model.llama import CausalLM
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors, load_adapter, save_adapter
-from cluster.blobs import BlobStore
-from cluster.config_engines import EngineSpec
+from cluster.adapters.files import Adapter, LoraFactors, load_adapter, save_adapter
+from cluster.config.engines import EngineSpec
 from cluster.errors import InvalidAdapterError, NotFoundError, ReloraError, StorageError
 from cluster.names import flat_name
+from cluster.storage.blobs import BlobStore
 from serving.adapters.residency import Residency, Tier
 from serving.engine.request import AdapterRef
 from serving.errors import BackendFailedError

@@ -12,12 +12,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import ServingConfig
-from cluster.config_engines import EngineSpec
-from cluster.dialect import base_dialect
+from cluster.adapters.dialect import base_dialect
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError, ReloraError, StorageError
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
 from serving.adapters.residency import Residency
 from serving.engine.check import check_request
 from serving.engine.dialects import Dialects

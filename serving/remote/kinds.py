@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from cluster.config import ServingConfig
-from cluster.config_engines import EngineKind
+from cluster.config.engines import EngineKind
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.engine.request import Request, SamplingParams
 

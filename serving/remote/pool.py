@@ -10,10 +10,10 @@ from typing import Any
 
 import httpx
 
-from cluster.blobs import BlobStore
-from cluster.config import Fleet
-from cluster.config_engines import EngineSpec
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import Fleet
 from cluster.errors import ConfigError, ReloraError
+from cluster.storage.blobs import BlobStore
 from serving.adapters.residency import Residency
 from serving.engine.request import Request, TokenStream
 from serving.errors import BackendDiedError

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.config_engines import EngineSpec
+from cluster.config.engines import EngineSpec
 from cluster.errors import ContextLengthError, InvalidRequestError, OverloadedError, ReloraError
 from serving.errors import BackendDiedError, BackendFailedError
 from serving.remote.kinds import KINDS

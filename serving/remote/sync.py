@@ -10,13 +10,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 
-from cluster.blobs import BlobStore
-from cluster.config import Fleet
-from cluster.config_engines import EngineSpec
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import Fleet
 from cluster.errors import ConfigError, ReloraError
 from cluster.names import flat_name
-from cluster.records import Route, Status, Version
-from cluster.registry import Registry
+from cluster.registry.records import Route, Status, Version
+from cluster.registry.registry import Registry
+from cluster.storage.blobs import BlobStore
 from serving.engine.request import AdapterRef
 from serving.remote.adapters import name_on_server, path_on_server, write_for_server
 from serving.remote.kinds import KINDS

@@ -8,7 +8,7 @@ import pytest
 
 from bench.clients.checklist import Target
 from bench.clients.run import run_suite, suite_names, summary
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from tests.worlds.servers import Server, serve_bases
 from tests.worlds.serving import make_adapter, make_checkpoint
 

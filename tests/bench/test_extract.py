@@ -12,7 +12,7 @@ import relora
 from bench.extract import memory, rivals, run, svd
 from bench.extract.run import TARGETS
 from bench.extract.tuned import served
-from cluster.adapter_files import load_adapter
+from cluster.adapters.files import load_adapter
 from readapt.training.data import Row
 from tests.worlds.serving import make_adapter, make_checkpoint
 

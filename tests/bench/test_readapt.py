@@ -18,7 +18,7 @@ from bench.readapt.run import FULL, Settings, write_figures
 from bench.readapt.scoring import score
 from bench.readapt.updates import CORPORA, Update, UpdateRecipe, make_update
 from bench.specialists import BenchTask, load_bench_task, make_specialist, write_bench_task
-from cluster.adapter_files import load_adapter
+from cluster.adapters.files import load_adapter
 from readapt.training.data import encoder_for
 from readapt.training.evaluate import judge
 from readapt.training.lora import blank, linear_shapes, load_base

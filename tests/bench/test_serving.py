@@ -21,7 +21,7 @@ from bench.serving.run import TARGETS, Rivals, headline, run
 from bench.serving.served import ATTENTION, ServedModel, make_adapters, write_random_model
 from bench.serving.shapes import QUICK, SHAPES, Dtype, Shape, Subject
 from bench.serving.workloads import Answer, Ask, Lengths, Trace, batch, slora, zipf
-from cluster.config import MIB, ServingConfig
+from cluster.config.settings import MIB, ServingConfig
 from cluster.errors import ConfigError
 from tests.worlds.serving import make_checkpoint
 

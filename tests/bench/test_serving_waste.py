@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bench.serving.waste import MeasuredEngine
-from cluster.adapter_files import load_adapter
-from cluster.config import MIB, ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import MIB, ServingConfig
 from serving.engine.request import AdapterRef, Request, SamplingParams
 from tests.worlds.serving import KINDS, make_adapter, make_checkpoint
 

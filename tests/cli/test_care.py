@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.tables import REVISION
+from cluster.registry.tables import REVISION
 from tests.cli.conftest import Run
 from tests.cluster.test_migrations import check_history, write_old
 from tests.worlds.registries import fresh_url

@@ -11,11 +11,11 @@ import pytest
 import typer
 
 import relora
-from cluster.config import Fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.errors import OverloadedError
 from cluster.fleet import open_registry
-from cluster.fleet_file import load_fleet
-from cluster.registry import Status, Version
+from cluster.registry.registry import Status, Version
 from readapt.campaign.jobs import AdapterJob, JobFailure, JobUpdates
 from readapt.training.data import Row, Task
 from serving.errors import BackendFailedError

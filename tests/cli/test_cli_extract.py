@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.adapter_files import load_adapter
+from cluster.adapters.files import load_adapter
 from tests.cli.conftest import Run
 from tests.worlds.serving import make_checkpoint
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 import relora
-from cluster.config import Fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.errors import InvalidAdapterError, NotFoundError
 from cluster.fleet import open_registry
-from cluster.fleet_file import load_fleet
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 
 Run = Callable[..., tuple[int, str, str]]
 TEXT = 'name = "tiny"\n[rollout]\ncanary_s = 0.0\npoll_s = 0.01\n'

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from cluster.adapter_files import load_adapter
+from cluster.adapters.files import load_adapter
+from cluster.config.fleet_file import load_fleet
 from cluster.fleet import open_blobs, open_registry
-from cluster.fleet_file import load_fleet
-from cluster.registry import Registry, Status
+from cluster.registry.registry import Registry, Status
 from tests.cli.conftest import Run
 from tests.worlds.serving import make_adapter, make_checkpoint
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config.fleet_file import load_fleet
 from cluster.fleet import open_registry
-from cluster.fleet_file import load_fleet
 from tests.cli.conftest import Run
 from tests.worlds.serving import make_adapter, make_checkpoint
 

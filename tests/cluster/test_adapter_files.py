@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cluster.adapter_files import (
+from cluster.adapters.files import (
     Adapter,
     LoraFactors,
     check_base,
@@ -24,8 +24,8 @@ from cluster.adapter_files import (
     load_adapter,
     save_adapter,
 )
-from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidAdapterError, StorageError
+from cluster.storage.checkpoints import open_checkpoint
 from tests.worlds.serving import KINDS, make_adapter, make_checkpoint
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cluster.adapter_files import load_adapter
-from cluster.adapter_folder import identity, store_adapter
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import MIB, ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.adapters.folder import identity, store_adapter
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import MIB, ServingConfig
 from cluster.errors import InvalidAdapterError
 from cluster.fleet import open_blobs, open_registry, register_base
-from cluster.fleet_file import load_fleet
-from cluster.registry import Status
+from cluster.registry.registry import Status
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
 from relora import main
 from tests.worlds.servers import Server, serve_bases
 from tests.worlds.serving import make_adapter, make_checkpoint

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cluster.adapter_files import check_base, load_adapter
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import check_base, load_adapter
 from cluster.errors import InvalidAdapterError
+from cluster.storage.checkpoints import open_checkpoint
 from tests.cluster.test_adapter_files import TOKENS, logits_of_merged
 from tests.worlds.serving import make_checkpoint
 

@@ -17,9 +17,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
-from cluster import blobs
-from cluster.blobs import _BLOCK_BYTES, BlobStore, content_hash, open_filesystem
 from cluster.errors import NotFoundError, StorageError
+from cluster.storage import blobs
+from cluster.storage.blobs import _BLOCK_BYTES, BlobStore, content_hash, open_filesystem
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cluster.checkpoints import open_checkpoint
-from cluster.config import MIB, ServingConfig
+from cluster.config.settings import MIB, ServingConfig
 from cluster.errors import InvalidCheckpointError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.training.lora import load_base
 from serving.engine.engine import Engine
 from serving.engine.request import Request, SamplingParams

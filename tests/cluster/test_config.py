@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from cluster.config import AdapterSpec, BaseSpec, Fleet, ServingConfig
-from cluster.config_engines import EngineSpec
-from cluster.config_readapt import SearchConfig, TrainConfig, TransplantConfig
-from cluster.config_reference import render
+from cluster.config.engines import EngineSpec
+from cluster.config.fleet_file import load_fleet, model_fleet_file
+from cluster.config.readapt import SearchConfig, TrainConfig, TransplantConfig
+from cluster.config.reference import render
+from cluster.config.settings import AdapterSpec, BaseSpec, Fleet, ServingConfig
 from cluster.errors import ConfigError, InvalidRequestError, NotFoundError
-from cluster.fleet_file import load_fleet, model_fleet_file
 from cluster.names import flat_name
 
 EXAMPLE = Path(__file__).parents[2] / "fleet.toml"
@@ -33,7 +33,7 @@ def complaint(tmp_path: Path, text: str) -> str:
 
 
 def test_the_example_is_the_generated_reference():
-    assert render() == EXAMPLE.read_text(), "run `python -m cluster.config_reference > fleet.toml`"
+    assert render() == EXAMPLE.read_text(), "run `python -m cluster.config.reference > fleet.toml`"
 
 
 def test_the_example_has_every_key_with_its_default():

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cluster.blobs import BlobStore
-from cluster.dialect import (
+from cluster.adapters.dialect import (
     DIALECT,
     TEXT_FILES,
     Dialect,
@@ -20,6 +19,7 @@ from cluster.dialect import (
     store_dialect,
 )
 from cluster.errors import InvalidAdapterError, InvalidCheckpointError
+from cluster.storage.blobs import BlobStore
 from tests.worlds.dialects import CHATML, SPARE_ROWS, TURNS, chat_tokenizer, chat_world
 from tests.worlds.serving import make_checkpoint
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.checkpoints import Checkpoint, open_checkpoint
-from cluster.config import AdapterSpec, BaseSpec, Fleet
+from cluster.config.settings import AdapterSpec, BaseSpec, Fleet
 from cluster.errors import ConfigError, ConflictError
 from cluster.fleet import (
     bases_to_serve,
@@ -19,7 +18,8 @@ from cluster.fleet import (
     register_adapters,
     register_base,
 )
-from cluster.registry import Status
+from cluster.registry.registry import Status
+from cluster.storage.checkpoints import Checkpoint, open_checkpoint
 from tests.worlds.serving import make_adapter, make_checkpoint
 
 

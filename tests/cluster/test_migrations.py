@@ -13,9 +13,9 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from cluster import database, tables
 from cluster.errors import StorageError
-from cluster.registry import Registry, Status
+from cluster.registry import database, tables
+from cluster.registry.registry import Registry, Status
 from tests.worlds.registries import fresh_url
 
 COMMON = """
@@ -83,7 +83,7 @@ def check_history(url: str) -> None:
 
 
 def differences(url: str) -> list:
-    """What a database lacks, or has beyond `cluster.tables`."""
+    """What a database lacks, or has beyond `cluster.registry.tables`."""
     with connected(url) as connection:
         options = {"version_table": tables.REVISION_TABLE.name}
         return compare_metadata(MigrationContext.configure(connection, opts=options), tables.metadata)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.recorded_base import check_recorded_base
 from cluster.errors import InvalidAdapterError
-from cluster.recorded_base import check_recorded_base
-from cluster.records import BaseModel
+from cluster.registry.records import BaseModel
+from cluster.storage.checkpoints import open_checkpoint
 from tests.worlds.serving import make_checkpoint
 
 ADAPTER = Path("/adapters/tone")

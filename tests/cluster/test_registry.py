@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from cluster import tables as registry_tables
-from cluster.config import AdapterSpec, BaseSpec, Fleet
+from cluster.config.settings import AdapterSpec, BaseSpec, Fleet
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError, ReloraError, StorageError
 from cluster.fleet import open_blobs, register_adapters
-from cluster.records import TRANSITIONS
-from cluster.registry import Registry, Status, Version
+from cluster.registry import tables as registry_tables
+from cluster.registry.records import TRANSITIONS
+from cluster.registry.registry import Registry, Status, Version
 from tests.worlds.registries import fresh_url
 from tests.worlds.serving import make_adapter, make_checkpoint
 

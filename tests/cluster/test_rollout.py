@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import RolloutConfig
+from cluster.config.settings import RolloutConfig
 from cluster.errors import InvalidAdapterError, OverloadedError
-from cluster.records import TRANSITIONS
-from cluster.registry import Registry, Status, Version
-from cluster.rollout import Rollout
+from cluster.registry.records import TRANSITIONS
+from cluster.registry.registry import Registry, Status, Version
+from cluster.registry.rollout import Rollout
 
 S = Status
 

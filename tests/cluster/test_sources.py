@@ -12,14 +12,14 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from cluster import sources
-from cluster.adapter_files import load_adapter
-from cluster.blobs import open_filesystem
-from cluster.config import MIB, ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import MIB, ServingConfig
 from cluster.errors import ConfigError, InvalidRequestError, NotFoundError, StorageError
 from cluster.fleet import open_fleet
-from cluster.fleet_file import load_fleet
-from cluster.sources import local_folder
+from cluster.storage import sources
+from cluster.storage.blobs import open_filesystem
+from cluster.storage.sources import local_folder
 from tests.cluster.test_blobs import s3_credentials, s3_server, s3_url  # noqa: F401 (fixtures)
 from tests.worlds.servers import Server, serve_bases
 from tests.worlds.serving import make_adapter, make_checkpoint

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import RolloutConfig
+from cluster.config.settings import RolloutConfig
 from cluster.errors import ConflictError, NotFoundError
-from cluster.registry import Registry, Status, Version
-from cluster.rollout import CANARY_FAILURE, Rollout
-from cluster.steering import promote, retry, roll_back
+from cluster.registry.registry import Registry, Status, Version
+from cluster.registry.rollout import CANARY_FAILURE, Rollout
+from cluster.registry.steering import promote, retry, roll_back
 from tests.worlds.registries import fresh_url
 
 S = Status

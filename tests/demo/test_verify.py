@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 from demo.load import Answer
 from demo.verify import terms, wrong_answers
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from cluster.adapter_files import check_fits, load_adapter
-from cluster.blobs import content_hash
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import check_fits, load_adapter
+from cluster.config.fleet_file import load_fleet
 from cluster.errors import ConfigError
-from cluster.fleet_file import load_fleet
+from cluster.storage.blobs import content_hash
+from cluster.storage.checkpoints import open_checkpoint
 from demo import corpus
 from demo.lexicon import fill
 from demo.pretrain import END, END_ID, BaseShape, Pretraining, Texts, train_base

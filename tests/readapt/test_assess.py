@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cluster.adapter_files import save_adapter
-from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet
+from cluster.adapters.files import save_adapter
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs, open_registry, register_adapters
-from cluster.fleet_file import load_fleet
-from cluster.registry import Registry, Status
+from cluster.registry.registry import Registry, Status
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.campaign.assess import Assessment, Assessor, as_json, as_table
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.order import ASSESSED, expected_seconds

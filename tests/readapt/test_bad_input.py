@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from cluster.adapter_files import load_adapter, save_adapter
-from cluster.config import Fleet
-from cluster.config_readapt import LadderConfig
-from cluster.dialect import base_dialect
+from cluster.adapters.dialect import base_dialect
+from cluster.adapters.files import load_adapter, save_adapter
+from cluster.config.fleet_file import load_fleet
+from cluster.config.readapt import LadderConfig
+from cluster.config.settings import Fleet
 from cluster.errors import InvalidCheckpointError
 from cluster.fleet import open_blobs
-from cluster.fleet_file import load_fleet
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.campaign import Campaign
 from readapt.campaign.jobs import AdapterJob, JobUpdate

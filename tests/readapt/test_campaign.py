@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.adapter_files import load_adapter
-from cluster.blobs import BlobStore, content_hash
-from cluster.config import Fleet
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import Fleet
 from cluster.errors import ConflictError, NotFoundError, StorageError
 from cluster.fleet import open_blobs, register_base
-from cluster.records import jsonable
-from cluster.registry import Registry, Status
+from cluster.registry.records import jsonable
+from cluster.registry.registry import Registry, Status
+from cluster.storage.blobs import BlobStore, content_hash
 from readapt.campaign.base_pair import EVOLUTION
 from readapt.campaign.campaign import Campaign, in_background
 from readapt.campaign.jobs import AdapterJob, JobFailure, JobUpdate, JobUpdates
@@ -274,7 +274,7 @@ def test_a_dead_campaign_loses_its_adapter_and_a_living_one_does_not(fleet: Flee
 VICTIM = """
 import sys, time
 from pathlib import Path
-from cluster.fleet_file import load_fleet
+from cluster.config.fleet_file import load_fleet
 from cluster.fleet import open_blobs, open_registry
 from readapt.campaign.campaign import Campaign
 from readapt.fusion.points import CORNERS

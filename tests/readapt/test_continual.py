@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from cluster.errors import TrainingError
 from readapt.continual.directions import (
     Decoupled,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from cluster.errors import InvalidCheckpointError
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import Decoupled, DirectionWeights

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import relora
-from cluster.adapter_files import load_adapter, save_adapter
-from cluster.config import Fleet, ServingConfig
+from cluster.adapters.files import load_adapter, save_adapter
+from cluster.config.settings import Fleet, ServingConfig
 from cluster.errors import ConflictError, InvalidAdapterError, InvalidDataError, NotFoundError
 from cluster.fleet import open_blobs
-from cluster.registry import Registry, Status, Version
-from cluster.rollout import Rollout
+from cluster.registry.registry import Registry, Status, Version
+from cluster.registry.rollout import Rollout
 from readapt.continual import stage as stage_module
 from readapt.continual.direction_files import load_directions
 from readapt.continual.directions import Decoupled, fold, gram

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import InvalidCheckpointError, InvalidDataError
-from cluster.records import AdapterRecord, Status, Version
+from cluster.registry.records import AdapterRecord, Status, Version
 from readapt.training.data import IGNORED, Encoder, Row, collate, encoder_for, load_rows, load_task, task_folders
 from tests.worlds.readapt import make_task, write_task
 from tests.worlds.serving import EOS, make_checkpoint

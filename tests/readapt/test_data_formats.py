@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cluster.config import Fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.errors import InvalidDataError
 from cluster.fleet import open_blobs
-from cluster.fleet_file import load_fleet
-from cluster.jsonl import read_lines
-from cluster.registry import Registry, Status
+from cluster.registry.registry import Registry, Status
+from cluster.storage.jsonl import read_lines
 from readapt.campaign.assess import Assessor
 from readapt.campaign.campaign import Campaign
 from readapt.extraction.verify import read_rows

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.adapter_files import load_adapter, save_adapter
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import load_adapter, save_adapter
 from cluster.errors import InvalidCheckpointError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.fusion.fuse import Fusion
 from readapt.fusion.points import UNDO
 from readapt.lowrank.delta import base_evolution

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.config import Fleet
-from cluster.dialect import DIALECT, base_dialect
+from cluster.adapters.dialect import DIALECT, base_dialect
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs
-from cluster.fleet_file import load_fleet
-from cluster.jsonl import write_lines
-from cluster.records import Status, Version
+from cluster.registry.records import Status, Version
+from cluster.storage.jsonl import write_lines
 from readapt.campaign.assess import Assessor
 from readapt.campaign.campaign import Campaign
 from readapt.training.data import Row

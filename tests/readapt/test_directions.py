@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors
+from cluster.adapters.files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError
 from readapt.continual.direction_files import load_directions, save_directions
 from readapt.continual.directions import (

@@ -6,8 +6,8 @@ import pytest
 import torch
 from sacrebleu.metrics.chrf import CHRF
 
-from cluster.adapter_files import load_adapter
-from cluster.config_readapt import GateConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.readapt import GateConfig
 from cluster.errors import InvalidDataError
 from readapt.training import evaluate as evaluate_module
 from readapt.training.data import Encoded, Encoder, Row, collate, encoder_for

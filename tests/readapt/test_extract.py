@@ -15,8 +15,8 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from cluster.checkpoints import open_checkpoint
 from cluster.errors import ConfigError, ConflictError, InvalidCheckpointError, StorageError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.extraction.extract import Settings, extract
 from readapt.extraction.files import Extraction, Status, apply_remainder
 from readapt.extraction.report import warnings_of

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import relora
-from cluster.adapter_files import load_adapter
-from cluster.checkpoints import open_checkpoint
-from cluster.config import ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidCheckpointError, InvalidDataError
 from cluster.on_ray import LocalCluster, connect
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.extraction.extract import Settings, extract
 from readapt.extraction.files import Extraction
 from readapt.extraction.verify import verify

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors
+from cluster.adapters.files import Adapter, LoraFactors
 from readapt.fusion.fuse import Fusion, align
 from readapt.fusion.points import COPY, UNDO, Point
 from tests.worlds.precision import assert_near, tolerance

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.config_readapt import TransplantConfig
+from cluster.config.readapt import TransplantConfig
 from readapt.ladder.transplant import transplant
 from readapt.lowrank.svd import decompose
 from readapt.training.lora import load_base

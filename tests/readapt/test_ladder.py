@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.checkpoints import open_checkpoint
-from cluster.config_readapt import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig, TransplantConfig
+from cluster.adapters.files import Adapter, LoraFactors
+from cluster.config.readapt import GateConfig, LadderConfig, ReadaptConfig, SearchConfig, TrainConfig, TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.fusion.points import COPY, CORNERS
 from readapt.fusion.search import FusionObjective, SearchResult
 from readapt.ladder import ladder as ladder_module

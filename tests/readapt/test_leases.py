@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import Registry
+from cluster.registry.registry import Registry
 from readapt.campaign.leases import LeaseWatch, heartbeat
 
 

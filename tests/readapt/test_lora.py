@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter, load_adapter, save_adapter
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import Adapter, load_adapter, save_adapter
 from cluster.errors import InvalidAdapterError, InvalidCheckpointError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.training.lora import attach, blank, blank_like, linear_shapes, load_base, row_norms
 from readapt.training.lora_stack import ALL_ROWS, LoraHooks, LoraStack, Segment, values_of
 from tests.worlds.precision import FORWARD, assert_near

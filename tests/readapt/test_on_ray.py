@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.adapter_files import load_adapter
-from cluster.checkpoints import open_checkpoint
-from cluster.config import Fleet
-from cluster.config_readapt import LadderConfig, ReadaptConfig, SearchConfig, WorkersConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.readapt import LadderConfig, ReadaptConfig, SearchConfig, WorkersConfig
+from cluster.config.settings import Fleet
 from cluster.errors import ConfigError, TrainingError
 from cluster.fleet import open_blobs
 from cluster.on_ray import LocalCluster, connect
-from cluster.registry import Status, Version
+from cluster.registry.registry import Status, Version
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.campaign.campaign import Campaign
 from readapt.campaign.job_queue import MAX_CRASHES_PER_JOB, JobQueue
 from readapt.campaign.jobs import AdapterJob, JobFailure, RungReached

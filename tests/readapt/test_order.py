@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 from readapt.campaign.order import ASSESSED, expected_seconds, in_order, unready_traffic
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.config_readapt import SearchConfig
+from cluster.config.readapt import SearchConfig
 from readapt.fusion.points import COPY, UNDO, Point, Space, groups, module_groups, point_of
 
 MODULES = [f"model.layers.{i}.{m}" for i in range(6) for m in ("self_attn.q_proj", "mlp.down_proj")]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import GateConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import GateConfig
 from cluster.errors import InvalidDataError
 from cluster.fleet import open_blobs
-from cluster.records import Status
+from cluster.registry.records import Status
 from readapt.campaign.campaign import Campaign
 from readapt.ladder.relabel import relabelled
 from readapt.training.data import Encoder, Row

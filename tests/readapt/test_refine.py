@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checkpoints import open_checkpoint
-from cluster.config_readapt import SearchConfig
+from cluster.config.readapt import SearchConfig
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.fusion import refine as refine_module
 from readapt.fusion.objective import FusionObjective
 from readapt.fusion.points import COPY, UNDO, Point

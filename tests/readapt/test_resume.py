@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.adapter_files import load_adapter
-from cluster.config import Fleet
+from cluster.adapters.files import load_adapter
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs
-from cluster.fleet_file import load_fleet
-from cluster.registry import Registry, Status
+from cluster.registry.registry import Registry, Status
 from readapt.campaign.base_pair import EVOLUTION
 from tests.worlds.fleets import make_fleet, registered
 
@@ -27,7 +27,7 @@ LEASE_S = 0.4
 CAMPAIGN = """
 import sys
 from pathlib import Path
-from cluster.fleet_file import load_fleet
+from cluster.config.fleet_file import load_fleet
 from cluster.fleet import open_blobs, open_registry
 from readapt.campaign.campaign import Campaign
 from readapt.fusion.points import CORNERS

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.adapter_files import Adapter
-from cluster.checkpoints import open_checkpoint
-from cluster.config_readapt import SearchConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import SearchConfig
 from cluster.errors import InvalidAdapterError, InvalidDataError, TrainingError
+from cluster.storage.checkpoints import open_checkpoint
 from readapt.fusion import objective as objective_module
 from readapt.fusion.objective import FusionObjective, Trial, best_of
 from readapt.fusion.points import BARE, COPY, CORNERS, UNDO, Point

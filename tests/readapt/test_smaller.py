@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config_readapt import ReadaptConfig, SearchConfig
+from cluster.adapters.files import Adapter, LoraFactors
+from cluster.config.readapt import ReadaptConfig, SearchConfig
 from readapt.ladder.inputs import Bases, LadderTask, TaskRows
 from readapt.ladder.smaller import Fitted, fitted, growth
 from readapt.ladder.starts import transplanted

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.adapter_files import load_adapter, save_adapter
-from cluster.config import Fleet
-from cluster.config_readapt import GateConfig, LadderConfig, TrainConfig
+from cluster.adapters.files import load_adapter, save_adapter
+from cluster.config.readapt import GateConfig, LadderConfig, TrainConfig
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
 from readapt.campaign.campaign import Campaign
 from readapt.continual.learn import Method, contrast
 from readapt.continual.stage import NextStage, add_stage

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from cluster.errors import InvalidAdapterError, InvalidDataError
 from readapt.training.data import EncodedRows, Row
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict, judge

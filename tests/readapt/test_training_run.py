@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import TrainConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import TrainConfig
 from readapt.ladder.runs import warm_settings
 from readapt.training.evaluate import Evaluation, Evaluator, Verdict
 from readapt.training.lora import blank, blank_like, linear_shapes, load_base, row_norms

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter
-from cluster.config_readapt import TransplantConfig
+from cluster.adapters.files import Adapter
+from cluster.config.readapt import TransplantConfig
 from cluster.errors import InvalidCheckpointError, TrainingError
 from readapt.ladder.layer_walk import check_walk
 from readapt.ladder.regression import HeadMap, Regression

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.adapter_files import save_adapter
-from cluster.config import Fleet
+from cluster.adapters.files import save_adapter
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs
-from cluster.fleet_file import load_fleet
 from readapt.campaign.concurrent_jobs import ConcurrentJobs
 from readapt.campaign.jobs import AdapterJob, AdapterResult, JobEnd, JobFailure, JobUpdate, RungReached
 from readapt.campaign.worker import Worker, has_labels

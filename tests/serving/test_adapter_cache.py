@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster.adapter_files import Adapter, LoraFactors
+from cluster.adapters.files import Adapter, LoraFactors
 from cluster.errors import InvalidAdapterError, NotFoundError, OverloadedError
 from serving.adapters.packing import PackedAdapter, dora_factors, pack_adapter, piece_width
 from serving.memory.pages import OutOfPages

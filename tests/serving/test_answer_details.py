@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from serving.gateway.token_bytes import TokenBytes
 from tests.serving.test_api import TEMPLATE
 from tests.serving.test_detokenizer import CORPUS, TOKENIZERS, each_tokenizer

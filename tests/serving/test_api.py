@@ -11,7 +11,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from cluster.errors import ReloraError, StorageError
 from serving import errors as serving_errors
 from serving.engine.request import FinishReason, TokenEvent

@@ -10,8 +10,8 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from cluster.config import BaseSpec, ReasoningParser, ServingConfig, ToolParser
-from cluster.fleet_file import load_fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import BaseSpec, ReasoningParser, ServingConfig, ToolParser
 from serving.chat.formats.table import FORMATS
 from serving.chat.settings import ChatSettings, FleetChatSettings
 from serving.chat.thinking import THINKING

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from tests.worlds.servers import serve_bases
 from tests.worlds.serving import make_checkpoint
 

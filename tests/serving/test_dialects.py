@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from cluster.blobs import BlobStore
-from cluster.config import ServingConfig
-from cluster.dialect import DIALECT, base_dialect
+from cluster.adapters.dialect import DIALECT, base_dialect
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidAdapterError, NotFoundError
-from cluster.records import Status
+from cluster.registry.records import Status
+from cluster.storage.blobs import BlobStore
 from readapt.training.data import Row, encoder_for
 from serving.engine.dialects import MAX_DIALECTS, Dialects
 from serving.engine.request import AdapterRef

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors, load_adapter
-from cluster.config import ServingConfig
-from cluster.dialect import base_dialect
+from cluster.adapters.dialect import base_dialect
+from cluster.adapters.files import Adapter, LoraFactors, load_adapter
+from cluster.config.settings import ServingConfig
 from cluster.errors import ConfigError, InvalidAdapterError, InvalidRequestError, NotFoundError, OverloadedError
 from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent

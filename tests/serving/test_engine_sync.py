@@ -9,12 +9,12 @@ import httpx
 import pytest
 
 import upgrade
-from cluster.blobs import BlobStore
-from cluster.config import BaseSpec, Fleet, RolloutConfig, ServingConfig
-from cluster.config_engines import EngineSpec
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import BaseSpec, Fleet, RolloutConfig, ServingConfig
 from cluster.errors import ConfigError
 from cluster.fleet import open_blobs, open_registry
-from cluster.registry import Registry, Status
+from cluster.registry.registry import Registry, Status
+from cluster.storage.blobs import BlobStore
 from serving.remote.sync import EngineSync
 from tests.worlds.engines import EngineProcess, HuggingFace, make_base
 from tests.worlds.serving import make_adapter

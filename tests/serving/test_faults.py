@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.blobs import BlobStore
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from cluster.errors import OverloadedError
+from cluster.storage.blobs import BlobStore
 from serving.engine.engine import Engine
 from serving.engine.request import Request, SamplingParams
 from tests.worlds.servers import AdapterServer, serve_bases, wait_until

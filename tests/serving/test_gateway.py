@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cluster.blobs import BlobStore, content_hash
-from cluster.checkpoints import open_checkpoint
-from cluster.config import RolloutConfig, ServingConfig
+from cluster.config.settings import RolloutConfig, ServingConfig
 from cluster.errors import (
     ConflictError,
     InvalidAdapterError,
@@ -20,7 +18,9 @@ from cluster.errors import (
     ReloraError,
     StorageError,
 )
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
+from cluster.storage.blobs import BlobStore, content_hash
+from cluster.storage.checkpoints import open_checkpoint
 from serving.adapters.residency import Residency, Tier
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, Terms, TokenEvent, TokenStream
 from serving.errors import BackendDiedError, BackendFailedError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.adapter_files import load_adapter
-from cluster.config import ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import ServingConfig
 from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, Request, SamplingParams
 from tests.worlds.serving import make_adapter

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.checkpoints import open_checkpoint
+from cluster.adapters.files import Adapter, load_adapter
 from cluster.errors import InvalidCheckpointError
+from cluster.storage.checkpoints import open_checkpoint
 from kernels.attention import AttentionMetadata
 from serving.model.batch import Batch, LoraBatch
 from serving.model.config import read_model_config

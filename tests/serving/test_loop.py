@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.adapter_files import load_adapter
-from cluster.config import ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidAdapterError, InvalidRequestError, NotFoundError, OverloadedError, StorageError
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop

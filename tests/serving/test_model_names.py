@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from tests.worlds.servers import Server, serve_bases
 from tests.worlds.serving import make_adapter, make_checkpoint
 

@@ -15,13 +15,13 @@ import pytest
 import ray
 from ray import serve
 
-from cluster.blobs import content_hash
-from cluster.config import BaseSpec, Fleet
+from cluster.config.fleet_file import load_fleet
+from cluster.config.settings import BaseSpec, Fleet
 from cluster.errors import ConflictError, NotFoundError, OverloadedError, ReloraError
 from cluster.fleet import open_blobs, open_registry, register_adapters, register_base
-from cluster.fleet_file import load_fleet
 from cluster.names import flat_name
-from cluster.registry import Registry, Status, Version
+from cluster.registry.registry import Registry, Status, Version
+from cluster.storage.blobs import content_hash
 from serving import on_ray
 from tests.worlds.servers import wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint

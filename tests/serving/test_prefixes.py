@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.adapter_files import Adapter, load_adapter
-from cluster.config import ServingConfig
+from cluster.adapters.files import Adapter, load_adapter
+from cluster.config.settings import ServingConfig
 from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms
 from serving.memory.eviction import EvictionQueue

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.blobs import BlobStore
-from cluster.config import MIB, ServingConfig
-from cluster.registry import Status
+from cluster.config.settings import MIB, ServingConfig
+from cluster.registry.registry import Status
+from cluster.storage.blobs import BlobStore
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, Request, SamplingParams

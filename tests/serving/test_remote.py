@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from cluster.blobs import BlobStore
-from cluster.config import BaseSpec, Fleet, RolloutConfig, ServingConfig
-from cluster.config_engines import EngineSpec
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import BaseSpec, Fleet, RolloutConfig, ServingConfig
 from cluster.errors import ContextLengthError, InvalidRequestError, OverloadedError
-from cluster.registry import Registry, Status
+from cluster.registry.registry import Registry, Status
+from cluster.storage.blobs import BlobStore
 from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms, TokenEvent
 from serving.errors import BackendDiedError, BackendFailedError

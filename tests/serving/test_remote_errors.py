@@ -8,10 +8,10 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from cluster.blobs import BlobStore
-from cluster.config import ServingConfig
-from cluster.config_engines import EngineSpec
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidRequestError, OverloadedError, ReloraError
+from cluster.storage.blobs import BlobStore
 from serving.engine import request as engine_request
 from serving.engine.request import AdapterRef, SamplingParams, Terms
 from serving.errors import BackendDiedError, BackendFailedError

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.checkpoints import open_checkpoint
-from cluster.config import BaseSpec, Fleet, RolloutConfig, ServingConfig
-from cluster.config_engines import EngineSpec
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import BaseSpec, Fleet, RolloutConfig, ServingConfig
 from cluster.errors import OverloadedError
 from cluster.fleet import open_blobs, open_registry
-from cluster.registry import Registry, Status, Version
-from cluster.rollout import Rollout
+from cluster.registry.registry import Registry, Status, Version
+from cluster.registry.rollout import Rollout
+from cluster.storage.checkpoints import open_checkpoint
 from demo.load import SteadyLoad
 from demo.verify import terms, wrong_answers
 from serving.errors import BackendDiedError

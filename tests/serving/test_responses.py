@@ -8,7 +8,7 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall, ResponseOutputMessage, ResponseReasoningItem
 from pydantic import BaseModel
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from tests.worlds.chats import QUESTION, RESULT, TEMPLATES, TOOLS, make_chat_bases
 from tests.worlds.servers import Server, serve_bases, wait_until
 

@@ -15,8 +15,8 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from cluster.adapter_files import load_adapter
-from cluster.config import ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.engine.engine import Engine
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.engine.detokenizer import Detokenizer, Vocabulary
 from serving.engine.engine import Engine

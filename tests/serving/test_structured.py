@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.adapter_files import load_adapter
-from cluster.config import ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.engine import grammar, matcher
 from serving.engine.engine import Engine

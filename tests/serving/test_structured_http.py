@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoTokenizer
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from serving.engine.request import Request, TokenStream
 from serving.errors import BackendDiedError
 from serving.gateway.local_backend import LocalBackend

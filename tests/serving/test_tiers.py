@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from cluster.adapter_files import load_adapter
-from cluster.config import ServingConfig
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import ServingConfig
 from cluster.errors import StorageError
 from serving.adapters.cache import ResidentAdapter
 from serving.adapters.device_copy import PendingCopy, part_ends

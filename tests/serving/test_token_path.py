@@ -11,10 +11,10 @@ import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import RolloutConfig, ServingConfig
-from cluster.registry import Registry
+from cluster.config.settings import RolloutConfig, ServingConfig
+from cluster.registry.registry import Registry
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
 from serving.engine.request import Request, SamplingParams, TokenEvent, TokenStream

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from tests.worlds.servers import Server, serve_bases
 from tests.worlds.serving import BOS, make_adapter, make_checkpoint
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.config import ServingConfig
-from cluster.registry import Status
+from cluster.config.settings import ServingConfig
+from cluster.registry.registry import Status
 from tests.worlds.servers import Server, serve_bases, wait_until
 from tests.worlds.serving import make_adapter, make_checkpoint
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cluster.adapter_files import Adapter, LoraFactors
+from cluster.adapters.files import Adapter, LoraFactors
 from serving.adapters.cache import AdapterCache, ResidentAdapter
 from serving.memory.eviction import EvictionQueue
 from serving.memory.pages import PageAllocator

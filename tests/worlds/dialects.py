@@ -8,7 +8,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cluster.adapter_files import save_adapter
+from cluster.adapters.files import save_adapter
 from readapt.training.data import Encoder, Row
 from readapt.training.evaluate import Evaluator
 from readapt.training.lora import blank, linear_shapes, load_base

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from cluster.config import ServingConfig
+from cluster.config.settings import ServingConfig
 from cluster.errors import ReloraError
 from serving.engine import request as engine_request
 from serving.engine.engine import Engine

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Hashable, Iterator
 
-from cluster.adapter_files import load_adapter
-from cluster.config import Fleet
+from cluster.adapters.files import load_adapter
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs
 from readapt.campaign.concurrent_jobs import ConcurrentJobs
 from readapt.campaign.jobs import AdapterJob, AdapterResult, JobEnd, JobUpdate, JobUpdates

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.adapter_files import save_adapter
-from cluster.config import Fleet
-from cluster.config_readapt import TrainConfig
+from cluster.adapters.files import save_adapter
+from cluster.config.fleet_file import load_fleet
+from cluster.config.readapt import TrainConfig
+from cluster.config.settings import Fleet
 from cluster.fleet import open_blobs, open_registry, register_adapters
-from cluster.fleet_file import load_fleet
-from cluster.registry import Registry
+from cluster.registry.registry import Registry
 from readapt.ladder.runs import train_scratch
 from readapt.training.data import Row, encoder_for, load_task
 from readapt.training.evaluate import Evaluator

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.jsonl import write_lines
+from cluster.adapters.files import Adapter, LoraFactors
+from cluster.storage.jsonl import write_lines
 from readapt.fusion.objective import FusionObjective, SearchResult, Trial, best_of
 from readapt.fusion.points import Point
 from readapt.training.data import Encoder, Row, Task, encoder_for

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cluster.adapter_files import Adapter, LoraFactors
-from cluster.config import ServingConfig
+from cluster.adapters.files import Adapter, LoraFactors
+from cluster.config.settings import ServingConfig
 from serving.adapters.cache import AdapterCache
 from serving.adapters.packing import PackedAdapter, pack_adapter
 from serving.engine.request import AdapterRef, Request, SamplingParams, Terms

@@ -12,10 +12,10 @@ import httpx
 import openai
 import uvicorn
 
-from cluster.blobs import BlobStore
-from cluster.checkpoints import open_checkpoint
-from cluster.config import BaseSpec, RolloutConfig, ServingConfig
-from cluster.registry import Registry, Status
+from cluster.config.settings import BaseSpec, RolloutConfig, ServingConfig
+from cluster.registry.registry import Registry, Status
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import open_checkpoint
 from serving.engine.engine import Engine
 from serving.engine.loop import EngineLoop
 from serving.gateway.gateway import Gateway

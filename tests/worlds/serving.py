@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bench.models import byte_tokenizer
-from cluster.checkpoints import Checkpoint, open_checkpoint
+from cluster.storage.checkpoints import Checkpoint, open_checkpoint
 from serving.engine.detokenizer import Detokenizer, Vocabulary
 from serving.engine.request import Request
 from serving.engine.sequence import SequenceState

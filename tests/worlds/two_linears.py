@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cluster.adapter_files import Adapter
+from cluster.adapters.files import Adapter
 from readapt.continual.directions import Decoupled, decouple
 from tests.worlds.readapt import random_factors
 

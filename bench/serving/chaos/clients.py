@@ -33,7 +33,7 @@ from bench.serving.chaos.events import (
 )
 from bench.serving.chaos.tally import Tally
 from bench.serving.chaos.world import Content, Disk, World
-from cluster.config import MIB
+from cluster.config.settings import MIB
 from cluster.errors import InvalidRequestError, NotFoundError, OverloadedError, ReloraError, StorageError
 from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bench.serving.chaos.truth import MAX_NEW_TOKENS
 from bench.serving.chaos.world import MAX_RANK, Content, Disk, World
-from cluster.config import MIB, ServingConfig
+from cluster.config.settings import MIB, ServingConfig
 from serving.engine.request import Terms
 
 Reader = Literal["eager", "slow", "idle"]  # idle: after its first event it reads nothing until the wave is over

@@ -29,7 +29,7 @@ from bench.serving.chaos.engines import Engines
 from bench.serving.chaos.events import WAVES, Wave, draw_events
 from bench.serving.chaos.tally import Tally
 from bench.serving.chaos.world import World, describe, make_world
-from cluster.config import MIB
+from cluster.config.settings import MIB
 
 MODEL = "stories260k"
 _MOST_ADAPTERS, _LEAST_ADAPTERS = 200, 11

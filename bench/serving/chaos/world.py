@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bench.models import byte_tokenizer, random_llama
 from bench.serving.chaos.truth import are_likeliest, greedy_answers
-from cluster.adapter_files import Adapter, LoraFactors, save_adapter
-from cluster.blobs import BlobStore
-from cluster.checkpoints import Checkpoint, open_checkpoint
+from cluster.adapters.files import Adapter, LoraFactors, save_adapter
+from cluster.storage.blobs import BlobStore
+from cluster.storage.checkpoints import Checkpoint, open_checkpoint
 
 MAX_RANK = 16
 WEIGHTS = "adapter_model.safetensors"

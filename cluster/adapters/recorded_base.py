@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from cluster.checkpoints import open_checkpoint
 from cluster.errors import InvalidAdapterError, InvalidCheckpointError
-from cluster.records import BaseModel
+from cluster.registry.records import BaseModel
+from cluster.storage.checkpoints import open_checkpoint
 
 
 def check_recorded_base(recorded: str, base: BaseModel, others: Iterable[BaseModel], adapter: Path) -> tuple[str, ...]:

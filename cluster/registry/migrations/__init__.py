@@ -2,7 +2,7 @@
 
 To change the schema:
 
-1. Change `cluster/tables.py`, and set `REVISION` there to the next number.
+1. Change `cluster/registry/tables.py`, and set `REVISION` there to the next number.
 2. Add `versions/rNNNN_what.py` with an `upgrade` that takes a database from the previous revision to the new one.
 3. Run `pytest tests/cluster/test_migrations.py`: it compares a migrated database with a new one.
 

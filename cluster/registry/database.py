@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, create_engine, delete, event, insert,
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from cluster.errors import StorageError
-from cluster.tables import REVISION, REVISION_TABLE, metadata, schema_version
+from cluster.registry.tables import REVISION, REVISION_TABLE, metadata, schema_version
 
 _BUSY_TIMEOUT_S = 30.0
 _WRITES = "relora_writes"  # execution option of the writing engine

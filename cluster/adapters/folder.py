@@ -6,8 +6,8 @@ model cards, optimizer states, checkpoints. The folder may consist of links, as 
 
 from pathlib import Path
 
-from cluster.blobs import BlobStore, content_hash
-from cluster.dialect import TEXT_FILES
+from cluster.adapters.dialect import TEXT_FILES
+from cluster.storage.blobs import BlobStore, content_hash
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", *TEXT_FILES)
 

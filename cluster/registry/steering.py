@@ -4,8 +4,8 @@ Each change is one of the registry's own moves, so it is safe beside a running c
 """
 
 from cluster.errors import ConflictError, NotFoundError
-from cluster.records import Status, Version
-from cluster.registry import Registry
+from cluster.registry.records import Status, Version
+from cluster.registry.registry import Registry
 
 ON_THEIR_WAY = (Status.CANDIDATE, Status.READY, Status.CANARY)
 SETBACKS = (Status.REJECTED, Status.FAILED, Status.ROLLED_BACK)

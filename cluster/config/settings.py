@@ -1,4 +1,4 @@
-"""The settings of a fleet. The string under a field is its comment in fleet.toml (see `cluster.config_reference`)."""
+"""The settings of a fleet. The string under a field is its comment in fleet.toml (see `cluster.config.reference`)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cluster.config_engines import EngineSpec
-from cluster.config_readapt import ReadaptConfig
-from cluster.config_types import (
+from cluster.config.engines import EngineSpec
+from cluster.config.readapt import ReadaptConfig
+from cluster.config.types import (
     BlobsUrl,
     Count,
     CountOrZero,
@@ -24,7 +24,7 @@ from cluster.config_types import (
     frozen,
 )
 from cluster.errors import NotFoundError
-from cluster.sources import local_folder
+from cluster.storage.sources import local_folder
 
 MIB = 1024**2
 GIB = 1024**3
@@ -195,7 +195,7 @@ class Fleet:
     def base(self, name: str) -> LocalBase:
         """Return the base model of that name; NotFoundError, with the names that exist, if there is none.
 
-        Its files are fetched if they are in a bucket (see `cluster.sources.local_folder` for the errors).
+        Its files are fetched if they are in a bucket (see `cluster.storage.sources.local_folder` for the errors).
         """
         specs = {spec.name: spec for spec in self.bases}
         if name not in specs:
@@ -203,7 +203,7 @@ class Fleet:
         return LocalBase(name, self.local(specs[name].path))
 
     def local(self, source: Path | str) -> Path:
-        """Return a local folder with the files of a base or an adapter (see `cluster.sources.local_folder`)."""
+        """Return a local folder with the files of a base or an adapter (see `cluster.storage.sources.local_folder`)."""
         return local_folder(source, self.folder / ".cache" / "sources", self.folder)
 
     def engines_of(self, base: str) -> tuple[EngineSpec, ...]:

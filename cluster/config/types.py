@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from cluster.errors import InvalidRequestError
 from cluster.names import check_name
-from cluster.sources import check_source
+from cluster.storage.sources import check_source
 
 SQLITE = "sqlite:///"
 

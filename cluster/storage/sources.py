@@ -16,8 +16,8 @@ from pathlib import Path
 
 from fsspec import AbstractFileSystem
 
-from cluster.blobs import open_filesystem
 from cluster.errors import InvalidRequestError, NotFoundError, StorageError
+from cluster.storage.blobs import open_filesystem
 
 SCHEMES = ("s3://", "gs://", "gcs://")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[\w.-]+)?(?:@[\w./-]+)?")

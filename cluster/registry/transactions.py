@@ -8,10 +8,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from cluster.database import open_engines
 from cluster.errors import ConflictError, NotFoundError, StorageError
-from cluster.records import TRANSITIONS, Status, Version
-from cluster.tables import events, versions
+from cluster.registry.database import open_engines
+from cluster.registry.records import TRANSITIONS, Status, Version
+from cluster.registry.tables import events, versions
 
 
 class Transactions:

@@ -1,6 +1,6 @@
-"""Writes fleet.toml, the reference of all settings, from `cluster.config`.
+"""Writes fleet.toml, the reference of all settings, from `cluster.config.settings`.
 
-To regenerate it: `python -m cluster.config_reference > fleet.toml`.
+To regenerate it: `python -m cluster.config.reference > fleet.toml`.
 """
 
 import ast
@@ -15,13 +15,15 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cluster import config, config_engines, config_readapt
-from cluster.config import GIB, MIB, AdapterSpec, BaseSpec, Fleet
-from cluster.config_engines import EngineSpec
+from cluster.config import engines as config_engines
+from cluster.config import readapt as config_readapt
+from cluster.config import settings as config
+from cluster.config.engines import EngineSpec
+from cluster.config.settings import GIB, MIB, AdapterSpec, BaseSpec, Fleet
 
 _HEAD = """\
 # The reference of a fleet file: every key with its default. Only the keys marked "Required" have to be set.
-# Generated from cluster/config.py: `python -m cluster.config_reference > fleet.toml`.
+# Generated from cluster/config/settings.py: `python -m cluster.config.reference > fleet.toml`.
 #
 # Paths are relative to this file's folder. An unknown key or a value out of bounds is an error that names the key.
 # If the cluster has several machines, all of them read these paths: use a shared file system, a PostgreSQL registry and

@@ -15,11 +15,11 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from cluster.config import Fleet
-from cluster.config_readapt import Rung
+from cluster.config.readapt import Rung
+from cluster.config.settings import Fleet
 from cluster.errors import ConfigError
 from cluster.names import check_name, flat_name
-from cluster.sources import check_source
+from cluster.storage.sources import check_source
 
 _UNKNOWN = "There is no such key."
 

@@ -1,4 +1,4 @@
-"""The registry's tables. A change here needs a revision in `cluster/migrations`."""
+"""The registry's tables. A change here needs a revision in `cluster/registry/migrations`."""
 
 from sqlalchemy import (
     JSON,
@@ -14,7 +14,7 @@ from sqlalchemy import (
 )
 
 REVISION = "0003"
-"""The newest revision in `cluster/migrations`: the schema that this file describes."""
+"""The newest revision in `cluster/registry/migrations`: the schema that this file describes."""
 
 REVISION_TABLE = Table("registry_revision", MetaData(), Column("version_num", String(32), primary_key=True))
 """Alembic's table of the database's own revision."""

@@ -8,10 +8,10 @@ killed continues where it stopped, and two rollouts at the same time do no harm.
 import time
 from collections.abc import Callable
 
-from cluster.config import RolloutConfig
+from cluster.config.settings import RolloutConfig
 from cluster.errors import ConflictError, OverloadedError, ReloraError
-from cluster.records import Status, Version
-from cluster.registry import Registry
+from cluster.registry.records import Status, Version
+from cluster.registry.registry import Registry
 
 CANARY_FAILURE = "canary_failure"
 """The kind of event that serving logs if a canary version fails a request."""

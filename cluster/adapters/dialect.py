@@ -22,8 +22,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cluster.blobs import BlobStore
 from cluster.errors import InvalidAdapterError, InvalidCheckpointError, ReloraError
+from cluster.storage.blobs import BlobStore
 
 # Files that determine token ids. An adapter that has one of them has its own tokenizer.
 _VOCABULARY_FILES = (

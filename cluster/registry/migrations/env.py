@@ -1,8 +1,8 @@
-"""How Alembic runs the revisions: on the connection that `cluster.database` hands over, within its transaction."""
+"""How Alembic runs the revisions: on the connection of `cluster.registry.database`, within its transaction."""
 
 from alembic import context
 
-from cluster.tables import REVISION_TABLE, metadata
+from cluster.registry.tables import REVISION_TABLE, metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

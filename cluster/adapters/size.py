@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ReloraError
-from cluster.records import Version
+from cluster.registry.records import Version
 
 if TYPE_CHECKING:
-    from cluster.adapter_files import Adapter
-    from cluster.blobs import BlobStore
+    from cluster.adapters.files import Adapter
+    from cluster.storage.blobs import BlobStore
 
 
 def size_details(adapter: "Adapter", folder: Path) -> dict[str, int]:
@@ -24,7 +24,7 @@ def size_of(version: Version, blobs: "BlobStore | None" = None) -> dict[str, Any
     known = {"rank": version.details.get("rank"), "num_bytes": version.details.get("num_bytes")}
     if None not in known.values() or blobs is None or version.blob_key is None:
         return known
-    from cluster.adapter_files import load_adapter  # imported here because it loads torch
+    from cluster.adapters.files import load_adapter  # imported here because it loads torch
 
     try:
         folder = blobs.fetch_folder(version.blob_key)

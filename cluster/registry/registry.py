@@ -12,9 +12,9 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from cluster.errors import ConflictError
 from cluster.names import check_name
-from cluster.records import TRANSITIONS, AdapterRecord, BaseModel, Event, Route, Status, Version
-from cluster.tables import adapters, bases, events, heartbeats, pauses, versions
-from cluster.transactions import Transactions, locked, only, version_of
+from cluster.registry.records import TRANSITIONS, AdapterRecord, BaseModel, Event, Route, Status, Version
+from cluster.registry.tables import adapters, bases, events, heartbeats, pauses, versions
+from cluster.registry.transactions import Transactions, locked, only, version_of
 
 __all__ = ["AdapterRecord", "BaseModel", "Event", "Registry", "Route", "Status", "Version"]
 

@@ -5,8 +5,8 @@ import re
 import time
 from collections.abc import Iterator
 
-from cluster.blobs import BlobStore, StoredBlob
-from cluster.registry import Registry
+from cluster.registry.registry import Registry
+from cluster.storage.blobs import BlobStore, StoredBlob
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.adapter_config import CONFIG, check_kind, check_targets, config_of, rank_of, read_config, scaling_of
-from cluster.adapter_tensors import PREFIX, sort_names
-from cluster.checkpoints import Checkpoint
+from cluster.adapters.config import CONFIG, check_kind, check_targets, config_of, rank_of, read_config, scaling_of
+from cluster.adapters.tensors import PREFIX, sort_names
 from cluster.errors import InvalidAdapterError, StorageError
+from cluster.storage.checkpoints import Checkpoint
 
 _WEIGHTS = "adapter_model.safetensors"
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

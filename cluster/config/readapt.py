@@ -1,11 +1,11 @@
-"""The settings of re-adaptation, `[readapt.*]` of the fleet file. See `cluster.config`."""
+"""The settings of re-adaptation, `[readapt.*]` of the fleet file. See `cluster.config.settings`."""
 
 from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cluster.config_types import Count, CountOrZero, Positive, PositiveOrZero, Share, frozen
+from cluster.config.types import Count, CountOrZero, Positive, PositiveOrZero, Share, frozen
 
 Rung = Literal["copy", "transplant", "fused", "train", "scratch"]
 

@@ -1,8 +1,8 @@
-"""The settings of engines that are not ours, `[[engines]]` of the fleet file. See `cluster.config`."""
+"""The settings of engines that are not ours, `[[engines]]` of the fleet file. See `cluster.config.settings`."""
 
 from typing import Literal
 
-from cluster.config_types import CountOrZero, Folder, Positive, WebUrl, frozen
+from cluster.config.types import CountOrZero, Folder, Positive, WebUrl, frozen
 
 EngineKind = Literal["vllm", "sglang", "openai"]
 

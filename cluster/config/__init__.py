@@ -1,0 +1,1 @@
+"""The fleet file: its settings, their checks, and its reference."""

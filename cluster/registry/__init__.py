@@ -1,0 +1,1 @@
+"""What exists and which version is live: the database and what changes it."""

@@ -1,0 +1,1 @@
+"""Where files lie: blobs, checkpoints, sources by URL or hub id, and rows."""
