@@ -21,7 +21,7 @@ def test_there_is_one_command_per_benchmark():
     names = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
     assert names == {
         *("readapt", "continual", "extract", "serving", "chaos"),
-        *("overhead", "structured", "kernels", "training_group", "search", "transplant", "tables"),
+        *("overhead", "structured", "clients", "kernels", "training_group", "search", "transplant", "tables"),
     }
 
 
