@@ -13,6 +13,7 @@ QUESTION = [{"role": "user", "content": "Name one colour."}]
 class Colour(pydantic.BaseModel):
     """A colour."""
 
+    model_config = pydantic.ConfigDict(extra="forbid")  # a small model would add keys without end
     name: str = pydantic.Field(max_length=12)
 
 

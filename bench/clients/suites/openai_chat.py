@@ -28,6 +28,7 @@ WEATHER = {
 class Colour(pydantic.BaseModel):
     """A colour, as structured output."""
 
+    model_config = pydantic.ConfigDict(extra="forbid")  # a small model would add keys without end
     name: str = pydantic.Field(max_length=12)
     is_warm: bool
 

@@ -21,8 +21,10 @@ def responses(target: Target) -> None:
 def responses_stream(target: Target) -> None:
     """Text deltas join to the final text."""
     with connect(target).responses.stream(model=target.base, input="Name one colour.", max_output_tokens=16) as stream:
-        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
-        assert text == stream.get_final_response().output_text
+        events = list(stream)
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == events[-1].response.output_text
+    assert events[-1].type in ("response.completed", "response.incomplete")
 
 
 @check
