@@ -76,7 +76,7 @@ class Worker:
         outcome = yield from Ladder(bases, ladder_task, self._config, search_and_keep, report=report_point).climb()
         setback = None
         if outcome.accepted:
-            size = self._fitted(outcome, ladder_task, bases)
+            size = self._fitted(job, outcome, ladder_task, bases, stages)
             outcome = replace(outcome, adapter=size.adapter, quality=size.quality)
             setback = size.setback or self._setback(job, outcome.adapter, stages)
         completions = self._golden(bases, task.valid, outcome.adapter)
@@ -145,15 +145,22 @@ class Worker:
         folders = [folder for folder in job.data if not is_data_free(folder)] if len(job.data) > 1 else []
         return {folder: self._old_quality(job, self._rows(job, folder / "valid.jsonl")) for folder in folders}
 
-    def _fitted(self, outcome: Outcome, task: LadderTask, bases: Bases) -> Fitted:
-        """Return the smallest adapter that does what the accepted one does (`readapt.ladder.smaller`)."""
+    def _fitted(
+        self, job: AdapterJob, outcome: Outcome, task: LadderTask, bases: Bases, stages: Mapping[Path, float]
+    ) -> Fitted:
+        """Return the smallest adapter that does what the accepted one does (`readapt.ladder.smaller`), on each stage.
+
+        A cut that answers as many rows right in all may still lose those of one stage: such a cut does not pass.
+        """
         config = self._config.gate
 
         def judged(adapter: Adapter, gate: Gate) -> Evaluation:
             with attached(bases.new, adapter):
-                return Evaluator(
+                found = Evaluator(
                     bases.new, bases.encoder, task.rows.gate, task.metric, gate=gate, confidence=config.confidence
                 )()
+            passes = found.is_complete and gate.passes(found.quality)
+            return replace(found, is_complete=passes and self._setback(job, adapter, stages) is None)
 
         gate = replace(task.gate, reference=outcome.reference)
         return fitted(outcome.adapter, outcome.quality, outcome.rung, task.old, gate, config.max_growth, judged)

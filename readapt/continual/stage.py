@@ -25,7 +25,7 @@ from readapt.continual.directions import Decoupled, fold
 from readapt.continual.learn import Method, learn_stage, remember
 from readapt.continual.lineage import STAGES, STATE_KEY, Learned, Stage, open_learned, store_learned
 from readapt.continual.recall import KINDS, Top, recall, recall_stage
-from readapt.continual.writer import LabelWriter, encode_labels, exact_points
+from readapt.continual.writer import LabelWriter, encode_labels, exact_points, labels_in
 from readapt.fusion.fuse import Fusion
 from readapt.fusion.points import Point
 from readapt.training.causal_lm import CausalLM
@@ -91,14 +91,19 @@ def add_stage(
     prepared = _prepare(fleet, registry, blobs, next_stage, method)
     base = fleet.base(prepared.parent.base).path
     model, encoder = load_base(base), prepared.encoder
-    for earlier in prepared.before.stages:  # a parent that scores nothing could forget everything unnoticed
-        rows = prepared.valid[earlier.name]
-        reference(model, prepared.served, encoder, rows, "exact_match", fleet.readapt.gate)
+    old = {  # a parent that scores nothing could forget everything unnoticed
+        stage.name: reference(
+            model, prepared.served, encoder, prepared.valid[stage.name], "exact_match", fleet.readapt.gate
+        ).quality
+        for stage in prepared.before.stages
+    }
     say(f"stage {next_stage.name}: training on {prepared.parent.base}, from {prepared.parent.label}")
     after = Learned(_learn(model, encoder, prepared, method), (*prepared.before.stages, prepared.stage))
     adapter, lost = _fold(after.state, next_stage.rank or fleet.serving.max_rank)
     say(f"stage {next_stage.name}: judging it and {prepared.parent.label} on the rows of {len(prepared.valid)} stages")
-    old, new = (_accuracies(model, encoder, version, prepared.valid) for version in (prepared.served, adapter))
+    untaught = {name: rows for name, rows in prepared.valid.items() if name not in old}
+    old |= _accuracies(model, encoder, prepared.served, untaught)
+    new = _accuracies(model, encoder, adapter, prepared.valid)
     details = {
         "rung": "continual",
         "stage": next_stage.name,
@@ -214,9 +219,9 @@ def _learn(model: CausalLM, encoder: Encoder, prepared: _Prepared, method: Metho
             state = remember(model, state, LabelWriter(model, [], [], hides_old=False), rows, list(shapes))
     if method.recall and not state.classes:
         state = recall(Top(model), state, [row for rows in _earlier_rows(encoder, before) for row in rows])
-    new = encode_labels(encoder, sorted({row.completion for row in prepared.train}))
-    learner = LabelWriter(model, encode_labels(encoder, before.labels), new)
     rows, stage = encoder.encode_all(prepared.train), len(before.stages)
+    old = encode_labels(encoder, before.labels, prepared.train[0].prompt)
+    learner = LabelWriter(model, old, labels_in(rows))
     learn = recall_stage if method.recall else learn_stage
     return learn(model, state, learner, rows, method, shapes=shapes, stage=stage, seed=prepared.next_stage.seed)
 

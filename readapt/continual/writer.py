@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from readapt.training.causal_lm import CausalLM
-from readapt.training.data import Encoded, Encoder, by_length, collate
+from readapt.training.data import Encoded, Encoder, Prompt, Row, by_length, collate
 from readapt.training.evaluate import label_logits
 
 BATCH_ROWS = 64
@@ -54,10 +54,9 @@ def labels_in(rows: Iterable[Encoded]) -> list[Tokens]:
     return list(dict.fromkeys(label_of(row) for row in rows))
 
 
-def encode_labels(encoder: Encoder, labels: Sequence[str]) -> list[Tokens]:
-    """Return the tokens of each label, as `Encoder.encode` makes them."""
-    ids = [encoder.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
-    return [(*tokens, encoder.eos_id) for tokens in ids]
+def encode_labels(encoder: Encoder, labels: Sequence[str], prompt: Prompt) -> list[Tokens]:
+    """Return the tokens of each label as an answer to `prompt`: a chat template may write text before the answer."""
+    return [tuple(encoder.encode_completion(Row(prompt, label))) for label in labels]
 
 
 def next_tokens(labels: Sequence[Tokens]) -> Mapping[Tokens, frozenset[int]]:

@@ -236,18 +236,26 @@ def _assemble(out: Path, parts: list[Part], settings: Settings, anatomy: Anatomy
         chosen = [(carried[path], rank) for path, rank in ranks[rule.label].items()]
         write_adapter(adapters[rule.label], out.parent, chosen, settings.dtype, anatomy, base)
     write_remainder(out, [part for part in parts if part.status is Status.REMAINDER or part.num_new_rows])
-    return Extraction(out, adapters, ranks, parts, anatomy, _num_capped(settings, spectra, ranks), settings.max_rank)
+    return Extraction(out, adapters, ranks, parts, anatomy, _num_capped(settings, carried, ranks), settings.max_rank)
 
 
 def _num_capped(
-    settings: Settings, spectra: Mapping[str, Spectrum], ranks: Mapping[str, Mapping[str, int]]
+    settings: Settings, parts: Mapping[str, Part], ranks: Mapping[str, Mapping[str, int]]
 ) -> dict[str, int]:
     """Return for each rule how many modules it would give a higher rank than the cap."""
-    at_cap = {label: [p for p, rank in chosen.items() if rank == settings.max_rank] for label, chosen in ranks.items()}
     return {
-        r.label: sum(r.asks_more(spectra[path], ranks[r.label][path]) for path in at_cap[r.label])
-        for r in settings.rules
+        rule.label: sum(
+            rank == settings.max_rank and rank < _largest_rank(parts[path]) and rule.asks_more(spectrum, rank)
+            for path, rank in ranks[rule.label].items()
+            if (spectrum := parts[path].spectrum) is not None
+        )
+        for rule in settings.rules
     }
+
+
+def _largest_rank(part: Part) -> int:
+    """Return the rank that the change of a weight may have: its smaller side, with a kernel's positions as inputs."""
+    return min(part.shape[0], math.prod(part.shape[1:]))
 
 
 def _check_not_empty(parts: Sequence[Part], base: Path) -> None:

@@ -75,9 +75,9 @@ def _cuts(adapter: Adapter, rung: str, old: Adapter, multiples: list[float]) -> 
     """Yield the cuts that are smaller than the adapter, smallest first; none of a DoRA, whose norms would change."""
     if adapter.is_dora:
         return
-    for multiple in multiples:
-        ranks = {name: max(1, int(multiple * f.rank)) for name, f in old.factors.items()}
-        if any(f.rank > ranks.get(name, f.rank) for name, f in adapter.factors.items()):
+    choices = [{name: max(1, int(multiple * f.rank)) for name, f in old.factors.items()} for multiple in multiples]
+    for ranks, previous in zip(choices, [None, *choices], strict=False):
+        if ranks != previous and any(f.rank > ranks.get(name, f.rank) for name, f in adapter.factors.items()):
             yield _cut(adapter, ranks, is_ordered=rung in ORDERED)
 
 

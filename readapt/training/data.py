@@ -116,7 +116,7 @@ class Encoder:
 
         InvalidDataError if the row has a `fault`.
         """
-        completion = self._completion(row)
+        completion = self.encode_completion(row)
         room_tokens = self.max_tokens - len(completion)
         if room_tokens < 1:
             raise InvalidDataError(f"{self._too_long()}: {row.completion[:60]!r} ({len(completion)} tokens)")
@@ -133,11 +133,12 @@ class Encoder:
                     return None
             else:
                 self.encode_prompt(row.prompt)
-            return self._too_long() if len(self._completion(row)) >= self.max_tokens else None
+            return self._too_long() if len(self.encode_completion(row)) >= self.max_tokens else None
         except InvalidDataError as error:
             return str(error)
 
-    def _completion(self, row: Row) -> list[int]:
+    def encode_completion(self, row: Row) -> list[int]:
+        """Return the tokens of a row's answer, with what its chat template writes before it, and its end token."""
         text = row.completion
         if isinstance(row.prompt, Chat):
             end = str(self.tokenizer.convert_ids_to_tokens(self.eos_id))

@@ -58,6 +58,8 @@ def _fault(
         never_ends = ended == 0 and len(rows) >= FEWEST_ROWS
         return f"it never ends its answer. {_end_token(encoder)}" if never_ends else None
     [(commonest, num_common)] = Counter(row.completion for row in rows).most_common(1)
+    if found.quality > 100.0 * num_common / len(rows) + 1e-6:  # more is right than the commonest answer
+        return None
     others = [row for row in rows if row.completion != commonest]
     if num_common > 1 and len(others) >= FEWEST_ROWS and Evaluator(model, encoder, others, metric)().quality == 0:
         return f"it is right only where the answer is {commonest[:60]!r}, so a constant answer would pass."

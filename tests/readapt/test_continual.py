@@ -1,5 +1,7 @@
 """Learning classes stage by stage: methods, losses, and adapters that an engine can serve."""
 
+import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from readapt.continual.directions import (
 from readapt.continual.learn import Method, learn_stage, released_code
 from readapt.continual.moments import contrasting, input_moments, with_moments
 from readapt.continual.writer import LabelWriter, encode_labels, exact_points, labels_in
-from readapt.training.data import Row, encoder_for
+from readapt.training.chats import Chat
+from readapt.training.data import Encoder, Row, encoder_for
 from readapt.training.lora import attach, blank, linear_shapes, load_base
 from tests.worlds.readapt import logits, random_factors
 from tests.worlds.serving import make_checkpoint
@@ -154,12 +157,27 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("base") / "v1", std=0.08)
 
 
+def test_labels_in_chats_have_what_the_template_writes_before_an_answer(base: Path):
+    model, shared = load_base(base), encoder_for(base, 64)
+    encoder = Encoder(copy.deepcopy(shared.tokenizer), shared.eos_id, 64)
+    encoder.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}:{% else %} {{ m.content }}{{ eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    chats = [Chat(json.dumps({"messages": [{"role": "user", "content": text}]})) for text in ("1b", "2c")]
+    rows = encoder.encode_all([Row(chats[0], "green"), Row(chats[1], "grey")])
+    assert set(encode_labels(encoder, ["green", "grey"], chats[1])) == set(labels_in(rows))
+    assert set(encode_labels(encoder, ["green", "grey"], "")).isdisjoint(labels_in(rows)), "the template adds a space"
+    assert LabelWriter(model, encode_labels(encoder, ["gold"], chats[0]), labels_in(rows)).loss(rows) > 0
+
+
 @pytest.mark.parametrize(("hides_old", "hidden"), [(False, {}), (True, {"": "z", "g": "o"})])
 def test_the_loss_of_a_stage_hides_tokens_of_older_labels(base: Path, hides_old: bool, hidden: dict[str, str]):
     """Compares with a reference that goes through the positions one by one and leaves out the `hidden` characters."""
     model, encoder = load_base(base), encoder_for(base, 64)
     rows = encoder.encode_all([Row("1b=", "green"), Row("2c=", "grey")])
-    loss = LabelWriter(model, encode_labels(encoder, ["zinc", "gold"]), labels_in(rows), hides_old=hides_old).loss(rows)
+    writer = LabelWriter(model, encode_labels(encoder, ["zinc", "gold"], ""), labels_in(rows), hides_old=hides_old)
+    loss = writer.loss(rows)
     losses = []
     for row, label in zip(rows, ("green", "grey"), strict=True):
         logits_TV = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()

@@ -426,6 +426,18 @@ def test_a_cap_cuts_every_rule_and_is_reported(pair: Callable[..., tuple[Path, P
     assert not any(line.startswith("rank-2") for line in warnings)
 
 
+def test_a_module_of_full_rank_is_not_called_capped(pair: Callable[..., tuple[Path, Path]]) -> None:
+    """The cap is the smaller side of the key and value projections, so no rule could give them more."""
+    base, tuned = pair(*LLAMA)
+    smallest = min(min(t.shape) for n, t in load_file(tuned / "model.safetensors").items() if "self_attn.k_proj" in n)
+    done = run(base, tuned, FixedRank(1000), max_rank=smallest)
+    narrow = {path for path, rank in done.ranks["rank-1000"].items() if rank == smallest and "k_proj" in path}
+    assert narrow
+    shapes = {part.path: part.shape for part in done.parts}
+    wide = [path for path in done.ranks["rank-1000"] if min(shapes[path]) > smallest]
+    assert done.num_capped["rank-1000"] == len(wide)
+
+
 def test_a_knee_does_not_depend_on_a_cap_above_it(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     base, tuned = pair(*LLAMA, rank=3)
     free = run(base, tuned, Knee()).ranks["knee"]
