@@ -5,7 +5,7 @@ Both loops need a running Ray cluster that this process has joined (`cluster.on_
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import readapt.on_ray
@@ -54,9 +54,7 @@ def upgrade_fleet(opened: OpenFleet, base: str, say: Say) -> UpgradeResult:
     with in_background(_campaign(opened, base, say)) as settled:
         try:
             traffic.start_engine(base)
-            while not settled.done() or mover.is_busy() or not traffic.is_settled():
-                _tick(mover, say)
-                time.sleep(config.rollout.poll_s)
+            _move([mover], traffic, say, config.rollout.poll_s, settled.done)
         except ReloraError as error:
             say(f"stopping the campaign: {error}")  # said now, because running adapters may take a while to stop
             raise
@@ -72,10 +70,7 @@ def roll_out(config: Fleet, registry: Registry, base: str | None, say: Say) -> U
         if not traffic.has_engine(name):
             traffic.start_engine(name)
         movers.append(_rollout(config, registry, name))
-    while any(mover.is_busy() for mover in movers) or not traffic.is_settled():
-        for mover in movers:
-            _tick(mover, say)
-        time.sleep(config.rollout.poll_s)
+    _move(movers, traffic, say, config.rollout.poll_s)
     return _result(waiting, registry)
 
 
@@ -88,14 +83,14 @@ class _Gateway:
 
     def has_engine(self, base: str) -> bool:
         """Whether an engine of ours runs the base."""
-        return not self._config.engines_of(base) and serving.on_ray.has_engine(self._config, base)
+        return not self._config.engines_of(base) and serving.on_ray.has_engine(base)
 
     def start_engine(self, base: str) -> None:
         """Start the base's engine, or check that its servers answer and that the gateway knows them."""
         serving.on_ray.deploy_base(self._config, base)
 
-    def is_settled(self) -> bool:
-        """Return True: nothing is left to do here."""
+    def follow(self) -> bool:
+        """Return True: the gateway has nothing left to do that we would have to wait for."""
         return True
 
 
@@ -114,7 +109,7 @@ class _Engines:
         """Raise BackendDiedError if no server of the base answers."""
         check_answering(self._config, base)
 
-    def is_settled(self) -> bool:
+    def follow(self) -> bool:
         """Load and unload what the registry asks for. Return whether nothing is left to do."""
         return self._sync.run()
 
@@ -132,6 +127,26 @@ def _rollout(config: Fleet, registry: Registry, base: str) -> Rollout:
     has_canaries = config.rollout.traffic == "gateway"
     settings = config.rollout if has_canaries else replace(config.rollout, canary_s=0.0)
     return Rollout(registry, base, lambda version: serving.on_ray.probe(config, version), settings)
+
+
+def _move(
+    movers: Sequence[Rollout],
+    traffic: _Gateway | _Engines,
+    say: Say,
+    poll_s: float,
+    has_ended: Callable[[], bool] = lambda: True,
+) -> None:
+    """Move versions, with their traffic behind them, until the source of candidates has ended and nothing is left.
+
+    The traffic follows in each round: an adapter that is live does not wait for the others.
+    """
+    while True:
+        for mover in movers:
+            _tick(mover, say)
+        has_followed = traffic.follow()
+        if has_ended() and has_followed and not any(mover.is_busy() for mover in movers):
+            return
+        time.sleep(poll_s)
 
 
 def _tick(mover: Rollout, say: Say) -> None:

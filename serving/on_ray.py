@@ -34,7 +34,7 @@ from serving.gateway.golden import probe_golden, probe_remotely
 from serving.gateway.local_backend import LocalBackend
 from serving.gateway.on_ray import ENGINE_PREFIX, HandleBackend, ServeBackends, our_errors
 from serving.http.api import create_app
-from serving.remote.pool import RECHECK_S, RemoteEngines, check_answering, is_answering
+from serving.remote.pool import RECHECK_S, RemoteEngines, check_answering
 
 GATEWAY = "gateway"
 # Longer than any generation, so that a replica finishes its streams before it shuts down (Serve's default is 20 s).
@@ -166,9 +166,9 @@ def check_gateway(fleet: Fleet) -> None:
         raise ConflictError(f"This Ray cluster serves another fleet: that of {registry} at {address}.")
 
 
-def has_engine(fleet: Fleet, base: str) -> bool:
-    """Whether a base has an engine: one on the connected cluster, or a server that answers."""
-    return any(map(is_answering, fleet.engines_of(base))) or _is_running(ENGINE_PREFIX + flat_name(base))
+def has_engine(base: str) -> bool:
+    """Whether an engine of ours runs the base on the connected cluster."""
+    return _is_running(ENGINE_PREFIX + flat_name(base))
 
 
 def _await_remote(base: str) -> None:

@@ -14,6 +14,7 @@ from cluster.config.settings import BaseSpec, Fleet, RolloutConfig, ServingConfi
 from cluster.errors import ConfigError
 from cluster.fleet import open_blobs, open_registry
 from cluster.registry.registry import Registry, Status
+from cluster.registry.rollout import Rollout
 from cluster.storage.blobs import BlobStore
 from serving.remote.sync import EngineSync
 from tests.worlds.engines import EngineProcess, HuggingFace, make_base
@@ -118,6 +119,19 @@ def test_a_rollout_moves_them_without_a_gateway_and_without_ray(world: World):
     assert world.texts("v2", "topic") != world.texts("v2", "org+intent")
     order = [line.split(":")[0] for line in world.said if "loaded at" in line]
     assert order.index("topic@2") < len(order) - 1 - order[::-1].index("topic"), "loaded before it is unloaded"
+
+
+def test_a_live_adapter_is_loaded_while_others_are_still_moving(world: World, monkeypatch: pytest.MonkeyPatch):
+    rounds = iter(range(50))  # the rollout would be busy for ever if the servers did not follow it
+
+    class Busy(Rollout):
+        def is_busy(self) -> bool:
+            return (next(rounds) < 49 and "topic" not in world.adapters("v2")) or super().is_busy()
+
+    monkeypatch.setattr(upgrade, "Rollout", Busy)
+    world.add("topic", "v2", Status.CANDIDATE, 7)
+    assert str(upgrade.roll_out(world.fleet, world.registry, None, world.said.append)) == "1 live"
+    assert next(rounds) < 49, "topic was loaded while the rollout was busy"
 
 
 def test_an_old_server_keeps_an_adapter_while_its_clients_move(world: World):
