@@ -152,7 +152,7 @@ def upgrade(
     fleet: FleetPath,
     to: Annotated[str, typer.Option(help="name of the new base model in the fleet file")],
     rollout: Annotated[bool, typer.Option(help="also move the traffic; without, stop at candidates")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan; needs no cluster")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="assess and print the plan; needs no cluster")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="with --dry-run: print JSON")] = False,
 ) -> None:
     """Carry every adapter of a served fleet over to a new base model, and move its traffic as soon as it is ready."""

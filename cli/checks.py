@@ -87,7 +87,7 @@ def _fleet_checks(fleet: Fleet) -> Iterator[Check]:
     for base in fleet.bases:
         yield _try(f"base {base.name}", partial(_checkpoint, fleet, base))
     for adapter in fleet.adapters:
-        missing = [str(path) for path in (adapter.path, adapter.data) if isinstance(path, Path) and not path.exists()]
+        missing = [str(path) for path in (adapter.path, adapter.data) if not _is_there(fleet, path)]
         level = Level.NOTE if missing else Level.GOOD  # a registered adapter's files are in the blob store too
         found = f"missing: {', '.join(missing)}" if missing else str(adapter.path)
         yield Check(f"adapter {adapter.name}", level, found)
@@ -95,6 +95,16 @@ def _fleet_checks(fleet: Fleet) -> Iterator[Check]:
     yield _try("blob store", lambda: _blobs(fleet))
     for name, path in (("fleet folder", fleet.folder), ("packed adapters", Path(fleet.packed))):
         yield _disk(name, path)
+
+
+def _is_there(fleet: Fleet, source: Path | str) -> bool:
+    """Return whether a folder or hub id is on this machine. A bucket is not asked."""
+    if isinstance(source, str):
+        return True
+    try:
+        return fleet.local(source).exists()
+    except ReloraError:
+        return False
 
 
 def _checkpoint(fleet: Fleet, base: BaseSpec) -> str:

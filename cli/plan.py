@@ -54,5 +54,6 @@ def print_plan(opened: OpenFleet, to: str, as_json: bool) -> None:
     total_s = sum(step.expected_s or 0.0 for step in todo)
     num_workers = opened.config.readapt.workers.num_workers
     print_line(
-        f"{len(todo)} adapters, about {duration(total_s / num_workers)} with {num_workers} workers; nothing was done"
+        f"{len(todo)} adapters, about {duration(total_s / num_workers)} with {num_workers} workers; "
+        "nothing was carried over"
     )

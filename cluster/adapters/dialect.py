@@ -62,6 +62,11 @@ class Dialect:
     eos_id: int | None
     end_ids: frozenset[int]
 
+    def shares_vocabulary(self, other: "Dialect") -> bool:
+        """Whether both tokenizers are one in memory, but for their templates: so it is without vocabulary files."""
+        own, theirs = (getattr(one.tokenizer, "backend_tokenizer", None) for one in (self, other))
+        return own is not None and own is theirs
+
 
 def base_dialect(folder: Path) -> Dialect:
     """Return a base's dialect. InvalidCheckpointError if it has no usable tokenizer.

@@ -7,6 +7,7 @@ tokens: it is decided piece by piece, because the work for a token must not grow
 `Vocabulary.with_special` special tokens are text too.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -23,16 +24,15 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 class Vocabulary:
     """What detokenisation needs to know about a tokenizer, computed once for all sequences.
 
-    `special` are the tokens that are not shown: none, unless `skips_special`.
+    `special` are the tokens that are not shown.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skips_special: bool = True):
-        special = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        self.special = frozenset(special) if skips_special else frozenset()
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._special_ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = frozenset(self._special_ids.values())
         self.byte_tokens = frozenset(i for token, i in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
         self._tokenizer = tokenizer
-        self._skips_special = skips_special
+        self._skips_special = True
         # The fast tokenizers' own decode takes a third of the time of transformers' method around it.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._num_characters: dict[int, int] = {}
@@ -41,7 +41,12 @@ class Vocabulary:
     @cached_property
     def with_special(self) -> "Vocabulary":
         """The same vocabulary, with special tokens shown."""
-        return Vocabulary(self._tokenizer, skips_special=False)
+        shown = copy.copy(self)  # reading the tokenizer again would hold up the engine for a large vocabulary
+        shown.special = frozenset()
+        shown._skips_special = False
+        shown._num_characters = {}
+        shown.following = lru_cache(_NUM_PAIRS)(shown._following)
+        return shown
 
     def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
         """Return the ids of those texts that are one special token, with or without spaces and line ends around it."""

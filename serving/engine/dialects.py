@@ -41,7 +41,11 @@ class Dialects:
 
         Raises InvalidAdapterError if the files do not fit the base.
         """
-        reading = _reading(adapter_dialect(fetch(), self._base))
+        dialect = adapter_dialect(fetch(), self._base)
+        if dialect.shares_vocabulary(self._base):  # its tables may be large, and take seconds to build
+            reading = self._base_reading._replace(end_ids=dialect.end_ids)
+        else:
+            reading = _reading(dialect)
         with self._lock:
             self._readings[key] = reading
             if len(self._readings) > MAX_DIALECTS:

@@ -80,11 +80,11 @@ class RunningTable:
         self._page_tokens = page_tokens
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._sequences: dict[int, SequenceState] = {}  # by row
-        self._columns = np.zeros((6, num_rows), np.int64)
+        self._columns = np.zeros((8, num_rows), np.int64)
         self._num_tokens_B2, self._num_stored_B2, self._capacity_B2 = self._columns[:3]
-        self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:]
+        self._num_cached_B2, self._last_tokens_B2, self._adapters_B2 = self._columns[3:6]
+        self._num_scored_B2, self._num_to_score_B2 = self._columns[6:]
         self._block_tables_B2W = np.zeros((num_rows, _MIN_BLOCKS), np.int32)
-        self._num_scored_B2, self._num_to_score_B2 = np.zeros((2, num_rows), np.int64)
         self._special_rows: set[int] = set()  # of sequences that do not just take their likeliest token
         self._plain_rows_B2 = sample_array([PLAIN_ROW]).repeat(num_rows)
         self._sample_rows_B2 = np.zeros(num_rows, SAMPLE_ROW)  # without positions; meaningless for free rows
@@ -102,8 +102,9 @@ class RunningTable:
             num_cached if sequence.prefix_keys is not None else _NEVER_CACHED,
             sequence.tokens[-1],
             BASE_ONLY if sequence.resident is None else sequence.resident.number,
+            sequence.num_scored,
+            sequence.num_to_score,
         )
-        self._num_scored_B2[row], self._num_to_score_B2[row] = sequence.num_scored, sequence.num_to_score
         sample_row = sequence.sample_row()
         self._sample_rows_B2[row] = sample_row.record()
         if not sample_row.is_plain or sequence.num_scored < sequence.num_to_score:
@@ -176,7 +177,7 @@ class RunningTable:
             lengths_B[len(decodes) :] = [num_tokens for _, num_tokens in prefills]
         order_B = self._adapters_B2[rows_B].argsort(kind="stable")
         rows_B = rows_B[order_B]
-        num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B = self._columns[:, rows_B]
+        num_tokens_B, starts_B, _, _, last_tokens_B, adapters_B = self._columns[:6, rows_B]
         ends_B = starts_B + lengths_B[order_B]
         sample_rows_B, score_starts_B = self._plain_rows_B2[: len(rows_B)], starts_B
         num_scores_B = np.zeros_like(starts_B)

@@ -22,7 +22,9 @@ _NUM_SEEDS = 1 << 63
 
 @dataclass(eq=False, slots=True)
 class SequenceState:
-    """One object per request. The engine creates it and reads its text; the Scheduler alone changes the rest.
+    """One object per request. The engine creates it, and owns text, log-probabilities, matcher and adjuster.
+
+    The Scheduler alone changes the rest.
 
     A sequence that waits for its first step has no `precedence` and no `row`. A running one has both. A preempted one
     has a `precedence` only.

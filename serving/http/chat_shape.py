@@ -38,7 +38,9 @@ class ChatShape:
 
     def chunk(self, index: int, piece: Choice, answer: Answer) -> dict[str, Any] | None:
         """See `Shape.chunk`."""
-        reader = self._readers.setdefault(index, AnswerReader(answer.format))
+        if index not in self._readers:
+            self._readers[index] = AnswerReader(answer.format)
+        reader = self._readers[index]
         read = reader.push(piece.text, is_last=piece.finish_reason is not None)
         delta = {**({"content": read.content} if read.content else {}), **self._extras(read)}
         if not delta and not piece.logprobs and piece.finish_reason is None:

@@ -352,7 +352,7 @@ def test_an_upgrade_counts_its_adapters_in_dated_lines(run: Run, upgradable: Pat
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_dry_run_prints_the_plan_and_does_nothing(run: Run, fleet_file: Path, tmp_path: Path):
+def test_a_dry_run_prints_the_plan_and_carries_nothing_over(run: Run, fleet_file: Path, tmp_path: Path):
     folder = Path(shutil.copytree(fleet_file.parent, tmp_path / "dry"))
     (folder / "registry.db").unlink(missing_ok=True)
     file = folder / "fleet.toml"
@@ -365,7 +365,7 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(run: Run, fleet_file: Path, 
     run("pause", file, "intent")
     code, output, _ = run("upgrade", file, "--to", "v2", "--dry-run")
     assert (code, "paused: `relora resume` first" in output) == (0, True)
-    assert output.endswith("0 adapters, about 0 s with 1 workers; nothing was done\n")
+    assert output.endswith("0 adapters, about 0 s with 1 workers; nothing was carried over\n")
     registry = open_registry(load_fleet(file))
     assert [version.label for version in registry.versions()] == ["intent@1"]
     registry.close()

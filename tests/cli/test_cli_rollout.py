@@ -55,7 +55,7 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("cluster.on_ray.connect", "serving.on_ray.check_gateway"):
         monkeypatch.setattr(name, lambda *arguments, **settings: None)
-    monkeypatch.setattr("serving.on_ray.has_engine", lambda fleet, base: base == "v1")
+    monkeypatch.setattr("serving.on_ray.has_engine", lambda base: base == "v1")
     monkeypatch.setattr("serving.on_ray.deploy_base", lambda fleet, base: started.append(base))
     monkeypatch.setattr("serving.on_ray.probe", probe)
     return started

@@ -143,7 +143,7 @@ def test_prompt_logprobs_have_vllms_format(server: Server, tokenizer: PreTrained
         assert own["rank"] >= 1
         assert len(entries) == (2 if own["rank"] <= 2 else 3)
         assert sorted(one["rank"] for one in entries.values())[:2] == [1, 2]
-    body = {"model": "v1", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    body = {"model": "v1", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "ignore_eos": True}
     chat = server.post("/v1/chat/completions", **body, prompt_logprobs=0, return_token_ids=True).json()
     assert len(chat["prompt_logprobs"]) == len(chat["prompt_token_ids"]) == chat["usage"]["prompt_tokens"]
     assert len(chat["choices"][0]["token_ids"]) == 2

@@ -174,6 +174,24 @@ def test_the_same_files_give_the_same_reading_in_judging(served: Server):
     assert encoder.encode(Row(PROMPT, "pong")).input_ids[-1] == end
 
 
+def test_an_adapter_with_only_a_template_and_an_end_shares_the_bases_tables(tmp_path: Path):
+    base = base_dialect(chat_world(tmp_path / "base"))
+    dialects = Dialects(base)
+    template, tokens = tmp_path / "template", tmp_path / "tokens"
+    template.mkdir()
+    (template / "chat_template.jinja").write_text(CHATML)
+    (template / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    chat_tokenizer(tokens, extra=(CALL,))
+    of_base = dialects.of(None)
+    for key, folder in (("template", template), ("tokens", tokens)):
+        dialects.load(key, lambda folder=folder: folder)
+    shared, own = (dialects.of(AdapterRef("hash", key, 1, "blob", dialect=key)) for key in ("template", "tokens"))
+    assert (shared.vocabulary, shared.grammars) == (of_base.vocabulary, of_base.grammars)
+    assert shared.end_ids == {5} != of_base.end_ids
+    assert own.vocabulary is not of_base.vocabulary
+    assert own.vocabulary.special_ids([CALL])
+
+
 def test_dialects_beyond_the_limit_are_dropped_and_loaded_again(tmp_path: Path):
     base = chat_world(tmp_path / "base")
     dialects = Dialects(base_dialect(base))
