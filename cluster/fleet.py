@@ -4,18 +4,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cluster.adapters.dialect import adapter_dialect, base_dialect, store_dialect
-from cluster.adapters.files import check_base, load_adapter
-from cluster.adapters.folder import identity, store_adapter
-from cluster.adapters.recorded_base import check_recorded_base
-from cluster.adapters.size import size_details
+from cluster.adapters.folder import identity
+from cluster.adapters.intake import check_adapter, store_checked
 from cluster.config.settings import AdapterSpec, Fleet
 from cluster.config.types import SQLITE
 from cluster.errors import ConfigError, ConflictError, NotFoundError
 from cluster.progress import Counted, Say
-from cluster.registry.records import WARNINGS
 from cluster.registry.registry import BaseModel, Registry, Status, Version
 from cluster.storage.blobs import BlobStore
 from cluster.storage.checkpoints import open_checkpoint
@@ -111,7 +106,8 @@ def register_adapters(
         if versions:
             _check_unchanged(fleet, spec, versions, blobs)
         elif spec.base in listed:
-            new.append((spec, _check_new(fleet, spec, registry)))
+            folder, base_model = fleet.local(spec.path), registry.base(spec.base)
+            new.append((spec, check_adapter(folder, base_model, registry.bases(), fleet.serving.max_rank)))
         else:
             names = ", ".join(sorted(listed)) or "none"
             raise ConfigError(f"adapters[{index}].base: no base {spec.base!r} among: {names}")
@@ -119,20 +115,11 @@ def register_adapters(
     for spec in fleet.adapters:
         registry.add_adapter(spec.name, data=str(spec.data), metric=spec.metric, traffic=spec.traffic)
     added = []
-    for spec, details in new:
+    for spec, checked in new:
+        key, details = store_checked(blobs, checked)
         with suppress(ConflictError):  # another process has just registered it
-            added.append(_add_first_version(fleet, spec, details, registry, blobs))
+            added.append(registry.add_version(spec.name, spec.base, Status.LIVE, key, key, details=details))
     return added
-
-
-def _check_new(fleet: Fleet, spec: AdapterSpec, registry: Registry) -> dict[str, Any]:
-    """Return the details of the adapter's first version. InvalidAdapterError if it cannot be used on its base."""
-    checkpoint, folder = open_checkpoint(fleet.base(spec.base).path), fleet.local(spec.path)
-    adapter = load_adapter(folder, max_rank=fleet.serving.max_rank)
-    check_base(adapter, checkpoint)
-    adapter_dialect(folder, base_dialect(checkpoint.folder))
-    warnings = check_recorded_base(adapter.base_model, registry.base(spec.base), registry.bases(), folder)
-    return {WARNINGS: list(warnings)} if warnings else {}
 
 
 def _check_unchanged(fleet: Fleet, spec: AdapterSpec, versions: Sequence[Version], blobs: BlobStore) -> None:
@@ -164,13 +151,3 @@ def _check_unchanged(fleet: Fleet, spec: AdapterSpec, versions: Sequence[Version
             "Restore the old files. Give the new files another name in the fleet file, or load them into the running "
             "service as the next version (POST /v1/load_lora_adapter)."
         )
-
-
-def _add_first_version(
-    fleet: Fleet, spec: AdapterSpec, details: dict[str, Any], registry: Registry, blobs: BlobStore
-) -> Version:
-    folder = fleet.local(spec.path)
-    key = store_adapter(blobs, folder)
-    size = size_details(load_adapter(folder), blobs.fetch_folder(key))
-    details = details | store_dialect(blobs, folder, fleet.base(spec.base).path) | size
-    return registry.add_version(spec.name, spec.base, Status.LIVE, blob_key=key, content_hash=key, details=details)

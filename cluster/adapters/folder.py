@@ -14,13 +14,14 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", *TEXT_FILES)
 
 def identity(folder: Path) -> str:
     """Return the hash of the files that count. StorageError if one cannot be read."""
-    return content_hash(folder, _counting(folder))
+    return content_hash(folder, counting_files(folder))
 
 
 def store_adapter(blobs: BlobStore, folder: Path) -> str:
     """Store the files that count, and return their key: the adapter's identity."""
-    return blobs.put_folder(folder, _counting(folder))
+    return blobs.put_folder(folder, counting_files(folder))
 
 
-def _counting(folder: Path) -> list[Path]:
+def counting_files(folder: Path) -> list[Path]:
+    """Return the files that count, in a fixed order."""
     return sorted(folder / name for name in FILES if (folder / name).is_file())

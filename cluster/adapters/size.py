@@ -1,5 +1,6 @@
 """How large an adapter is: its rank and the bytes of its files, which versions carry in their details."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,13 +8,12 @@ from cluster.errors import ReloraError
 from cluster.registry.records import Version
 
 if TYPE_CHECKING:
-    from cluster.adapters.files import Adapter
     from cluster.storage.blobs import BlobStore
 
 
-def size_details(adapter: "Adapter", folder: Path) -> dict[str, int]:
-    """Return the highest rank of an adapter and the bytes of the folder that holds it, for a version's details."""
-    return {"rank": adapter.max_rank, "num_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())}
+def size_details(rank: int, files: Iterable[Path]) -> dict[str, int]:
+    """Return the highest rank of an adapter and the bytes of its files, for a version's details."""
+    return {"rank": rank, "num_bytes": sum(file.stat().st_size for file in files if file.is_file())}
 
 
 def size_of(version: Version, blobs: "BlobStore | None" = None) -> dict[str, Any]:
@@ -28,6 +28,6 @@ def size_of(version: Version, blobs: "BlobStore | None" = None) -> dict[str, Any
 
     try:
         folder = blobs.fetch_folder(version.blob_key)
-        return size_details(load_adapter(folder), folder)
+        return size_details(load_adapter(folder).max_rank, folder.rglob("*"))
     except ReloraError:  # the store has lost the files; `show` lists the version all the same
         return known

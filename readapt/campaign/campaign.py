@@ -264,7 +264,7 @@ class Campaign:
             save_adapter(replace(adapter, base_model=str(new_base)), folder)
             keep_text_files(self._blobs.fetch_folder(job.task_key), folder)
             key = self._blobs.put_folder(folder)
-            more = store_dialect(self._blobs, folder, new_base) | size_details(adapter, folder)
+            more = store_dialect(self._blobs, folder, new_base) | size_details(adapter.max_rank, folder.rglob("*"))
             return {"blob_key": key, "content_hash": key}, more
 
     def _move(

@@ -268,5 +268,5 @@ def _store(blobs: BlobStore, adapter: Adapter, parent: Path, base: Path) -> tupl
         folder = Path(scratch) / "adapter"
         save_adapter(adapter, folder)
         keep_text_files(parent, folder)
-        more = store_dialect(blobs, folder, base) | size_details(adapter, folder)
+        more = store_dialect(blobs, folder, base) | size_details(adapter.max_rank, folder.rglob("*"))
         return blobs.put_folder(folder), more

@@ -2,19 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from cluster.adapters.dialect import DIALECT, adapter_dialect, base_dialect, store_dialect
-from cluster.adapters.files import check_base, load_adapter
-from cluster.adapters.folder import store_adapter
-from cluster.adapters.recorded_base import check_recorded_base
+from cluster.adapters.dialect import DIALECT
+from cluster.adapters.intake import check_adapter, store_checked
 from cluster.errors import ConflictError, InvalidRequestError, NotFoundError
 from cluster.names import check_name
-from cluster.registry.records import WARNINGS
 from cluster.registry.registry import Registry, Status, Version
 from cluster.storage.blobs import BlobStore
-from cluster.storage.checkpoints import open_checkpoint
 from cluster.storage.sources import local_folder
 from serving.engine.request import AdapterRef
 
@@ -59,14 +54,8 @@ def store(
         path = local_folder(folder, blobs.cache_dir.parent / "sources")
     except NotFoundError as error:  # not 404, which clients read as an unknown model
         raise InvalidRequestError(f"lora_path: {error}") from error
-    record = registry.base(base)
-    base_folder = Path(record.path)
-    adapter = load_adapter(path, max_rank=max_rank)
-    check_base(adapter, open_checkpoint(base_folder))
-    adapter_dialect(path, base_dialect(base_folder))
-    warnings = check_recorded_base(adapter.base_model, record, registry.bases(), path)
-    details = {**store_dialect(blobs, path, base_folder), **({WARNINGS: list(warnings)} if warnings else {})}
-    return StoredAdapter(base, store_adapter(blobs, path), details)
+    checked = check_adapter(path, registry.base(base), registry.bases(), max_rank)
+    return StoredAdapter(base, *store_checked(blobs, checked))
 
 
 def publish(registry: Registry, name: str, stored: StoredAdapter) -> Version:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cluster.adapters.dialect import DIALECT, base_dialect
+from cluster.adapters.folder import counting_files
 from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidAdapterError, NotFoundError
 from cluster.registry.records import Status
@@ -127,6 +128,13 @@ def test_a_request_that_mixes_dialects_in_a_batch_answers_each_in_its_own(served
     with ThreadPoolExecutor(len(asked)) as pool:
         together = list(pool.map(lambda each: complete(served, *each), asked))
     assert together == [alone[model] for model, _ in asked]
+
+
+def test_a_version_that_a_client_loads_notes_its_rank_and_bytes(served: Server):
+    [version] = served.registry.versions(adapter="plain")
+    folder = served.files / "plain"
+    assert version.details["num_bytes"] == sum(file.stat().st_size for file in counting_files(folder)) > 0
+    assert version.details["rank"] == json.loads((folder / "adapter_config.json").read_text())["r"]
 
 
 def test_the_version_remembers_where_its_text_files_are(served: Server):
