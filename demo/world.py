@@ -114,7 +114,7 @@ class WorldInfo:
                 raise ConfigError(f"{folder} exists and is not an earlier run's folder: choose another folder.")
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        return self.write_fleet(path, {"port": _free_port()})
+        return self.write_fleet(path, {"port": free_port()})
 
     def write_fleet(self, path: Path, serving: Mapping[str, float] = MappingProxyType({})) -> Path:
         """Write a fleet file of this world to `path`, with `serving` as its [serving] table."""
@@ -145,7 +145,8 @@ def _table(header: str, values: Mapping[str, object]) -> str:
     return "\n".join([header, *lines, ""])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

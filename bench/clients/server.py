@@ -1,7 +1,6 @@
 """A real server for the clients: `relora serve` with one chat model and one adapter of it."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from bench.clients.checklist import Target
 from bench.facts import ROOT
 from cluster.on_ray import LocalCluster
+from demo.world import free_port
 
 BASE, ADAPTER = "org/chat-model", "org/adapter"
 START_TIMEOUT_S = 600.0
@@ -39,7 +39,7 @@ path = "{path}"
 def serve(model: Path, folder: Path, log_file: Path) -> Iterator[Target]:
     """Serve a model and an adapter of it, made in `folder`, until the block ends. Raises TimeoutError if it is slow."""
     _make_adapter(model, folder / "adapter")
-    port = _free_port()
+    port = free_port()
     fleet = folder / "fleet.toml"
     fleet.write_text(_FLEET.format(port=port, base=BASE, path=model))
     url = f"http://127.0.0.1:{port}"
@@ -73,12 +73,6 @@ def _load_adapter(url: str, folder: Path) -> None:
     body = {"lora_name": ADAPTER, "lora_path": str(folder)}
     reply = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=START_TIMEOUT_S)
     assert reply.status_code == 200, reply.text
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -2,8 +2,6 @@
 
 import errno
 import json
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from readapt.campaign.jobs import AdapterJob, JobUpdate
 from readapt.fusion.points import COPY, CORNERS
 from readapt.training.data import encoder_for
 from tests.worlds.executors import LocalExecutor, Scripted, result_for
-from tests.worlds.fleets import copy_of, make_fleet, registered
+from tests.worlds.fleets import make_fleet, registered
 from tests.worlds.readapt import MAX_TOKENS, evolve, make_task, train_specialist, try_points, write_task
 from tests.worlds.serving import make_checkpoint
 
@@ -37,17 +35,6 @@ from tests.worlds.serving import make_checkpoint
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_fleet(tmp_path_factory.mktemp("world")).folder
-
-
-@pytest.fixture
-def fleet(world: Path, tmp_path: Path) -> Fleet:
-    return copy_of(world, tmp_path)
-
-
-@pytest.fixture
-def registry(fleet: Fleet) -> Iterator[Registry]:
-    with closing(registered(fleet)) as opened:
-        yield opened
 
 
 def run(fleet: Fleet, registry: Registry, executor: Any = None, say: Any = None) -> list[Version]:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from readapt.campaign.campaign import Campaign, in_background
 from readapt.campaign.jobs import AdapterJob, JobFailure, JobUpdate, JobUpdates
 from readapt.fusion.points import CORNERS
 from tests.worlds.executors import LocalExecutor, Scripted, result_for
-from tests.worlds.fleets import copy_of, make_fleet, registered
+from tests.worlds.fleets import make_fleet
 from tests.worlds.readapt import try_points
 from tests.worlds.serving import make_adapter, make_checkpoint
 
@@ -41,17 +40,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "fleet.toml").open("a") as file:
         file.write('\n[readapt.ladder]\nrungs = ["copy", "fused", "train", "scratch"]\n')
     return folder
-
-
-@pytest.fixture
-def fleet(world: Path, tmp_path: Path) -> Fleet:
-    return copy_of(world, tmp_path)
-
-
-@pytest.fixture
-def registry(fleet: Fleet) -> Iterator[Registry]:
-    with closing(registered(fleet)) as opened:
-        yield opened
 
 
 def corners(objective):

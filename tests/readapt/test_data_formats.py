@@ -4,8 +4,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from readapt.training.data import Encoder, Row, encoder_for, load_rows
 from readapt.training.selection import usable_rows
 from relora import main
 from tests.worlds.executors import LocalExecutor
-from tests.worlds.fleets import copy_of, make_fleet, registered
+from tests.worlds.fleets import make_fleet
 from tests.worlds.serving import EOS, make_checkpoint
 
 CHATML = (
@@ -226,17 +225,6 @@ def test_the_quick_check_agrees_with_the_encoder(base: Path):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_fleet(tmp_path_factory.mktemp("world"), ("usual",)).folder
-
-
-@pytest.fixture
-def fleet(world: Path, tmp_path: Path) -> Fleet:
-    return copy_of(world, tmp_path)
-
-
-@pytest.fixture
-def registry(fleet: Fleet) -> Iterator[Registry]:
-    with closing(registered(fleet)) as opened:
-        yield opened
 
 
 def upgrade(fleet: Fleet, registry: Registry) -> tuple[Any, list[str]]:

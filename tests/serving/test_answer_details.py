@@ -12,7 +12,7 @@ from serving.gateway.token_bytes import TokenBytes
 from tests.serving.test_api import TEMPLATE
 from tests.serving.test_detokenizer import CORPUS, TOKENIZERS, each_tokenizer
 from tests.worlds.servers import Server, serve_bases
-from tests.worlds.serving import make_adapter, make_checkpoint
+from tests.worlds.serving import make_adapter, make_checkpoint, set_chat_template
 
 PROMPT = "Größe: 数据"
 ASKED = {"model": "tone", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
@@ -23,9 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("files")
     make_checkpoint(folder / "v1")
     make_adapter(folder / "tone", folder / "v1", rank=4)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "v1")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "v1")
+    set_chat_template(folder / "v1", TEMPLATE)
     config = ServingConfig(memory_bytes=8 * 2**20, max_model_tokens=200, max_rank=16)
     with serve_bases(folder, tmp_path_factory.mktemp("server"), config, ("v1",)) as server:
         assert server.post("/v1/load_lora_adapter", lora_name="tone", lora_path=str(folder / "tone")).is_success

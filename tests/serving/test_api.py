@@ -18,7 +18,7 @@ from serving.engine.request import FinishReason, TokenEvent
 from serving.errors import HTTP_ERRORS, http_error
 from serving.gateway.local_backend import LocalBackend
 from tests.worlds.servers import Server, serve_bases, wait_until
-from tests.worlds.serving import make_adapter, make_checkpoint
+from tests.worlds.serving import make_adapter, make_checkpoint, set_chat_template
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -33,9 +33,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     make_checkpoint(folder / "v1")
     make_checkpoint(folder / "v2", seed=1)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "v1")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "v1")
+    set_chat_template(folder / "v1", TEMPLATE)
     for seed, name in enumerate(("intent", "summary")):
         make_adapter(folder / name, folder / "v1", rank=4 + seed, seed=seed)
     return folder

@@ -19,7 +19,7 @@ from serving.engine.loop import EngineLoop
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent
 from serving.engine.stream import Stream
 from serving.errors import BackendDiedError
-from tests.worlds.serving import make_adapter, make_checkpoint
+from tests.worlds.serving import make_adapter, make_checkpoint, tokens_of
 
 REF = AdapterRef("hash", "tone", 1, "blob")
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
@@ -53,10 +53,6 @@ def request(id: str = "a", sampling: SamplingParams = SHORT, adapter: AdapterRef
 
 async def drain(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
     return [event async for event in events]
-
-
-def tokens_of(events: list[TokenEvent]) -> list[int]:
-    return [token for event in events for token in event.tokens]
 
 
 def alone(folders: tuple[Path, Path], wanted: Request) -> list[TokenEvent]:

@@ -19,8 +19,8 @@ from cluster.adapters.files import load_adapter
 from cluster.config.settings import ServingConfig
 from cluster.errors import InvalidRequestError
 from serving.engine.engine import Engine
-from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent, TokenLogprob
-from tests.worlds.serving import EOS, make_adapter, make_checkpoint
+from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenLogprob
+from tests.worlds.serving import EOS, make_adapter, make_checkpoint, run_engine, tokens_of
 from tests.worlds.serving import KINDS as MODULES
 
 PROMPT = tuple(b"once upon a time, a card was lost")
@@ -52,23 +52,8 @@ def request_of(name: str, *, adapter: bool = False, **sampling: object) -> Reque
     return Request(name, PROMPT, params, REF if adapter else None)
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:
-    events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
-    for request in requests:
-        engine.submit(request)
-    while engine.has_work:
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.check_integrity()
-    return events
-
-
-def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
-    return [token for event in events for token in event.tokens]
-
-
 def alone(engine: Engine, request: Request) -> list[int]:
-    return tokens_of(run(engine, [request])[request.id])
+    return tokens_of(run_engine(engine, [request])[request.id])
 
 
 KINDS: dict[str, dict] = {
@@ -120,13 +105,13 @@ def test_greedy_answers_are_those_of_transformers(files: Path, expected: dict[st
 
 
 def test_answers_are_the_same_in_one_batch(engine: Engine, expected: dict[str, list[int]]):
-    assert {id: tokens_of(events) for id, events in run(engine, ALL).items()} == expected
+    assert {id: tokens_of(events) for id, events in run_engine(engine, ALL).items()} == expected
 
 
 def test_answers_are_the_same_after_preemption(files: Path, expected: dict[str, list[int]]):
     """The memory holds only some of the sequences, and small steps cut the prompts into chunks."""
     engine = open_engine(files, memory_kib=140, max_batch_tokens=20, prefix_cache="off")
-    assert {id: tokens_of(events) for id, events in run(engine, ALL).items()} == expected
+    assert {id: tokens_of(events) for id, events in run_engine(engine, ALL).items()} == expected
     assert engine.stats()["preemptions"] > 0
 
 
@@ -143,7 +128,7 @@ def test_answers_are_the_same_after_a_resumption(engine: Engine, expected: dict[
 def test_a_request_without_an_allowed_token_fails_alone(engine: Engine, expected: dict[str, list[int]]):
     """`min_tokens` forbids the only allowed token, which ends the answer."""
     stuck = request_of("stuck", allowed_token_ids=(5,), stop_token_ids=(5,), min_tokens=2)
-    events = run(engine, [ALL[0], stuck])
+    events = run_engine(engine, [ALL[0], stuck])
     (event,) = events["stuck"]
     assert isinstance(event.error, InvalidRequestError)
     assert "no token may come next" in str(event.error)
@@ -187,7 +172,7 @@ def test_prompt_logprobs_are_those_of_peft(files: Path, reference: torch.Tensor,
     tokens = alone(engine, plain)
     others = [request_of(f"{n}", adapter=n % 2 == 0) for n in range(3)]
     request = long_request("scored")
-    events = run(engine, [others[0], request, *others[1:]])["scored"]
+    events = run_engine(engine, [others[0], request, *others[1:]])["scored"]
     assert_scores(events[0].prompt_logprobs, request, reference)
     assert all(not event.prompt_logprobs for event in events[1:])
     assert tokens_of(events) == tokens
@@ -198,14 +183,14 @@ def test_many_scored_prompts_share_a_step(files: Path, reference: torch.Tensor):
     """Together they have more tokens than may get log-probabilities in one step."""
     engine = open_engine(files)
     requests = [long_request(f"{n}") for n in range(6)]
-    for request, events in zip(requests, run(engine, requests).values(), strict=True):
+    for request, events in zip(requests, run_engine(engine, requests).values(), strict=True):
         assert_scores(events[0].prompt_logprobs, request, reference)
 
 
 def test_prompt_logprobs_survive_preemption(files: Path, reference: torch.Tensor):
     engine = open_engine(files, memory_kib=140, max_batch_tokens=24, prefix_cache="off")
     requests = [long_request(f"{n}", max_tokens=40) for n in range(5)]
-    for request, events in zip(requests, run(engine, requests).values(), strict=True):
+    for request, events in zip(requests, run_engine(engine, requests).values(), strict=True):
         assert_scores(events[0].prompt_logprobs, request, reference)
     assert engine.stats()["preemptions"] > 0
 
@@ -213,7 +198,7 @@ def test_prompt_logprobs_survive_preemption(files: Path, reference: torch.Tensor
 def test_a_resumed_request_does_not_score_its_prompt_again(engine: Engine):
     request = long_request("resumed")
     tokens = alone(engine, request)
-    events = run(engine, [replace(request, resumed_tokens=tuple(tokens[:1]))])["resumed"]
+    events = run_engine(engine, [replace(request, resumed_tokens=tuple(tokens[:1]))])["resumed"]
     assert tokens_of(events) == tokens[1:]
     assert not any(event.prompt_logprobs for event in events)
 
@@ -221,17 +206,17 @@ def test_a_resumed_request_does_not_score_its_prompt_again(engine: Engine):
 @pytest.mark.parametrize("num_prompt", [1, 90])
 def test_without_tokens_to_generate_only_the_prompt_is_scored(engine: Engine, reference: torch.Tensor, num_prompt: int):
     request = long_request("none", num_prompt, max_tokens=0)
-    (event,) = run(engine, [request])["none"]
+    (event,) = run_engine(engine, [request])["none"]
     assert (event.tokens, event.text, event.finish_reason) == ((), "", FinishReason.LENGTH)
     assert_scores(event.prompt_logprobs, request, reference)
 
 
 def test_an_answer_says_what_stopped_it(engine: Engine):
     plain = request_of("plain")
-    tokens, text = alone(engine, plain), "".join(event.text for event in run(engine, [plain])["plain"])
-    (*_, by_token) = run(engine, [request_of("token", stop_token_ids=(tokens[3], 4))])["token"]
-    (*_, by_text) = run(engine, [request_of("text", stop=(text[2:4],))])["text"]
-    (*_, by_length) = run(engine, [request_of("length")])["length"]
+    tokens, text = alone(engine, plain), "".join(event.text for event in run_engine(engine, [plain])["plain"])
+    (*_, by_token) = run_engine(engine, [request_of("token", stop_token_ids=(tokens[3], 4))])["token"]
+    (*_, by_text) = run_engine(engine, [request_of("text", stop=(text[2:4],))])["text"]
+    (*_, by_length) = run_engine(engine, [request_of("length")])["length"]
     assert (by_token.stop_reason, by_token.has_end_token) == (tokens[3], True)
     assert (by_text.stop_reason, by_text.has_end_token) == (text[2:4], False)
     assert (by_length.stop_reason, by_length.has_end_token) == (None, False)

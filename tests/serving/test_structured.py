@@ -24,7 +24,7 @@ from serving.engine.masks import MaskBuilder
 from serving.engine.matcher import GrammarCompiler
 from serving.engine.request import AdapterRef, FinishReason, Request, SamplingParams, TokenEvent
 from tests.worlds.dialects import CHATML, chat_tokenizer, chat_world
-from tests.worlds.serving import EOS, make_adapter, make_checkpoint
+from tests.worlds.serving import EOS, make_adapter, make_checkpoint, run_engine, tokens_of
 
 SCHEMA = {
     "type": "object",
@@ -68,28 +68,12 @@ def ask(
     return Request(name, tuple((7 * i + num_prompt * i) % 256 for i in range(1, num_prompt + 1)), params, adapter)
 
 
-def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[TokenEvent]]:
-    events: dict[str, list[TokenEvent]] = {}
-    for request in requests:
-        engine.submit(request)
-        events[request.id] = []
-    while engine.has_work:
-        for event in engine.step():
-            events[event.request_id].append(event)
-        engine.check_integrity()
-    return events
-
-
-def tokens_of(events: Iterable[TokenEvent]) -> list[int]:
-    return [token for event in events for token in event.tokens]
-
-
 def text_of(events: Iterable[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
 def answer(engine: Engine, request: Request) -> tuple[str, FinishReason | None]:
-    events = run(engine, [request])[request.id]
+    events = run_engine(engine, [request])[request.id]
     return text_of(events), events[-1].finish_reason
 
 
@@ -109,7 +93,7 @@ def test_tokens_are_the_likeliest_allowed_ones_of_hugging_face(folder: Path, eng
             tokens.append(int(logits.argmax()))
             if tokens[-1] != EOS:
                 state.take(tokens[-1])
-        assert tokens_of(run(engine, [request])["a"]) == tokens[len(request.prompt_tokens) :]
+        assert tokens_of(run_engine(engine, [request])["a"]) == tokens[len(request.prompt_tokens) :]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +104,7 @@ def test_tokens_are_the_likeliest_allowed_ones_of_hugging_face(folder: Path, eng
 @pytest.mark.parametrize("adapter", [None, REF], ids=["base", "adapter"])
 def test_every_answer_matches_its_schema(engine: Engine, sampling: dict, adapter: AdapterRef | None):
     requests = [ask(str(seed), JSON, 3 + seed, adapter, seed=seed, **sampling) for seed in range(8)]
-    for events in run(engine, requests).values():
+    for events in run_engine(engine, requests).values():
         assert events[-1].finish_reason is FinishReason.STOP, events[-1]
         jsonschema.validate(json.loads(text_of(events)), SCHEMA)
 
@@ -139,7 +123,9 @@ def test_an_answer_stops_only_where_its_grammar_may(engine: Engine):
 
 
 def test_a_stop_token_of_the_request_ends_it_where_the_grammar_may_stop(engine: Engine):
-    events = run(engine, [ask("a", grammar.regex("[ab]{2,4}"), stop_token_ids=(259,), logit_bias=((259, 100.0),))])["a"]
+    events = run_engine(
+        engine, [ask("a", grammar.regex("[ab]{2,4}"), stop_token_ids=(259,), logit_bias=((259, 100.0),))]
+    )["a"]
     assert re.fullmatch("[ab]{2}", text_of(events))
     assert tokens_of(events)[-1] == 259
 
@@ -157,8 +143,10 @@ def test_text_held_for_a_stop_string_comes_when_the_grammar_is_complete(engine: 
 
 
 def test_logprobs_are_those_of_the_model_without_the_grammar(engine: Engine):
-    free = run(engine, [ask("a", None, max_tokens=1, num_logprobs=5)])["a"][0].logprobs[0]
-    bound = run(engine, [ask("b", grammar.regex("[0-9]{1,3}"), max_tokens=1, num_logprobs=5)])["b"][0].logprobs[0]
+    free = run_engine(engine, [ask("a", None, max_tokens=1, num_logprobs=5)])["a"][0].logprobs[0]
+    bound = run_engine(engine, [ask("b", grammar.regex("[0-9]{1,3}"), max_tokens=1, num_logprobs=5)])["b"][0].logprobs[
+        0
+    ]
     assert bound.top == free.top
     assert bound.token != free.token
     assert bound.logprob <= free.top[0][1]
@@ -166,7 +154,7 @@ def test_logprobs_are_those_of_the_model_without_the_grammar(engine: Engine):
 
 def test_a_request_whose_own_fields_exclude_every_allowed_token_fails_alone(engine: Engine):
     a = 64
-    events = run(engine, [ask("a", grammar.choice(["a"]), bad_words=((a,),)), ask("b", WORDS)])
+    events = run_engine(engine, [ask("a", grammar.choice(["a"]), bad_words=((a,),)), ask("b", WORDS)])
     assert isinstance(events["a"][-1].error, InvalidRequestError)
     assert "structured output" in str(events["a"][-1].error)
     assert events["b"][-1].finish_reason is FinishReason.STOP
@@ -179,10 +167,10 @@ def test_plain_rows_of_a_mixed_batch_have_the_tokens_of_an_engine_without_gramma
     plain = [ask(f"plain-{i}", None, 4 + 5 * i, REF if i % 2 else None, max_tokens=40) for i in range(4)]
     drawn = [ask(f"drawn-{i}", None, 6, temperature=1.0, seed=i, max_tokens=40) for i in range(3)]
     asking = [ask("asking", None, 8, num_logprobs=3, max_tokens=40)]
-    expected = run(open_engine(folder), [*plain, *drawn, *asking])
+    expected = run_engine(open_engine(folder), [*plain, *drawn, *asking])
     bound = [ask(f"bound-{i}", (JSON, WORDS)[i % 2], 5 + i, REF if i % 3 else None, temperature=0.5) for i in range(6)]
     mixed = [request for pair in zip(bound, [*plain, *drawn], strict=False) for request in pair]
-    found = run(engine, [*mixed, *drawn[2:], *asking])
+    found = run_engine(engine, [*mixed, *drawn[2:], *asking])
     for name, events in expected.items():
         assert tokens_of(found[name]) == tokens_of(events)
         assert [event.logprobs for event in found[name]] == [event.logprobs for event in events]
@@ -195,23 +183,23 @@ def test_plain_requests_never_touch_the_library(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(MaskBuilder, "build", refuse)
     monkeypatch.setattr(GrammarCompiler, "start", refuse)
     engine = open_engine(folder)
-    run(engine, [ask("a", None, max_tokens=5), ask("b", None, max_tokens=5, temperature=1.0, num_logprobs=2)])
+    run_engine(engine, [ask("a", None, max_tokens=5), ask("b", None, max_tokens=5, temperature=1.0, num_logprobs=2)])
 
 
 @pytest.mark.parametrize("swap_bytes", [0, 1 << 20], ids=["recomputed", "swapped"])
 def test_answers_are_the_same_after_preemption(folder: Path, engine: Engine, swap_bytes: int):
     requests = [ask(str(i), (JSON, WORDS)[i % 2], 20 + i, temperature=1.0, seed=i, max_tokens=300) for i in range(8)]
-    expected = {name: tokens_of(events) for name, events in run(engine, requests).items()}
+    expected = {name: tokens_of(events) for name, events in run_engine(engine, requests).items()}
     small = open_engine(folder, 110, swap_bytes=swap_bytes, page_tokens=4, prefix_cache="off")
-    assert {name: tokens_of(events) for name, events in run(small, requests).items()} == expected
+    assert {name: tokens_of(events) for name, events in run_engine(small, requests).items()} == expected
     assert small.stats()["preemptions"] > 0
 
 
 def test_a_long_prompt_in_chunks_gives_the_same_answer(folder: Path, engine: Engine):
     requests = [ask(str(i), JSON, 90 + i) for i in range(3)]
-    expected = {name: tokens_of(events) for name, events in run(engine, requests).items()}
+    expected = {name: tokens_of(events) for name, events in run_engine(engine, requests).items()}
     chunked = open_engine(folder, max_batch_tokens=16)
-    assert {name: tokens_of(events) for name, events in run(chunked, requests).items()} == expected
+    assert {name: tokens_of(events) for name, events in run_engine(chunked, requests).items()} == expected
 
 
 # Resumption.
@@ -220,10 +208,10 @@ def test_a_long_prompt_in_chunks_gives_the_same_answer(folder: Path, engine: Eng
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "drawn"])
 def test_another_replica_continues_an_answer_after_any_token(engine: Engine, sampling: dict):
     request = ask("a", JSON, **sampling)
-    whole = run(engine, [request])["a"]
+    whole = run_engine(engine, [request])["a"]
     tokens = tokens_of(whole)
     for num_known in range(0, len(tokens), 3):
-        resumed = run(engine, [replace(request, id=f"r{num_known}", resumed_tokens=tuple(tokens[:num_known]))])
+        resumed = run_engine(engine, [replace(request, id=f"r{num_known}", resumed_tokens=tuple(tokens[:num_known]))])
         events = resumed[f"r{num_known}"]
         assert tokens_of(events) == tokens[num_known:]
         assert text_of(events) == text_of(whole[num_known:])
@@ -232,8 +220,8 @@ def test_another_replica_continues_an_answer_after_any_token(engine: Engine, sam
 
 def test_a_resumed_answer_that_is_complete_ends_at_once(engine: Engine):
     request = ask("a", JSON)
-    tokens = tuple(tokens_of(run(engine, [request])["a"]))
-    events = run(engine, [replace(request, resumed_tokens=tokens)])["a"]
+    tokens = tuple(tokens_of(run_engine(engine, [request])["a"]))
+    events = run_engine(engine, [replace(request, resumed_tokens=tokens)])["a"]
     assert (tokens_of(events), events[-1].finish_reason) == ([], FinishReason.STOP)
 
 
@@ -296,10 +284,10 @@ def test_an_adapters_own_tokenizer_and_end_token_apply(tmp_path: Path):
     end, call = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|call|>"])
     form = grammar.regex("[a-z]{2,9}")
     for adapter, last in ((ref, end), (None, tokenizer.convert_tokens_to_ids("<|endoftext|>"))):
-        events = run(engine, [ask("a", form, adapter=adapter, logit_bias=((last, 100.0), (call, 50.0)))])["a"]
+        events = run_engine(engine, [ask("a", form, adapter=adapter, logit_bias=((last, 100.0), (call, 50.0)))])["a"]
         assert re.fullmatch("[a-z]{2}", text_of(events))
         assert tokens_of(events)[-1] == last
     marked = grammar.context_free('start: <|call|> "go"', "my_field")
-    assert tokens_of(run(engine, [ask("b", marked, adapter=ref)])["b"])[0] == call
+    assert tokens_of(run_engine(engine, [ask("b", marked, adapter=ref)])["b"])[0] == call
     with pytest.raises(InvalidRequestError, match=r"(?s)my_field: .*unknown special token.*call"):
         engine.submit(ask("c", marked))

@@ -16,7 +16,7 @@ from serving.engine.request import Request, TokenStream
 from serving.errors import BackendDiedError
 from serving.gateway.local_backend import LocalBackend
 from tests.worlds.servers import Server, serve_bases
-from tests.worlds.serving import make_adapter, make_checkpoint
+from tests.worlds.serving import make_adapter, make_checkpoint, set_chat_template
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 CONFIG = ServingConfig(memory_bytes=8 * 2**20, max_model_tokens=500, max_rank=16)
@@ -41,9 +41,7 @@ def schema_format(schema: dict, **more: object) -> dict:
 def server(tmp_path_factory: pytest.TempPathFactory):
     files = tmp_path_factory.mktemp("files")
     make_checkpoint(files / "v1")
-    tokenizer = AutoTokenizer.from_pretrained(files / "v1")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(files / "v1")
+    set_chat_template(files / "v1", TEMPLATE)
     make_adapter(files / "tone", files / "v1", rank=4)
     with serve_bases(files, tmp_path_factory.mktemp("server"), CONFIG, ("v1",)) as server:
         assert server.post("/v1/load_lora_adapter", lora_name="tone", lora_path=str(files / "tone")).status_code == 200

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.config.settings import ServingConfig
 from tests.worlds.servers import Server, serve_bases
-from tests.worlds.serving import BOS, make_adapter, make_checkpoint
+from tests.worlds.serving import BOS, make_adapter, make_checkpoint, set_chat_template
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ mood }}"
@@ -22,9 +22,7 @@ TOOL = {"type": "function", "function": {"name": "weather"}}
 def server(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("files")
     make_checkpoint(folder / "org/v1")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "org/v1")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder / "org/v1")
+    set_chat_template(folder / "org/v1", TEMPLATE)
     adapter = make_adapter(folder / "adapter", folder / "org/v1", rank=2)
     config = ServingConfig(memory_bytes=8 * 2**20, max_model_tokens=400)
     with serve_bases(folder, folder, config, ("org/v1",)) as server:

@@ -5,18 +5,19 @@ spread widely enough that greedy outputs vary from prompt to prompt.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.models import byte_tokenizer
 from cluster.storage.checkpoints import Checkpoint, open_checkpoint
 from serving.engine.detokenizer import Detokenizer, Vocabulary
-from serving.engine.request import Request
+from serving.engine.engine import Engine
+from serving.engine.request import Request, TokenEvent
 from serving.engine.sequence import SequenceState
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -134,3 +135,28 @@ def make_sequence(request: Request, limit_tokens: int, **settings: Any) -> Seque
     """Return a sequence for tests that schedule but read no text."""
     no_text = Detokenizer(cast(Vocabulary, None))
     return SequenceState(request, limit_tokens, text=no_text, seed=0, end_ids=frozenset(), **settings)
+
+
+def set_chat_template(folder: Path, template: str) -> None:
+    """Give a checkpoint's tokenizer a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+def run_engine(engine: Engine, requests: Iterable[Request]) -> dict[str, list[TokenEvent]]:
+    """Submit the requests, step until none is left, and return the events by request. Checks the engine each step."""
+    events: dict[str, list[TokenEvent]] = {}
+    for request in requests:
+        engine.submit(request)
+        events[request.id] = []
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id].append(event)
+        engine.check_integrity()
+    return events
+
+
+def tokens_of(events: Iterable[TokenEvent]) -> list[int]:
+    """Return the tokens of one request's events."""
+    return [token for event in events for token in event.tokens]
